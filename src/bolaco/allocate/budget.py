@@ -1,0 +1,69 @@
+"""Parameter arithmetic, in integers, in one place.
+
+The convention everything is reported in (arXiv 2405.10616, restated): the keep ratio is the parameters of the
+compressed decoder linears over those of all decoder linears, matrices left dense included, biases not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+
+from bolaco.errors import BudgetError
+from bolaco.models.structure import Site
+
+# Rank of each matrix by site name; None means dense.
+Ranks = dict[str, int | None]
+
+
+def parameters(site: Site, rank: int | None) -> int:
+    """Parameters of a site at a rank, two-factor storage; of the dense matrix for None."""
+    return site.size if rank is None else rank * (site.out_features + site.in_features)
+
+
+def max_rank(site: Site, multiple: int) -> int:
+    """Largest multiple of ``multiple`` whose factors are smaller than the dense matrix; 0 if there is none."""
+    return (site.size - 1) // (site.out_features + site.in_features) // multiple * multiple
+
+
+def rank_for(site: Site, keep: float, multiple: int) -> int | None:
+    """``keep * out * in / (out + in)`` rounded down to a multiple, at least one multiple; None (dense) for keep >= 1.
+
+    A matrix too small to factor at all stays dense.
+    """
+    top = max_rank(site, multiple)
+    if keep >= 1 or top == 0:
+        return None
+    # The guard keeps a ratio that was computed from a rank from rounding down to the rank below.
+    exact = keep * site.size / (site.out_features + site.in_features)
+    return min(max(math.floor(exact / multiple + 1e-9), 1) * multiple, top)
+
+
+class Budget:
+    """A keep ratio over a model's linears, as a number of parameters.
+
+    Args:
+        sites: every decoder linear, the ones that stay dense included.
+        keep: keep ratio in (0, 1].
+
+    Raises:
+        BudgetError: keep outside (0, 1].
+    """
+
+    def __init__(self, sites: Iterable[Site], keep: float) -> None:
+        if not 0 < keep <= 1:
+            raise BudgetError(f"keep must be in (0, 1], got {keep}")
+        self.sites = {site.name: site for site in sites}
+        self.keep = keep
+        self.total = sum(site.size for site in self.sites.values())
+        # Through the decimal the user wrote: 0.8 of 10 is 8, not 7.
+        self.limit = math.floor(Fraction(str(keep)) * self.total)
+
+    def cost(self, ranks: Mapping[str, int | None]) -> int:
+        """Parameters of the linears at ``ranks``; matrices not named count as dense."""
+        return sum(parameters(site, ranks.get(name)) for name, site in self.sites.items())
+
+    def ratio(self, ranks: Mapping[str, int | None]) -> float:
+        """The keep ratio that ``ranks`` come to."""
+        return self.cost(ranks) / self.total

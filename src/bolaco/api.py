@@ -1,0 +1,115 @@
+"""The Python API: the words of the command line as functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from bolaco import pipeline
+from bolaco.data import TokenStream
+from bolaco.errors import DataError
+from bolaco.evaluate.perplexity import PerplexityResult, perplexity
+from bolaco.models.load import load_model, load_tokenizer
+from bolaco.progress import Reporter
+from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
+
+load = load_model
+
+
+def compress(
+    model: str | PreTrainedModel,
+    keep: float,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    preset: str = "default",
+    work: str | Path | None = None,
+    reporter: Reporter | None = None,
+    **words: Any,
+) -> pipeline.Result:
+    """Compresses a model and writes a checkpoint folder.
+
+    Args:
+        model: a hub id, a folder, a .gguf file, an alias, or a loaded model (then ``tokenizer`` is needed; the model
+            is left as it is).
+        keep: share of the decoder linears' parameters to keep, in (0, 1].
+        out: folder to write; must not exist.
+        tokenizer: for a loaded model.
+        preset: ``default`` or ``paper``.
+        work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
+            interruption.
+        reporter: where progress goes; silent by default.
+        words: ``search``, ``trials``, ``method``, ``calibration``, ``validation``, ``evaluation``, ``seq_len``,
+            ``warm_start``,
+            ``seed``, ``dtype``, ``device``, ``options``; see :func:`recipe_values`.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    loaded = None if isinstance(model, str) else model
+    if loaded is not None and tokenizer is None:
+        raise DataError("compress() of a loaded model needs its tokenizer: compress(model, ..., tokenizer=tokenizer)")
+    name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
+    recipe = make_recipe(merge({"model": name}, recipe_values(keep=keep, **words)), preset)
+    return run(recipe, out, work=work, reporter=reporter, model=loaded, tokenizer=tokenizer)
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+) -> pipeline.Result:
+    """Runs a recipe; see :func:`compress`."""
+    return pipeline.compress(
+        recipe,
+        Path(out).expanduser(),
+        reporter or Reporter(quiet=True),
+        None if work is None else Path(work).expanduser(),
+        keep_work,
+        model,
+        tokenizer,
+    )
+
+
+def evaluate(
+    model: str | PreTrainedModel,
+    data: str,
+    *,
+    seq_len: int = 1024,
+    limit: int | None = None,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    bos: str = "auto",
+    batch: int = 4,
+    reporter: Reporter | None = None,
+) -> PerplexityResult:
+    """Perplexity of a dense or compressed model on a text source, over non-overlapping windows.
+
+    Args:
+        model: as for :func:`compress`; a folder it wrote is loaded like any other.
+        data: text source (see :mod:`bolaco.data`).
+        seq_len: window length in tokens.
+        limit: the first so many windows; None for all.
+        tokenizer: for a loaded model.
+        dtype, device, bos, batch: as in a recipe.
+        reporter: where progress goes.
+    """
+    loaded = load_model(model, dtype, device) if isinstance(model, str) else model
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model if isinstance(model, str) else str(loaded.name_or_path))
+    positions = getattr(loaded.config, "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise DataError(f"--seq-len {seq_len}: the model has {positions} positions")
+    model_type = loaded.config.model_type
+    blocks = TokenStream(data, tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
+    reporter = reporter or Reporter(quiet=True)
+    with reporter.stage("evaluate", len(blocks)) as tick:
+        return perplexity(loaded, blocks, batch, tick)

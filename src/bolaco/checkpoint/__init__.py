@@ -1,0 +1,1 @@
+"""Checkpoints: a normal Hugging Face folder that carries its own modelling code."""

@@ -1,0 +1,104 @@
+"""Multiplying the factors back, for tools that only know stock architectures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bolaco.checkpoint.registry import PREFIX
+from bolaco.checkpoint.write import new_folder
+from bolaco.errors import UnsupportedModelError
+from bolaco.layers import LowRankLinear, SplitLinear
+from bolaco.models.load import load_model, load_tokenizer
+from bolaco.models.structure import inspect_structure, meta_model, weight_of
+
+# Configuration switches that give a stock architecture biases: name -> the projections it covers.
+_BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+
+
+def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, int]:
+    """Writes the dense model equivalent to a compressed folder; returns parameter counts before and after.
+
+    The bias that a factored matrix carries needs a place in the stock architecture: one it has already, or one its
+    configuration can switch on (``attention_bias``, ``mlp_bias``).
+
+    Raises:
+        UnsupportedModelError: not a compressed folder, or a bias has no place and ``drop_bias`` is false.
+    """
+    model = load_model(folder)
+    if not model.config.model_type.startswith(PREFIX):
+        raise UnsupportedModelError(f"{folder}: a {model.config.model_type} model, not a compressed one")
+    tokenizer = load_tokenizer(folder)
+    dense: Any = _stock_skeleton(model)
+    structure = inspect_structure(dense)
+    state = dict(model.state_dict())
+    prefix = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
+    stock = dense.state_dict()
+    homeless = []
+    for module in dict.fromkeys(site.module for site in structure.sites):
+        key = prefix + module
+        weight, bias = _fold(model.base_model.get_submodule(module))
+        for name in [name for name in state if name.startswith(f"{key}.")]:
+            del state[name]
+        conv = isinstance(dense.base_model.get_submodule(module), Conv1D)
+        state[f"{key}.weight"] = weight.T.contiguous() if conv else weight
+        if f"{key}.bias" in stock:
+            state[f"{key}.bias"] = torch.zeros(len(weight), dtype=weight.dtype) if bias is None else bias
+        elif bias is not None:
+            homeless.append(key)
+    if homeless and not drop_bias:
+        raise UnsupportedModelError(
+            f"{homeless[0]} and {len(homeless) - 1} more: {dense.config.model_type} has no place for the bias of a "
+            "factored matrix; --drop-bias exports without it (the logits change), or compress with "
+            "--method svd-llm, which has none"
+        )
+    with new_folder(out) as partial:
+        dense.to(dtype=model.dtype).save_pretrained(partial, state_dict=state)
+        tokenizer.save_pretrained(partial)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_dense": sum(p.numel() for p in dense.parameters()),
+    }
+
+
+def _stock_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model on the meta device, with biases switched on where the compressed one has some."""
+    values: dict[str, Any] = model.config.to_dict()
+    for key in ("lowrank", "auto_map", "architectures"):
+        values.pop(key, None)
+    values["model_type"] = model.config.model_type.removeprefix(PREFIX)
+    config_class: Any = type(model.config).__mro__[1]
+    matrices = model.config.lowrank["matrices"]
+    biased = {
+        name
+        for name, entry in matrices.items()
+        if entry.get("bias") or any(part["bias"] for part in entry.get("parts", {}).values())
+    }
+    for switch, marker in zip(_BIAS_SWITCHES, (".self_attn.", ".mlp."), strict=True):
+        if switch in values and any(marker in name for name in biased):
+            values[switch] = True
+    config = config_class.from_dict(values)
+    skeleton = meta_model(config)
+    skeleton.generation_config = model.generation_config
+    return skeleton
+
+
+def _fold(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[out, in]`` and bias of a layer, factors multiplied in float32."""
+    if isinstance(module, SplitLinear):
+        folded = [_fold(part) for part in module.parts.values()]
+        biases = [b for _, b in folded]
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat([torch.zeros_like(w[:, 0]) if b is None else b for (w, b) in folded])
+        return torch.cat([w for w, _ in folded]), bias
+    if isinstance(module, LowRankLinear):
+        weight = module.expand.weight.detach()
+        product = weight.float() @ module.reduce.weight.detach().float()
+        return product.to(weight.dtype), None if module.expand.bias is None else module.expand.bias.detach()
+    return weight_of(module).detach().contiguous(), None if module.bias is None else module.bias.detach()

@@ -1,0 +1,48 @@
+"""``bolaco.json``: everything measured about a compressed folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bolaco.errors import CheckpointError
+
+INFO_FILE = "bolaco.json"
+_PACKAGES = ("bolaco", "torch", "transformers", "safetensors", "botorch", "optuna")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what produced a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def write_info(folder: Path, info: dict[str, Any]) -> None:
+    """Writes ``bolaco.json``."""
+    (folder / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """Reads ``bolaco.json`` of a compressed folder.
+
+    Raises:
+        CheckpointError: the folder has none, or it is damaged.
+    """
+    path = Path(folder).expanduser() / INFO_FILE
+    try:
+        info = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{folder}: no {INFO_FILE} in it; not a folder that `bolaco compress` wrote") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    missing = {"ranks", "keep_linears", "recipe"} - info.keys()
+    if missing:
+        raise CheckpointError(f"{path}: damaged, without {', '.join(sorted(missing))}")
+    return info
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

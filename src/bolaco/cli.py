@@ -1,0 +1,307 @@
+"""The command line. Each command parses its words, builds a recipe and makes one call; heavy imports are inside."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+import bolaco
+from bolaco.errors import BolacoError, RecipeError
+
+_EXAMPLES = """
+examples:
+  bolaco compress smollm2-135m --keep 0.8 --calibration pydoc -o small
+  bolaco compress Qwen/Qwen3-0.6B --keep 0.8 --calibration c4.jsonl --search 5x4 --trials 50 -o small
+  bolaco compress ./my-finetune --keep 0.8 --calibration text/ --warm-start ./base-small --trials 20 -o small
+  bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
+  bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
+  bolaco inspect small
+  bolaco export small --dense -o stock
+
+MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
+SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or pydoc (the text of Python's own
+documentation); SRC[:1000] takes the first thousand documents, SRC[1000:] the others.
+An interrupted run continues when the same command is given again.
+"""
+
+
+# Options of `compress` that are fields of the recipe.
+_WORDS = (
+    *("keep", "search", "trials", "method", "calibration", "validation", "evaluation", "seq_len"),
+    *("warm_start", "seed", "dtype", "device"),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bolaco",
+        description="Low-rank compression of large language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bolaco {bolaco.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compress = commands.add_parser("compress", help="compress a model")
+    compress.add_argument("model", metavar="MODEL")
+    compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
+    compress.add_argument(
+        "--search", choices=("5x1", "5x4", "none"), help="search space; none takes the hand allocation"
+    )
+    compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
+    compress.add_argument("--method", help="factorization, one of `bolaco methods` (afm)")
+    compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
+    compress.add_argument(
+        "--validation",
+        metavar="SRC",
+        help="text allocations are compared on (the rest of the calibration source)",
+    )
+    compress.add_argument(
+        "--eval",
+        metavar="SRC",
+        dest="evaluation",
+        help="text of the final table (the rest of the validation source)",
+    )
+    compress.add_argument(
+        "--seq-len", type=int, help="length of calibration sequences, and of the others by default (1024)"
+    )
+    compress.add_argument("--warm-start", metavar="OUT", help="earlier result whose allocation is tried first")
+    compress.add_argument("--seed", type=int)
+    compress.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    compress.add_argument("--device")
+    compress.add_argument(
+        "--preset",
+        choices=("default", "paper"),
+        default="default",
+        help="paper: the settings of arXiv 2405.10616",
+    )
+    compress.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the recipe, such as search.min_keep=0.3",
+    )
+    compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
+    _run_options(compress)
+
+    run = commands.add_parser("run", help="compress as a recipe file says")
+    run.add_argument("recipe", metavar="RECIPE.yaml")
+    _run_options(run)
+
+    evaluate = commands.add_parser("eval", help="perplexity of a model")
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("--data", metavar="SRC", required=True)
+    evaluate.add_argument("--seq-len", type=int, default=1024)
+    evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows only")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument(
+        "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go (auto)"
+    )
+
+    inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
+    inspect.add_argument("folder", metavar="OUT")
+
+    export = commands.add_parser("export", help="multiply the factors back")
+    export.add_argument("folder", metavar="OUT")
+    export.add_argument(
+        "--dense", action="store_true", required=True, help="to the stock architecture, at its full size"
+    )
+    export.add_argument(
+        "--drop-bias", action="store_true", help="leave out biases the stock architecture has no place for"
+    )
+    export.add_argument("-o", "--out", required=True)
+
+    commands.add_parser("methods", help="list what is registered")
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", help="folder to write; must not exist")
+    parser.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
+    parser.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, without loading weights")
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {pair}: expected FIELD=VALUE")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+def _compress(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.recipe import load_recipe, make_recipe, merge, recipe_values
+
+    if args.command == "run":
+        recipe = load_recipe(args.recipe)
+    else:
+        values = recipe_values(**{word: getattr(args, word) for word in _WORDS}, options=_settings(args.set))
+        recipe = make_recipe(merge({"model": args.model}, values), args.preset)
+        if args.print_recipe:
+            print(recipe.to_yaml(), end="")  # noqa: T201 - the recipe is the output
+            return
+    if args.dry_run:
+        _plan(recipe, console)
+        return
+    if not args.out:
+        raise RecipeError("-o OUT is missing: the folder to write")
+    from bolaco.api import run
+    from bolaco.progress import Reporter
+    from bolaco.report.tables import seconds_line, summary_table
+
+    result = run(recipe, args.out, work=args.work, keep_work=args.keep_work, reporter=Reporter())
+    console.print(summary_table(result.info))
+    console.print(seconds_line(result.info))
+    console.print(f"written to {result.path}")
+
+
+def _plan(recipe: Any, console: Console) -> None:
+    from bolaco.allocate import hand_keeps
+    from bolaco.checkpoint.write import refuse_compressed
+    from bolaco.factorize import get_method
+    from bolaco.models.load import load_config
+    from bolaco.models.structure import inspect_structure, meta_model
+    from bolaco.pipeline import space_of
+    from bolaco.report.tables import plan_table
+
+    get_method(recipe.factorization.method)
+    config = load_config(recipe.model)
+    refuse_compressed(config)
+    structure = inspect_structure(meta_model(config))
+    space = space_of(recipe, structure)
+    console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
+    calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
+    console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
+    if search.space != "none":
+        length = validation.seq_len or calibration.seq_len
+        console.print(
+            f"search {search.space}: {search.trials} trials on {validation.sequences} x {length} tokens of "
+            f"{validation.source or calibration.source}, dimensions {', '.join(space.names)}"
+        )
+
+
+def _eval(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.api import evaluate
+    from bolaco.progress import Reporter
+
+    result = evaluate(
+        args.model,
+        args.data,
+        seq_len=args.seq_len,
+        limit=args.limit,
+        dtype=args.dtype,
+        device=args.device,
+        bos=args.bos,
+        reporter=Reporter(),
+    )
+    record = {"model": args.model, "data": args.data} | asdict(result)
+    if args.json:
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(
+        f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
+        f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
+    )
+
+
+def _inspect(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.checkpoint.info import read_info
+    from bolaco.report.tables import ranks_table, seconds_line, summary_table, trials_table
+
+    info = read_info(args.folder)
+    console.print(summary_table(info))
+    console.print(ranks_table(info["ranks"]))
+    if info["trials"]:
+        console.print(trials_table(info["trials"]))
+        best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]
+        console.print("best objective so far: " + " ".join(f"{value:.2f}" for value in best))
+    console.print(seconds_line(info))
+
+
+def _export(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.checkpoint.export import export_dense
+
+    counts = export_dense(args.folder, Path(args.out), args.drop_bias)
+    before, after = counts["parameters"], counts["parameters_dense"]
+    console.print(
+        f"written to {args.out}: a stock checkpoint with {after:,} parameters; the compressed one has {before:,}. "
+        "Multiplying the factors gives the saved size and speed back."
+    )
+
+
+def _methods(_: argparse.Namespace, console: Console) -> None:
+    from rich.table import Table
+
+    from bolaco.factorize.registry import METHODS
+
+    table = Table("method", "source", "what it does")
+    for name, entry in METHODS.items():
+        table.add_row(name, entry.paper, entry.summary)
+    console.print(table)
+
+
+_COMMANDS = {
+    "compress": _compress,
+    "run": _compress,
+    "eval": _eval,
+    "inspect": _inspect,
+    "export": _export,
+    "methods": _methods,
+}
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """Whether the disk was full, however deep in the chain of causes (safetensors reports it as text)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "No space left" in str(error) or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    # Libraries draw their own bars on import; a run shows one set only.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    console = Console(highlight=False, soft_wrap=True)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    try:
+        _COMMANDS[args.command](args, console)
+    except BolacoError as error:
+        errors.print(f"bolaco: error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("bolaco: stopped; the same command continues where this one was")
+        return 130
+    except Exception as error:
+        if _no_space(error):
+            errors.print("bolaco: error: no space left on the disk; free some and give the same command again")
+            return 1
+        if isinstance(error, OSError) and error.filename is not None:
+            errors.print(f"bolaco: error: {error.filename}: {error.strerror}")
+            return 1
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Text sources, and the equal-length token blocks packed from them.
+
+A source is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, a hub data set (``id``, ``id:config`` or
+``id:config:split``), or ``pydoc`` (the English of Python's own documentation, which every Python carries). A slice of
+its documents is written behind it: ``c4.jsonl[:1000]``, ``c4.jsonl[1000:]``.
+
+Packing: documents are tokenized one by one in order, concatenated without separators, and cut into blocks of equal
+length; nothing is padded and the short rest is dropped. One stream feeds several uses (calibration, validation,
+evaluation) with disjoint blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bolaco.errors import DataError
+
+_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$", re.DOTALL)
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}$")
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or Path(name).suffix in _BUILDERS or name.startswith((".", "/", "~"))
+
+
+def read_documents(source: str) -> Iterator[str]:
+    """Yields the non-empty documents of a source, in order.
+
+    Raises:
+        DataError: the source does not exist, cannot be read, or has no text column.
+    """
+    match = _SLICE.match(source)
+    name = match["name"] if match else source
+    documents = _all_documents(name)
+    if match:
+        stop = int(match["stop"]) if match["stop"] else None
+        documents = itertools.islice(documents, int(match["start"] or 0), stop)
+    return (text for text in documents if text.strip())
+
+
+def _all_documents(name: str) -> Iterator[str]:
+    if name == "pydoc" and not Path(name).exists():
+        yield from _pydoc()
+    elif _is_path(name):
+        for file in _files(Path(name).expanduser()):
+            yield from _read(str(file), _BUILDERS[file.suffix], {"data_files": str(file)})
+    elif _HUB_ID.match(name):
+        dataset, config, split = (*name.split(":"), "", "")[:3]
+        # C4 asks for a configuration; English is what the field calibrates on.
+        arguments = {"name": config or ("en" if dataset == "allenai/c4" else None), "split": split or "train"}
+        yield from _read(name, dataset, arguments)
+    else:
+        raise DataError(f"{name}: neither a file, a folder nor a hub data set id")
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS)
+        if not files:
+            raise DataError(f"{path}: the folder holds no {', '.join(_BUILDERS)} file")
+        return files
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.suffix not in _BUILDERS:
+        raise DataError(f"{path}: unknown kind of file; known are {', '.join(_BUILDERS)}")
+    return [path]
+
+
+def _read(name: str, builder: str, arguments: dict[str, Any]) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    arguments = {"split": "train", **arguments}
+    if builder == "text":
+        arguments["sample_by"] = "document"
+    try:
+        # Streaming: nothing is copied into a cache, and only what is needed is read.
+        for row in load_dataset(builder, streaming=True, **arguments):
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise DataError(f"{name}: rows have no 'text' string (they have {', '.join(map(str, row))})")
+            yield text
+    except DataError:
+        raise
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{name}: cannot be read: {reason[0]}") from error
+
+
+def _pydoc() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a BOS token before a text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+class TokenStream:
+    """Hands out disjoint blocks of one source's tokens, in order.
+
+    Args:
+        source: what :func:`read_documents` takes.
+        tokenizer: a transformers tokenizer.
+        bos: ``text``: special tokens as the tokenizer adds them to each document; ``window``: every block starts with
+            BOS, none inside; ``auto``: ``window`` for models that break down without it (Gemma), else ``text``.
+        model_type: for ``auto``.
+    """
+
+    def __init__(self, source: str, tokenizer: Any, bos: str = "auto", model_type: str = "") -> None:
+        if bos == "auto":
+            bos = "window" if "gemma" in model_type else "text"
+        self.source = source
+        self.tokenizer = tokenizer
+        self.window_bos = bos == "window"
+        if self.window_bos and tokenizer.bos_token_id is None:
+            raise DataError("bos: window needs a tokenizer with a BOS token; this one has none")
+        self._documents = read_documents(source)
+        self._rest = torch.empty(0, dtype=torch.long)
+        self.tokens_read = 0
+
+    def take(self, count: int | None, length: int, purpose: str) -> Tensor:
+        """The next ``count`` blocks (None: all that are left), shape ``[count, length]``, int64.
+
+        Raises:
+            DataError: the source ends first; the message has both numbers.
+        """
+        body = length - 1 if self.window_bos else length
+        wanted = None if count is None else count * body
+        chunks, held = [self._rest], len(self._rest)
+        while wanted is None or held < wanted:
+            text = next(self._documents, None)
+            if text is None:
+                break
+            ids = self.tokenizer(text, add_special_tokens=not self.window_bos, verbose=False).input_ids
+            chunks.append(torch.tensor(ids, dtype=torch.long))
+            held += len(ids)
+            self.tokens_read += len(ids)
+        tokens = torch.cat(chunks)
+        blocks = held // body if count is None else count
+        if blocks == 0 or held < blocks * body:
+            raise DataError(
+                f"{self.source}: too short for {purpose}: {max(blocks, 1)} x {length} tokens are needed, "
+                f"{held} are left; give more text, fewer sequences or a smaller length"
+            )
+        self._rest = tokens[blocks * body :]
+        result = tokens[: blocks * body].view(blocks, body)
+        if self.window_bos:
+            start = torch.full((blocks, 1), self.tokenizer.bos_token_id)
+            result = torch.cat([start, result], dim=1)
+        return result
+
+
+def fingerprint(*blocks: Tensor) -> str:
+    """A short hash of token blocks, to recognise changed text when a run is resumed."""
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(repr(tuple(block.shape)).encode())
+        digest.update(block.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,40 @@
+"""Errors a user can cause, each with one line that names what is at fault and what to do.
+
+Every leaf also inherits the standard type it refines, so callers who do not know bolaco can still catch it.
+"""
+
+
+class BolacoError(Exception):
+    """Base of every error bolaco raises on purpose; the command line prints it as one line."""
+
+
+class RecipeError(BolacoError, ValueError):
+    """An option is unknown, of the wrong type or out of range."""
+
+
+class UnsupportedModelError(BolacoError, ValueError):
+    """The model's structure is not one bolaco can compress; the message names the module."""
+
+
+class DataError(BolacoError, ValueError):
+    """A text source is unreadable, empty or too short."""
+
+
+class BudgetError(BolacoError, ValueError):
+    """No allocation of ranks can meet the parameter budget."""
+
+
+class NonFiniteError(BolacoError, ArithmeticError):
+    """NaN or infinity in weights, activations or losses."""
+
+
+class ResumeError(BolacoError, RuntimeError):
+    """A work folder is damaged, in use, or belongs to another run."""
+
+
+class OutputExistsError(BolacoError, FileExistsError):
+    """The output folder exists already; nothing is overwritten."""
+
+
+class CheckpointError(BolacoError, OSError):
+    """A compressed checkpoint is incomplete or malformed."""

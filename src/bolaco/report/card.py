@@ -1,0 +1,56 @@
+"""The model card of a compressed folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from bolaco.recipe import Recipe
+from bolaco.report.tables import seconds_line, summary_rows
+
+
+def model_card(info: dict[str, Any], name: str) -> str:
+    """Markdown with the measured numbers and the recipe that reproduces them."""
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["bolaco", "low-rank"],
+    }
+    if info["model"].count("/") == 1 and not info["model"].startswith((".", "/", "~")):
+        front["base_model"] = info["model"]
+    ppl = info["perplexity"]
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
+    recipe = Recipe.model_validate(info["recipe"]).to_yaml()
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {name}
+
+`{info["model"]}` with its decoder matrices replaced by low-rank products, made by bolaco
+(method {info["method"]}, keep ratio {info["keep"]}).
+
+| | dense | compressed | ratio / gap |
+|---|---:|---:|---:|
+{rows}
+
+Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl["seq_len"]} tokens,
+{ppl["tokens"]:,} predicted tokens.
+{seconds_line(info)}.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""

@@ -1,0 +1,124 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+from rich.table import Table
+
+from bolaco.allocate import Budget, Ranks
+from bolaco.models.structure import TYPES, Structure
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f} M"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def summary_rows(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows (quantity, dense, compressed, ratio or gap) of the final table."""
+    ppl = info["perplexity"]
+    gap = math.log(ppl["compressed"] / ppl["dense"]) if math.isfinite(ppl["compressed"]) else math.inf
+    return [
+        ("perplexity", f"{ppl['dense']:.3f}", f"{ppl['compressed']:.3f}", f"{gap:+.3f} nats"),
+        (
+            "parameters, decoder linears",
+            _millions(info["parameters_linears_dense"]),
+            _millions(info["parameters_linears"]),
+            f"{info['keep_linears']:.4f}",
+        ),
+        (
+            "parameters, whole model",
+            _millions(info["parameters_dense"]),
+            _millions(info["parameters"]),
+            f"{info['keep_model']:.4f}",
+        ),
+        (
+            "weights on disk",
+            _mib(info["bytes_dense"]),
+            _mib(info["bytes"]),
+            f"{info['bytes'] / info['bytes_dense']:.4f}",
+        ),
+    ]
+
+
+def summary_table(info: dict[str, Any]) -> Table:
+    """Dense against compressed."""
+    ppl = info["perplexity"]
+    title = (
+        f"{info['model']}, keep {info['keep']}: perplexity on {ppl['data']}, {ppl['windows']} x {ppl['seq_len']} tokens"
+    )
+    table = Table("", title=title, title_justify="left")
+    for column in ("dense", "compressed", "ratio / gap"):
+        table.add_column(column, justify="right")
+    for row in summary_rows(info):
+        table.add_row(*row)
+    return table
+
+
+def seconds_line(info: dict[str, Any]) -> str:
+    """Seconds per stage, in one line."""
+    parts = [f"{stage} {seconds:.1f}" for stage, seconds in info["seconds"].items()]
+    return f"seconds: {', '.join(parts)}; {sum(info['seconds'].values()):.1f} in all"
+
+
+def ranks_table(ranks: Ranks) -> Table:
+    """Ranks, layer by type; runs of equal layers share a row."""
+    cells: dict[int, dict[str, str]] = defaultdict(dict)
+    for name, rank in ranks.items():
+        parts = name.split(".")
+        layer = next(int(part) for part in parts if part.isdigit())
+        cells[layer][type_of(name)] = "dense" if rank is None else str(rank)
+    types = [t for t in TYPES if any(t in row for row in cells.values())]
+    table = Table("layers", *types, title="rank of each matrix", title_justify="left")
+    layers = sorted(cells)
+    start = 0
+    for i in range(1, len(layers) + 1):
+        if i == len(layers) or cells[layers[i]] != cells[layers[start]]:
+            label = str(layers[start]) if i - start == 1 else f"{layers[start]}-{layers[i - 1]}"
+            table.add_row(label, *[cells[layers[start]].get(t, "") for t in types])
+            start = i
+    return table
+
+
+def type_of(name: str) -> str:
+    """Matrix type of a site name."""
+    from bolaco.models.structure import LAYOUT
+
+    tail = name.rpartition(".")[2]
+    if tail in TYPES:
+        return tail
+    return next(types[0] for suffix, types in LAYOUT.items() if name.endswith("." + suffix))
+
+
+def trials_table(trials: list[dict[str, Any]], limit: int = 10) -> Table:
+    """The best trials, and where in the search they came."""
+    shown = sorted(range(len(trials)), key=lambda i: trials[i]["objective"])[:limit]
+    names = list(trials[0]["keep"])
+    table = Table("trial", "objective", "perplexity", "KL", *names, title="best trials", title_justify="left")
+    for i in shown:
+        trial = trials[i]
+        numbers = [f"{trial[key]:.2f}" for key in ("objective", "perplexity", "kl")]
+        table.add_row(str(i), *numbers, *[f"{trial['keep'][n]:.3f}" for n in names])
+    return table
+
+
+def plan_table(structure: Structure, budget: Budget, ranks: Ranks) -> Table:
+    """What a run would do, matrix type by matrix type: `--dry-run`."""
+    table = Table("type", "matrices", "shape", "rank of the hand allocation", title_justify="left")
+    table.title = (
+        f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
+        f"hand allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
+    )
+    for kind in TYPES:
+        sites = [site for site in structure.sites if site.type == kind]
+        if sites:
+            shapes = sorted({f"{s.out_features} x {s.in_features}" for s in sites})
+            used = sorted({"dense" if ranks[s.name] is None else str(ranks[s.name]) for s in sites})
+            table.add_row(kind, str(len(sites)), ", ".join(shapes), ", ".join(used))
+    return table

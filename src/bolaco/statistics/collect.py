@@ -1,0 +1,188 @@
+"""Running a decoder block by block, and the input statistics that this yields.
+
+The hidden states between two blocks are cached, so each block sees the whole calibration text before the next one
+starts: statistics exist for one block at a time, and peak memory is the model, one block's statistics and the cache
+(in memory, or a memory-mapped file). The statistics are taken on the fly from the same forward pass that produces the
+next block's inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bolaco.errors import NonFiniteError, UnsupportedModelError
+from bolaco.models.structure import Site, Structure
+from bolaco.statistics.moments import Moments, PooledMoments
+
+# Called with (input group, the input [batch, length, d], index of the batch's first sequence).
+Observer = Callable[[str, Tensor, int], None]
+
+
+class _EmbeddingsDone(Exception):
+    """Stops a forward pass once the first block's input is known."""
+
+
+class BlockWalk:
+    """The hidden states of all sequences, carried through the decoder one block at a time.
+
+    Args:
+        model: the model, in evaluation mode.
+        structure: its structure.
+        tokens: ``[sequences, length]``.
+        batch: sequences per forward pass.
+        cache_file: memory-map the hidden states here instead of holding them in memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        tokens: Tensor,
+        batch: int,
+        cache_file: Path | None = None,
+    ) -> None:
+        self.model, self.structure = model, structure
+        self.blocks = structure.block_list(model)
+        self.sequences, self.length = tokens.shape
+        self.layer = 0
+        self._slices = [slice(a, min(a + batch, self.sequences)) for a in range(0, self.sequences, batch)]
+        self._cache_file = cache_file
+        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self.hidden = self._embed(tokens)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor | None = None
+        seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            kwargs = dict(kwargs)
+            state = args[0] if args else kwargs.pop("hidden_states")
+            seen.append((args[1:], kwargs, state))
+            if stop_early:
+                raise _EmbeddingsDone
+
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
+        try:
+            for rows in self._slices:
+                size = rows.stop - rows.start
+                # The first batch of each size runs whole: masks and rotary angles may differ from block to block.
+                stop_early = size in self._arguments
+                seen.clear()
+                try:
+                    with torch.no_grad():
+                        self.model.base_model(input_ids=tokens[rows].to(self.model.device), use_cache=False)
+                except _EmbeddingsDone:
+                    pass
+                if not stop_early:
+                    self._arguments[size] = [(args, kwargs) for args, kwargs, _ in seen]
+                state = seen[0][2]
+                if hidden is None:
+                    hidden = self._allocate((self.sequences, self.length, state.shape[-1]), state.dtype)
+                hidden[rows] = state.to("cpu")
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert hidden is not None  # there is at least one batch
+        return hidden
+
+    def _allocate(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+        if self._cache_file is None:
+            return torch.empty(shape, dtype=dtype)
+        size = shape[0] * shape[1] * shape[2]
+        return torch.from_file(str(self._cache_file), shared=True, size=size, dtype=dtype).view(shape)
+
+    def advance(self, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
+        """Runs the next block on every sequence; ``observe`` sees each shared input of the block once per batch.
+
+        Raises:
+            UnsupportedModelError: projections that should share an input do not.
+            NonFiniteError: the block's output holds NaN or infinity.
+        """
+        block = self.blocks[self.layer]
+        handles, first = self._observe(observe) if observe else ([], {})
+        try:
+            for rows in self._slices:
+                first["start"] = rows.start
+                args, kwargs = self._arguments[rows.stop - rows.start][self.layer]
+                state = self.hidden[rows].to(self.model.device)
+                with torch.no_grad():
+                    output = block(state, *args, **kwargs)
+                output = output[0] if isinstance(output, tuple) else output
+                if not torch.isfinite(output).all():
+                    raise NonFiniteError(
+                        f"block {self.layer}: its output holds NaN or infinity on calibration sequences "
+                        f"{rows.start}-{rows.stop - 1}; try --dtype float32"
+                    )
+                self.hidden[rows] = output.to("cpu")
+                if tick:
+                    tick(rows.stop - rows.start)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.layer += 1
+
+    def _observe(self, observe: Observer) -> tuple[list[Any], dict[str, Any]]:
+        """Hooks on the block's projections; the dict carries the running batch and each group's input pointer."""
+        state: dict[str, Any] = {}
+        handles = []
+        modules: dict[str, Site] = {}
+        for site in self.structure.of_layer(self.layer):
+            modules.setdefault(site.module, site)
+        leaders = {site.input_group: name for name, site in reversed(modules.items())}
+
+        def make(name: str, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                x = args[0]
+                if leaders[site.input_group] == name:
+                    state[site.input_group] = x.data_ptr()
+                    observe(site.input_group, x, state["start"])
+                elif state.get(site.input_group) != x.data_ptr():
+                    raise UnsupportedModelError(
+                        f"{site.name}: does not share its input with {leaders[site.input_group]}"
+                    )
+
+            return hook
+
+        for name, site in modules.items():
+            module = self.model.base_model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(make(name, site)))
+        return handles, state
+
+    def close(self) -> None:
+        """Frees the cache."""
+        self.hidden = torch.empty(0)
+        if self._cache_file is not None:
+            self._cache_file.unlink(missing_ok=True)
+
+
+def collect(walk: BlockWalk, groups: int, tick: Callable[[int], Any] | None = None) -> dict[str, Moments]:
+    """Runs the next block of ``walk``; returns the pooled moments of each of its shared inputs.
+
+    Sequence ``i`` of ``n`` belongs to group ``i * groups // n``, so groups are runs of consecutive sequences.
+
+    Raises:
+        NonFiniteError: naming the block and the input.
+    """
+    layer = walk.layer
+    groups = min(groups, walk.sequences)
+    estimators: dict[str, PooledMoments] = {}
+
+    def observe(name: str, x: Tensor, start: int) -> None:
+        if name not in estimators:
+            estimators[name] = PooledMoments(x.shape[-1], groups, x.device)
+        owner = [(start + i) * groups // walk.sequences for i in range(len(x))]
+        for group in sorted(set(owner)):
+            rows = [i for i, g in enumerate(owner) if g == group]
+            try:
+                estimators[name].update(x[rows[0] : rows[-1] + 1], group)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"block {layer}, input of {name}: {error}") from None
+
+    walk.advance(observe, tick)
+    return {name: estimator.finalize() for name, estimator in estimators.items()}

@@ -1,0 +1,139 @@
+"""Pooled mean and covariance of vectors that arrive in batches (arXiv 2405.10616, section 3.1).
+
+The calibration data are split into groups; the pooled covariance is the mean of the groups' unbiased sample
+covariances, each centred on its own group mean. With ``n_g`` vectors in group ``g``::
+
+    pooled = (sum_x (x - c)(x - c)^T - sum_g n_g d_g d_g^T) / sum_g (n_g - 1),    d_g = mean_g - c
+
+for any fixed shift ``c``: one d x d matrix for all groups, and the whole state adds up over shards and over batches
+in any order. For groups of equal size this is the plain mean of the covariances; a short last group counts by its
+degrees of freedom. The shift, taken from the first batch, keeps the subtraction harmless where means are large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bolaco.errors import NonFiniteError
+
+# Columns per panel of the symmetric product: only panels on and above the diagonal are computed.
+_PANEL = 256
+# Rows accumulated in the inputs' precision before they are added to the float64 total.
+_FLUSH_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Finished statistics of ``count`` vectors of length d, in float64.
+
+    Attributes:
+        mean: ``[d]``, the mean of the group means weighted by their counts.
+        covariance: ``[d, d]``, pooled within groups.
+        second_moment: ``[d, d]``, E[x x^T], not centred.
+        count: vectors seen.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    second_moment: Tensor
+    count: int
+
+
+class PooledMoments:
+    """Accumulates :class:`Moments`. All vectors of one :meth:`update` belong to one group.
+
+    Args:
+        dim: length d of the vectors.
+        groups: number of groups m; ``groups=1`` gives the ordinary sample covariance.
+        device: where to accumulate; the total is float64 (a GPU keeps it too).
+    """
+
+    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
+        self.dim, self.groups = dim, groups
+        self.shift: Tensor | None = None
+        self.counts = torch.zeros(groups, dtype=torch.int64)
+        self.sums = torch.zeros(groups, dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._pending: Tensor | None = None
+        self._pending_rows = 0
+
+    def update(self, x: Tensor, group: int = 0) -> None:
+        """Adds vectors ``[..., d]`` of one group.
+
+        Raises:
+            NonFiniteError: a NaN or infinity among them.
+        """
+        x = x.detach().reshape(-1, self.dim)
+        # float64 inputs stay float64 (the reference path); everything else is accumulated from float32.
+        x = x if x.dtype == torch.float64 else x.float()
+        if self.shift is None:
+            self.shift = x.mean(dim=0).double()
+        x = x - self.shift.to(x.dtype)
+        total = x.sum(dim=0, dtype=torch.float64)
+        if not torch.isfinite(total).all():
+            raise NonFiniteError(f"NaN or infinity in input {int((~torch.isfinite(total)).nonzero()[0])} of {self.dim}")
+        self.sums[group] += total
+        self.counts[group] += len(x)
+        if self._pending is None or self._pending.dtype != x.dtype:
+            self._flush()
+            self._pending = torch.zeros(self.dim, self.dim, dtype=x.dtype, device=x.device)
+        for start in range(0, self.dim, _PANEL):
+            panel = slice(start, start + _PANEL)
+            self._pending[panel, start:].addmm_(x[:, panel].T, x[:, start:])
+        self._pending_rows += len(x)
+        if self._pending_rows >= _FLUSH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending is not None and self._pending_rows:
+            self._scatter += self._pending
+            self._pending.zero_()
+            self._pending_rows = 0
+
+    def merge(self, other: PooledMoments) -> None:
+        """Adds the state of another shard (its groups are the same groups); ``other`` is left as it is.
+
+        Raises:
+            ValueError: different dimension or number of groups.
+        """
+        if (self.dim, self.groups) != (other.dim, other.groups):
+            raise ValueError(f"cannot merge {other.groups} groups of {other.dim} into {self.groups} of {self.dim}")
+        if other.shift is None:
+            return
+        self._flush()
+        other._flush()
+        if self.shift is None:
+            self.shift = other.shift.clone()
+        # Re-base the other shard from its shift to ours: x - ours = (x - theirs) + delta.
+        delta = other.shift - self.shift
+        sums = other.sums.sum(dim=0)
+        cross = torch.outer(sums, delta)
+        self._scatter += other._scatter + cross + cross.T + int(other.counts.sum()) * torch.outer(delta, delta)
+        self.sums += other.sums + other.counts.to(delta)[:, None] * delta
+        self.counts += other.counts
+
+    def finalize(self) -> Moments:
+        """The statistics so far; the accumulator can go on afterwards.
+
+        Raises:
+            ValueError: fewer than two vectors in every group.
+        """
+        self._flush()
+        freedom = int((self.counts - 1).clamp(min=0).sum())
+        if freedom < 1 or self.shift is None:
+            raise ValueError(f"a covariance needs at least two vectors in a group, got {self.counts.tolist()}")
+        upper = torch.triu(self._scatter)
+        scatter = upper + torch.triu(upper, diagonal=1).T
+        filled = self.counts > 0
+        counts = self.counts[filled].to(self.sums)
+        offsets = self.sums[filled] / counts[:, None]
+        within = scatter - (offsets * counts[:, None]).T @ offsets
+        total = int(self.counts.sum())
+        offset = self.sums.sum(dim=0) / total
+        mean = self.shift + offset
+        cross = torch.outer(offset, self.shift)
+        second = scatter / total + cross + cross.T + torch.outer(self.shift, self.shift)
+        return Moments(mean, within / freedom, second, total)

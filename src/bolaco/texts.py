@@ -1,0 +1,59 @@
+"""The texts of a run: disjoint token blocks for calibration, validation and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bolaco.data import TokenStream, fingerprint
+from bolaco.errors import DataError
+from bolaco.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token blocks ``[sequences, length]``; ``candidates`` is None when nothing is searched."""
+
+    calibration: Tensor
+    candidates: Tensor | None
+    evaluation: Tensor
+    evaluation_source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any token."""
+        return fingerprint(*[t for t in (self.calibration, self.candidates, self.evaluation) if t is not None])
+
+
+def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any) -> Texts:
+    """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
+
+    Raises:
+        DataError: unreadable or too short text, or sequences longer than the model's positions.
+    """
+    streams: dict[str, TokenStream] = {}
+    calibration_source = recipe.calibration.source
+    validation_source = recipe.validation.source or calibration_source
+    evaluation_source = recipe.evaluation.source or validation_source
+
+    def take(source: str, count: int | None, length: int, purpose: str) -> Tensor:
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise DataError(
+                f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
+            )
+        if source not in streams:
+            streams[source] = TokenStream(source, tokenizer, recipe.bos, config.model_type)
+        return streams[source].take(count, length, purpose)
+
+    length = recipe.calibration.seq_len
+    calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
+    candidates = None
+    if recipe.search.space != "none":
+        candidates = take(
+            validation_source, recipe.validation.candidates, recipe.validation.seq_len or length, "validation"
+        )
+    evaluation = take(evaluation_source, recipe.evaluation.windows, recipe.evaluation.seq_len or length, "evaluation")
+    return Texts(calibration, candidates, evaluation, evaluation_source)
