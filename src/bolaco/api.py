@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bolaco import pipeline
 from bolaco.data import TokenStream
 from bolaco.errors import DataError
 from bolaco.evaluate.perplexity import PerplexityResult, perplexity
-from bolaco.models.load import load_model, load_tokenizer
+from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
 
@@ -67,15 +68,16 @@ def run(
     tokenizer: Any = None,
 ) -> pipeline.Result:
     """Runs a recipe; see :func:`compress`."""
-    return pipeline.compress(
-        recipe,
-        Path(out).expanduser(),
-        reporter or Reporter(quiet=True),
-        None if work is None else Path(work).expanduser(),
-        keep_work,
-        model,
-        tokenizer,
-    )
+    with nullcontext() if model is None else evaluation_mode(model):
+        return pipeline.compress(
+            recipe,
+            Path(out).expanduser(),
+            reporter or Reporter(quiet=True),
+            None if work is None else Path(work).expanduser(),
+            keep_work,
+            model,
+            tokenizer,
+        )
 
 
 def evaluate(
@@ -101,15 +103,22 @@ def evaluate(
         tokenizer: for a loaded model.
         dtype, device, bos, batch: as in a recipe.
         reporter: where progress goes.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
     """
+    if seq_len < 2:
+        raise DataError(f"seq_len must be at least 2, got {seq_len}: the first token of a window is not predicted")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1, got {limit}")
     loaded = load_model(model, dtype, device) if isinstance(model, str) else model
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else str(loaded.name_or_path))
     positions = getattr(loaded.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
-        raise DataError(f"--seq-len {seq_len}: the model has {positions} positions")
+        raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
     model_type = loaded.config.model_type
     blocks = TokenStream(data, tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
     reporter = reporter or Reporter(quiet=True)
-    with reporter.stage("evaluate", len(blocks)) as tick:
+    with evaluation_mode(loaded), reporter.stage("evaluate", len(blocks)) as tick:
         return perplexity(loaded, blocks, batch, tick)

@@ -37,7 +37,7 @@ An interrupted run continues when the same command is given again.
 
 # Options of `compress` that are fields of the recipe.
 _WORDS = (
-    *("keep", "search", "trials", "method", "calibration", "validation", "evaluation", "seq_len"),
+    *("keep", "search", "trials", "method", "storage", "calibration", "validation", "evaluation", "seq_len"),
     *("warm_start", "seed", "dtype", "device"),
 )
 
@@ -56,8 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("model", metavar="MODEL")
     compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
     compress.add_argument(
-        "--search", choices=("5x1", "5x4", "none"), help="search space; none takes the hand allocation"
+        "--search", choices=("5x1", "5x4", "spectral", "none"), help="how ranks are found (5x1); none: hand allocation"
     )
+    compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (two-factor)")
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
     compress.add_argument("--method", help="factorization, one of `bolaco methods` (afm)")
     compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
@@ -141,7 +142,10 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair}: expected FIELD=VALUE")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {pair}: the value is no YAML") from None
     return options
 
 
@@ -188,7 +192,7 @@ def _plan(recipe: Any, console: Console) -> None:
     console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
     console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
-    if search.space != "none":
+    if recipe.searches:
         length = validation.seq_len or calibration.seq_len
         console.print(
             f"search {search.space}: {search.trials} trials on {validation.sequences} x {length} tokens of "
@@ -197,6 +201,8 @@ def _plan(recipe: Any, console: Console) -> None:
 
 
 def _eval(args: argparse.Namespace, console: Console) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise RecipeError(f"--json {args.json}: there is no such folder")
     from bolaco.api import evaluate
     from bolaco.progress import Reporter
 
@@ -210,13 +216,13 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
         bos=args.bos,
         reporter=Reporter(),
     )
-    record = {"model": args.model, "data": args.data} | asdict(result)
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(
         f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
         f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
     )
+    if args.json:
+        record = {"model": args.model, "data": args.data} | asdict(result)
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
@@ -229,7 +235,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     if info["trials"]:
         console.print(trials_table(info["trials"]))
         best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]
-        console.print("best objective so far: " + " ".join(f"{value:.2f}" for value in best))
+        console.print("best objective so far: " + " ".join(f"{value:.5g}" for value in best))
     console.print(seconds_line(info))
 
 
@@ -282,12 +288,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console = Console(highlight=False, soft_wrap=True)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    # Names of models and files are printed as they are: no markup, no emoji codes in them.
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
         _COMMANDS[args.command](args, console)
     except BolacoError as error:
-        errors.print(f"bolaco: error: {error}")
+        errors.print(f"bolaco: error: {' '.join(str(error).splitlines())}")
         return 1
     except KeyboardInterrupt:
         errors.print("bolaco: stopped; the same command continues where this one was")

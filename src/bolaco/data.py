@@ -11,6 +11,7 @@ evaluation) with disjoint blocks.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 import re
@@ -29,7 +30,9 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}$")
 
 
 def _is_path(name: str) -> bool:
-    return Path(name).expanduser().exists() or Path(name).suffix in _BUILDERS or name.startswith((".", "/", "~"))
+    return bool(name) and (
+        Path(name).expanduser().exists() or Path(name).suffix in _BUILDERS or name.startswith((".", "/", "~"))
+    )
 
 
 def read_documents(source: str) -> Iterator[str]:
@@ -52,7 +55,8 @@ def _all_documents(name: str) -> Iterator[str]:
         yield from _pydoc()
     elif _is_path(name):
         for file in _files(Path(name).expanduser()):
-            yield from _read(str(file), _BUILDERS[file.suffix], {"data_files": str(file)})
+            if file.stat().st_size:
+                yield from _read(str(file), _BUILDERS[file.suffix], {"data_files": glob.escape(str(file))})
     elif _HUB_ID.match(name):
         dataset, config, split = (*name.split(":"), "", "")[:3]
         # C4 asks for a configuration; English is what the field calibrates on.
@@ -64,7 +68,7 @@ def _all_documents(name: str) -> Iterator[str]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS)
+        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
         if not files:
             raise DataError(f"{path}: the folder holds no {', '.join(_BUILDERS)} file")
         return files
@@ -76,10 +80,12 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(name: str, builder: str, arguments: dict[str, Any]) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.utils.logging import disable_progress_bar
+    from datasets import config, load_dataset
+    from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
     disable_progress_bar()
+    set_verbosity(CRITICAL)  # what is wrong is raised, too
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request for every file read, local ones included
     arguments = {"split": "train", **arguments}
     if builder == "text":
         arguments["sample_by"] = "document"
@@ -88,7 +94,8 @@ def _read(name: str, builder: str, arguments: dict[str, Any]) -> Iterator[str]:
         for row in load_dataset(builder, streaming=True, **arguments):
             text = row.get("text")
             if not isinstance(text, str):
-                raise DataError(f"{name}: rows have no 'text' string (they have {', '.join(map(str, row))})")
+                found = f"text is {type(text).__name__}" if "text" in row else f"they have {', '.join(map(str, row))}"
+                raise DataError(f"{name}: rows have no 'text' string ({found})")
             yield text
     except DataError:
         raise
@@ -150,7 +157,7 @@ class TokenStream:
             chunks.append(torch.tensor(ids, dtype=torch.long))
             held += len(ids)
             self.tokens_read += len(ids)
-        tokens = torch.cat(chunks)
+        self._rest = tokens = torch.cat(chunks)
         blocks = held // body if count is None else count
         if blocks == 0 or held < blocks * body:
             raise DataError(

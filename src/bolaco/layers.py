@@ -33,6 +33,55 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class PivotedLinear(nn.Module):
+    """A matrix of the given rank, stored as some of its rows (or columns) and what makes the others from them.
+
+    ``side="rows"``: ``pivot`` computes r outputs, ``rest`` the others from those, ``order`` puts them in place.
+    ``side="columns"``: ``order`` puts r inputs first, ``rest`` folds the others into them, ``pivot`` maps them on.
+    r (in + out - r) parameters, never more than the dense matrix (arXiv 2501.19090).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, side: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank, self.side = in_features, out_features, rank, side
+        if side == "rows":
+            self.pivot = nn.Linear(in_features, rank, bias=bias)
+            self.rest = nn.Linear(rank, out_features - rank, bias=bias)
+        else:
+            self.rest = nn.Linear(in_features - rank, rank, bias=False)
+            self.pivot = nn.Linear(rank, out_features, bias=bias)
+        size = out_features if side == "rows" else in_features
+        self.register_buffer("order", torch.arange(size, dtype=torch.int32))
+        self.order: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        if self.side == "rows":
+            first = self.pivot(x)
+            return torch.cat([first, self.rest(first)], dim=-1).index_select(-1, self.order)
+        x = x.index_select(-1, self.order)
+        return self.pivot(x[..., : self.rank] + self.rest(x[..., self.rank :]))
+
+    def dense(self) -> Tensor:
+        """The matrix, ``[out, in]``."""
+        if self.side == "rows":
+            kept = self.pivot.weight
+            return torch.cat([kept, self.rest.weight @ kept])[self.order]
+        kept = self.pivot.weight
+        return torch.cat([kept, kept @ self.rest.weight], dim=1)[:, torch.argsort(self.order)]
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias, ``[out]``, or None."""
+        if self.side == "rows" and self.pivot.bias is not None:
+            made = self.rest.weight @ self.pivot.bias + self.rest.bias
+            return torch.cat([self.pivot.bias, made])[self.order]
+        return self.pivot.bias
+
+    def extra_repr(self) -> str:
+        """Shape, rank and side, for printing a model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, side={self.side}"
+
+
 class SplitLinear(nn.Module):
     """A fused projection (qkv, gate_up) whose parts are separate layers on the same input, outputs side by side."""
 
@@ -46,11 +95,17 @@ class SplitLinear(nn.Module):
 
 
 def build_layer(in_features: int, entry: dict[str, Any]) -> nn.Module:
-    """A layer from its entry in ``config.lowrank["matrices"]``: ``{"out", "rank", "bias"}`` or ``{"parts"}``."""
+    """A layer from its entry in ``config.lowrank["matrices"]``: ``{"out", "rank", "bias"}`` or ``{"parts"}``.
+
+    A ``"side"`` (``rows`` or ``columns``) makes a factored matrix pivoted.
+    Parts are a list, top to bottom, each with its ``"name"``: transformers sorts the keys of a configuration.
+    """
     if "parts" in entry:
-        return SplitLinear({name: build_layer(in_features, part) for name, part in entry["parts"].items()})
+        return SplitLinear({part["name"]: build_layer(in_features, part) for part in entry["parts"]})
     if entry["rank"] is None:
         return nn.Linear(in_features, entry["out"], bias=entry["bias"])
+    if "side" in entry:
+        return PivotedLinear(in_features, entry["out"], entry["rank"], entry["bias"], entry["side"])
     return LowRankLinear(in_features, entry["out"], entry["rank"], entry["bias"])
 
 

@@ -7,7 +7,7 @@ written. Each stage leaves its result in the work folder, and is skipped when it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
+from bolaco.allocate.spectral import spectral_ranks
 from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import (
     compressed_state,
@@ -26,11 +27,11 @@ from bolaco.checkpoint.write import (
 )
 from bolaco.elastic import ElasticModel
 from bolaco.errors import RecipeError
-from bolaco.evaluate.perplexity import perplexity
+from bolaco.evaluate.perplexity import PerplexityResult, perplexity
 from bolaco.factorize import get_method
 from bolaco.factorize.solver import Factors, InputMetric
 from bolaco.factorize.store import FactorStore
-from bolaco.models.load import check_finite, load_model, load_tokenizer
+from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, quiet, resolve_device
 from bolaco.models.structure import Structure, inspect_structure
 from bolaco.objective import Head, Scores, hidden_states, score
 from bolaco.progress import Reporter
@@ -38,6 +39,7 @@ from bolaco.recipe import Recipe
 from bolaco.report.card import model_card
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
+from bolaco.statistics.gradients import GradientStore, GradientWalk
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -75,29 +77,36 @@ def compress(
     """
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
+    _refuse_nested(out, work)
     get_method(recipe.factorization.method)
+    resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
         with folder.timed("load"):
             reporter.say(f"loading {recipe.model}")
+            # In order of cost: what is wrong with the options or the text shows before any weight is read.
+            config = model.config if model is not None else load_config(recipe.model)
+            refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
+            texts = prepare_texts(recipe, tokenizer, config)
             model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
-            refuse_compressed(model.config)
             check_finite(model)
             structure = inspect_structure(model)
             space = space_of(recipe, structure)
-            texts = prepare_texts(recipe, tokenizer, model.config)
+            warm = warm_ranks(recipe, space)
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
             folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
         run = _Run(recipe, model, structure, space, texts, folder, reporter)
+        run.require_space(out)
         with folder.timed("factorize"):
             run.factorize()
         with folder.timed("dense evaluation"):
             dense = run.dense_perplexity()
-        ranks, trials = run.allocate()
-        with new_folder(out) as partial:
+        ranks, trials = run.allocate(warm)
+        with new_folder(out) as partial, folder.unfinished(partial):
             with folder.timed("write"):
                 run.write(partial, ranks)
-                tokenizer.save_pretrained(partial)
+                with quiet():
+                    tokenizer.save_pretrained(partial)
             with folder.timed("evaluation"):
                 info = run.measure(partial, ranks, trials, dense)
             info["seconds"] = dict(folder.seconds)
@@ -108,14 +117,44 @@ def compress(
     return Result(out, info)
 
 
+def _refuse_nested(out: Path, work: Path) -> None:
+    """The work folder is removed at the end, and the output must not exist before: neither may hold the other."""
+    a, b = out.resolve(), work.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
+
+
+def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:
+    """The allocation of ``search.warm_start``, if there is one.
+
+    Raises:
+        RecipeError: it is of another architecture, or not allowed by this recipe.
+        CheckpointError: there is no result in that folder.
+    """
+    start = recipe.search.warm_start
+    if start is None:
+        return None
+    ranks: Ranks = read_info(start)["ranks"]
+    space.keeps_of(ranks)
+    for site in space.budget.sites.values():
+        rank = ranks.get(site.name)
+        if rank is not None and (
+            site.type in recipe.dense_types or rank > max_rank(site, recipe.search.rank_multiple, space.budget.storage)
+        ):
+            raise RecipeError(
+                f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
+            )
+    return ranks
+
+
 def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
     """The search space of a recipe on a structure."""
     search = recipe.search
     return make_space(
         structure,
-        Budget(structure.sites, recipe.keep),
+        Budget(structure.sites, recipe.keep, recipe.factorization.storage),
         search.space,
-        search.dense_types,
+        recipe.dense_types,
         search.rank_multiple,
         search.min_keep,
         search.fill,
@@ -140,18 +179,30 @@ class _Run:
         self.store = FactorStore(folder.path / "factors")
         self.parameters_dense = sum(p.numel() for p in model.parameters())
 
+    @property
+    def _factorized(self) -> bool:
+        return all(self.store.has(layer) for layer in range(self.structure.num_layers))
+
+    def require_space(self, out: Path) -> None:
+        """Stops if what is still to be written (estimated from above) does not fit."""
+        itemsize = self.model.dtype.itemsize
+        factors = 0
+        if not self._factorized:
+            factors = self.space.budget.total * itemsize
+            if self.recipe.calibration.cache == "disk":
+                factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
+        needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]
+        require_space(needs, "the factors and the checkpoint")
+
     def factorize(self) -> None:
         """Statistics and factors of every block that has none yet."""
-        layers = range(self.structure.num_layers)
-        if all(self.store.has(layer) for layer in layers):
+        if self._factorized:
             return
+        layers = range(self.structure.num_layers)
         settings = self.recipe.calibration
         tokens = self.texts.calibration
-        width = self.model.config.hidden_size
-        cache = tokens.numel() * width * self.model.dtype.itemsize if settings.cache == "disk" else 0
-        size = sum(s.size for s in self.structure.sites) * self.model.dtype.itemsize
-        require_space(self.folder.path, 2 * size + cache, "the factors and the checkpoint")
         method = get_method(self.recipe.factorization.method)
+        gradients = self._gradients() if method.gradients else None
         cache_file = self.folder.path / "hidden.cache" if settings.cache == "disk" else None
         walk = BlockWalk(self.model, self.structure, tokens, settings.batch, cache_file)
         try:
@@ -164,32 +215,54 @@ class _Run:
                     metrics: dict[str, InputMetric] = {}
                     factors: dict[str, Factors] = {}
                     for site in self.structure.of_layer(layer):
-                        top = max_rank(site, self.recipe.search.rank_multiple)
-                        if top == 0 or site.type in self.recipe.search.dense_types:
+                        top = max_rank(site, self.recipe.search.rank_multiple, self.space.budget.storage)
+                        if top == 0 or site.type in self.recipe.dense_types:
                             continue
                         group = site.input_group
                         if group not in metrics:
                             metrics[group] = method.metric(moments[group])
                         weight = self.structure.weight(self.model, site)
-                        factors[site.name] = method.prepare(weight, metrics[group], moments[group], top)
+                        extra = (gradients.load(layer)[site.name],) if gradients is not None else ()
+                        factors[site.name] = method.prepare(weight, metrics[group], moments[group], top, *extra)
                     self.store.save(layer, factors)
         finally:
             walk.close()
 
+    def _gradients(self) -> GradientStore:
+        """Second moments of the output gradients of every matrix, in the work folder."""
+        store = GradientStore(self.folder.path / "gradients")
+        layers = self.structure.num_layers
+        if not all(store.has(layer) for layer in range(layers)):
+            settings = self.recipe.calibration
+            tokens = self.texts.calibration[: settings.gradient_sequences]
+            folder = store.folder / "inputs" if settings.cache == "disk" else None
+            walk = GradientWalk(self.model, self.structure, tokens, settings.batch, self.recipe.seed, folder)
+            with self.reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
+                for layer, moments in walk.run(tick):
+                    store.save(layer, moments)
+        return store
+
     def dense_perplexity(self) -> dict[str, Any]:
         """Perplexity of the original on the evaluation text."""
-        known = self.folder.read("dense")
+        known = self.folder.read("dense", dict)
         if known is None:
             blocks = self.texts.evaluation
             with self.reporter.stage("evaluate the original", len(blocks)) as tick:
                 known = asdict(perplexity(self.model, blocks, self.recipe.validation.batch, tick))
             self.folder.write("dense", known)
+        if known.keys() != {field.name for field in fields(PerplexityResult)}:
+            raise self.folder.damaged("dense", "other fields than expected")
         return known
 
-    def allocate(self) -> tuple[Ranks, list[Trial]]:
-        """The ranks, and the trials that led to them."""
-        warm = self._warm_ranks()
-        if self.recipe.search.space == "none":
+    def allocate(self, warm: Ranks | None) -> tuple[Ranks, list[Trial]]:
+        """The ranks, and the trials that led to them; ``warm`` is an earlier allocation to start from."""
+        if self.recipe.search.space == "spectral" and warm is None:
+            method = get_method(self.recipe.factorization.method)
+            spectra = self.store.spectra(self.structure.num_layers)
+            multiple = self.recipe.search.rank_multiple
+            sites, budget = self.structure.sites, self.space.budget
+            return spectral_ranks(sites, spectra, budget, multiple, relative=not method.comparable), []
+        if not self.recipe.searches:
             if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
                 return warm, []
             keeps = hand_keeps(self.space) if warm is None else self.space.keeps_of(warm)
@@ -203,22 +276,6 @@ class _Run:
         from bolaco.allocate.bayesian import best
 
         return self.space.ranks(best(trials).levels), trials
-
-    def _warm_ranks(self) -> Ranks | None:
-        start = self.recipe.search.warm_start
-        if start is None:
-            return None
-        ranks: Ranks = read_info(start)["ranks"]
-        self.space.keeps_of(ranks)
-        for site in self.structure.sites:
-            rank = ranks.get(site.name)
-            if rank is not None and (
-                site.type in self.recipe.search.dense_types or rank > max_rank(site, self.recipe.search.rank_multiple)
-            ):
-                raise RecipeError(
-                    f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
-                )
-        return ranks
 
     def _search(self, evaluator: _Evaluator, warm: Ranks | None) -> list[Trial]:
         from bolaco.allocate.bayesian import open_ledger, search
@@ -247,7 +304,9 @@ class _Run:
 
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Writes the compressed model."""
-        matrices, state = compressed_state(self.model, self.structure, self.store, ranks)
+        matrices, state = compressed_state(
+            self.model, self.structure, self.store, ranks, self.recipe.factorization.storage
+        )
         write_model(folder, self.model, matrices, state)
 
     def measure(self, folder: Path, ranks: Ranks, trials: Sequence[Trial], dense: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +323,7 @@ class _Run:
             "model": self.recipe.model,
             "model_type": self.model.config.model_type,
             "method": self.recipe.factorization.method,
+            "storage": self.recipe.factorization.storage,
             "keep": self.recipe.keep,
             "keep_linears": budget.ratio(ranks),
             "keep_model": parameters / self.parameters_dense,
@@ -324,11 +384,13 @@ class _Evaluator:
 
     def prepare(self, folder: WorkFolder, reporter: Reporter) -> None:
         """Selects the sequences (remembered in the work folder) and computes the reference on them."""
-        selected = folder.read("selection")
+        selected = folder.read("selection", list)
         settings = self.recipe.validation
         if selected is None:
             selected = self._select(reporter)
             folder.write("selection", selected)
+        if not selected or any(i not in range(len(self.candidates)) for i in selected):
+            raise folder.damaged("selection", "not the numbers of candidate sequences")
         self.blocks = self.candidates[torch.tensor(selected)]
         self.elastic.set_ranks({})
         if self.recipe.search.objective == "ppl+kl":

@@ -37,7 +37,7 @@ class Reporter:
     seconds_between_lines = 10.0
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
         self.quiet = quiet
 
     def say(self, text: str) -> None:
@@ -47,8 +47,8 @@ class Reporter:
 
     @contextmanager
     def stage(self, title: str, total: int) -> Iterator[Tick]:
-        """Shows a stage of ``total`` units; the value given to the ``with`` block advances it."""
-        if self.quiet:
+        """Shows a stage of ``total`` units, if any; the value given to the ``with`` block advances it."""
+        if self.quiet or total == 0:
             yield lambda n=1, note="": None
         elif self.console.is_terminal:
             yield from self._bar(title, total)

@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bolaco.errors import RecipeError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``yes`` and ``on`` as true, which would pass for the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"expected a value, not {str(value).lower()}")
+        return value
 
 
 class Calibration(_Section):
@@ -26,6 +34,9 @@ class Calibration(_Section):
     seq_len: int = Field(1024, ge=2)
     groups: int = Field(32, gt=0, description="groups of the pooled covariance (the paper: 32)")
     batch: int = Field(4, gt=0, description="sequences per forward pass")
+    gradient_sequences: int = Field(
+        32, gt=0, description="of these, how many the loss gradients are estimated on, for methods that use them"
+    )
     cache: Literal["memory", "disk"] = Field("memory", description="where the hidden states between blocks live")
 
 
@@ -50,12 +61,17 @@ class Factorization(_Section):
     """Which low-rank approximation is computed for each matrix."""
 
     method: str = Field("afm", description="a name that `bolaco methods` lists")
+    storage: Literal["two-factor", "pivoted"] = Field(
+        "two-factor", description="pivoted: the same product in r^2 fewer parameters"
+    )
 
 
 class Search(_Section):
     """Space, budget slack and optimiser of the rank allocation."""
 
-    space: Literal["5x1", "5x4", "none"] = "5x1"
+    space: Literal["5x1", "5x4", "spectral", "none"] = Field(
+        "5x1", description="spectral: closed form, from the errors of all matrices; none: the hand allocation"
+    )
     trials: int = Field(50, gt=0)
     initial: int = Field(5, ge=0, description="random allocations between the hand allocation and the model-based ones")
     min_keep: float = Field(0.2, gt=0, lt=1)
@@ -64,7 +80,9 @@ class Search(_Section):
     )
     fill: bool = Field(True, description="raise ranks until no affordable multiple is left")
     rank_multiple: int = Field(8, gt=0)
-    dense_types: tuple[str, ...] = Field(("v",), description="matrix types that are never factored")
+    dense_types: tuple[str, ...] | None = Field(
+        None, description="matrix types that are never factored; default: v, but none for spectral"
+    )
     objective: Literal["ppl+kl", "ppl"] = "ppl+kl"
     kl_weight: float = Field(1e-3, ge=0)
     surrogate: Literal["fitted", "paper"] = Field(
@@ -98,6 +116,18 @@ class Recipe(_Section):
     search: Search = Search()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def dense_types(self) -> tuple[str, ...]:
+        """Matrix types that are never factored."""
+        if self.search.dense_types is not None:
+            return self.search.dense_types
+        return () if self.search.space == "spectral" else ("v",)
+
+    @property
+    def searches(self) -> bool:
+        """Whether allocations are compared by evaluating them."""
+        return self.search.space in ("5x1", "5x4")
+
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -123,7 +153,11 @@ PAPER: dict[str, Any] = {
         "surrogate": "paper",
         "objective": "ppl+kl",
         "kl_weight": 1e-3,
+        "dense_types": ("v",),
+        "rank_multiple": 8,
+        "min_keep": 0.2,
     },
+    "factorization": {"method": "afm", "storage": "two-factor"},
     "evaluation": {"source": "Salesforce/wikitext:wikitext-2-raw-v1:test", "seq_len": 4096, "windows": None},
 }
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
@@ -144,6 +178,7 @@ def recipe_values(
     search: str | None = None,
     trials: int | None = None,
     method: str | None = None,
+    storage: str | None = None,
     calibration: str | None = None,
     validation: str | None = None,
     evaluation: str | None = None,
@@ -164,6 +199,7 @@ def recipe_values(
         "search.trials": trials,
         "search.warm_start": warm_start,
         "factorization.method": method,
+        "factorization.storage": storage,
         "calibration.source": calibration,
         "calibration.seq_len": seq_len,
         "validation.source": validation,
@@ -188,7 +224,7 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
     Raises:
         RecipeError: an unknown preset or key, or a value of the wrong type or out of range, by its dotted name.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
     try:
         return Recipe.model_validate(merge(PRESETS[preset], values))
@@ -209,7 +245,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping (key: value), found {type(values).__name__}")

@@ -51,7 +51,7 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any) -> Texts:
     length = recipe.calibration.seq_len
     calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
     candidates = None
-    if recipe.search.space != "none":
+    if recipe.searches:
         candidates = take(
             validation_source, recipe.validation.candidates, recipe.validation.seq_len or length, "validation"
         )

@@ -6,6 +6,7 @@ learns from the ratios a trial came to after rounding and repair, not from those
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class _Sampler(BaseSampler):
 
     def __init__(self, proposer: Proposer, first: Sequence[Sequence[float]]) -> None:
         self.proposer, self.first = proposer, first
-        self._independent = RandomSampler(seed=proposer.seed)
+        self._independent = RandomSampler(seed=proposer.seed % 2**32)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         bounds = self.proposer.bounds
@@ -97,20 +98,23 @@ def open_ledger(path: Path) -> Study:
         ResumeError: the journal is damaged.
     """
     # What a killed writer can leave: half a last line, and the journal's own lock.
-    if path.exists():
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            path.write_bytes(whole)
-    for suffix in (".lock",):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    path.with_name(path.name + ".lock").unlink(missing_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
+        # Optuna passes over a damaged last line, and stumbles on it once another follows.
+        for line in whole.splitlines():
+            json.loads(line)
         storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(storage=storage, study_name=_STUDY, direction="minimize", load_if_exists=True)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
-    except (ValueError, KeyError, TypeError) as error:
+        _finished(study)
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise ResumeError(f"{path}: the trial journal is damaged ({error}); delete it to search anew") from error
     return study
 

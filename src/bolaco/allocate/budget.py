@@ -17,26 +17,44 @@ from bolaco.models.structure import Site
 Ranks = dict[str, int | None]
 
 
-def parameters(site: Site, rank: int | None) -> int:
-    """Parameters of a site at a rank, two-factor storage; of the dense matrix for None."""
-    return site.size if rank is None else rank * (site.out_features + site.in_features)
+# How a rank-r product is stored, and what that costs:
+#   two-factor  [out, r] and [r, in]                          r (out + in)
+#   pivoted     r rows (or columns) and what the others are of them   r (out + in - r)   (arXiv 2501.19090)
+STORAGES = ("two-factor", "pivoted")
 
 
-def max_rank(site: Site, multiple: int) -> int:
-    """Largest multiple of ``multiple`` whose factors are smaller than the dense matrix; 0 if there is none."""
-    return (site.size - 1) // (site.out_features + site.in_features) // multiple * multiple
+def parameters(site: Site, rank: int | None, storage: str = "two-factor") -> int:
+    """Parameters of a site at a rank; of the dense matrix for None."""
+    if rank is None:
+        return site.size
+    saved = rank if storage == "pivoted" else 0
+    return rank * (site.out_features + site.in_features - saved)
 
 
-def rank_for(site: Site, keep: float, multiple: int) -> int | None:
-    """``keep * out * in / (out + in)`` rounded down to a multiple, at least one multiple; None (dense) for keep >= 1.
+def max_rank(site: Site, multiple: int, storage: str = "two-factor") -> int:
+    """Largest multiple of ``multiple`` that is stored in less than the dense matrix; 0 if there is none."""
+    if storage == "pivoted":
+        below = min(site.out_features, site.in_features) - 1
+    else:
+        below = (site.size - 1) // (site.out_features + site.in_features)
+    return below // multiple * multiple
 
-    A matrix too small to factor at all stays dense.
+
+def rank_for(site: Site, keep: float, multiple: int, storage: str = "two-factor") -> int | None:
+    """The rank stored in a share ``keep`` of the matrix, rounded down to a multiple, at least one multiple.
+
+    ``keep * out * in / (out + in)`` for two factors. None (dense) for keep >= 1. A matrix too small to factor at all
+    stays dense.
     """
-    top = max_rank(site, multiple)
+    top = max_rank(site, multiple, storage)
     if keep >= 1 or top == 0:
         return None
     # The guard keeps a ratio that was computed from a rank from rounding down to the rank below.
-    exact = keep * site.size / (site.out_features + site.in_features)
+    both = site.out_features + site.in_features
+    if storage == "pivoted":
+        exact = (both - math.sqrt(both * both - 4 * keep * site.size)) / 2
+    else:
+        exact = keep * site.size / both
     return min(max(math.floor(exact / multiple + 1e-9), 1) * multiple, top)
 
 
@@ -46,23 +64,25 @@ class Budget:
     Args:
         sites: every decoder linear, the ones that stay dense included.
         keep: keep ratio in (0, 1].
+        storage: how factored matrices are stored.
 
     Raises:
         BudgetError: keep outside (0, 1].
     """
 
-    def __init__(self, sites: Iterable[Site], keep: float) -> None:
+    def __init__(self, sites: Iterable[Site], keep: float, storage: str = "two-factor") -> None:
         if not 0 < keep <= 1:
             raise BudgetError(f"keep must be in (0, 1], got {keep}")
         self.sites = {site.name: site for site in sites}
         self.keep = keep
+        self.storage = storage
         self.total = sum(site.size for site in self.sites.values())
         # Through the decimal the user wrote: 0.8 of 10 is 8, not 7.
         self.limit = math.floor(Fraction(str(keep)) * self.total)
 
     def cost(self, ranks: Mapping[str, int | None]) -> int:
         """Parameters of the linears at ``ranks``; matrices not named count as dense."""
-        return sum(parameters(site, ranks.get(name)) for name, site in self.sites.items())
+        return sum(parameters(site, ranks.get(name), self.storage) for name, site in self.sites.items())
 
     def ratio(self, ranks: Mapping[str, int | None]) -> float:
         """The keep ratio that ``ranks`` come to."""

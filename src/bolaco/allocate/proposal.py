@@ -16,7 +16,6 @@ from botorch.fit import fit_gpytorch_mll
 from botorch.models import SingleTaskGP
 from botorch.models.transforms import Normalize, Standardize
 from botorch.optim import optimize_acqf
-from botorch.utils.sampling import get_polytope_samples
 from gpytorch.kernels import MaternKernel, ScaleKernel
 from gpytorch.likelihoods import GaussianLikelihood
 from gpytorch.mlls import ExactMarginalLogLikelihood
@@ -25,10 +24,7 @@ from torch import Tensor
 
 from bolaco.allocate.space import SearchSpace
 
-# The chain that samples the budget polytope: BoTorch's default of 10,000 burn-in steps takes seconds; the polytope is
-# a box cut by two parallel planes, in at most 20 dimensions, and mixes long before this.
-_BURN_IN, _THINNING = 500, 16
-_RAW_SAMPLES, _RESTARTS = 256, 8
+_RAW_SAMPLES, _RESTARTS, _STEPS = 256, 8, 60
 # Objectives are capped at this multiple of the best one before the surrogate sees them: how bad a useless allocation
 # is says nothing about where the good ones lie, and a perplexity of 1e30 would flatten everything else.
 _CAP = 100.0
@@ -54,28 +50,41 @@ class Proposer:
         sizes = torch.tensor([d.size for d in space.dimensions], dtype=torch.float64) / space.budget.total
         index = torch.arange(len(sizes))
         available = (space.budget.limit - space.fixed) / space.budget.total
-        lower = [d.levels[0].cost / d.size for d in space.dimensions]
+        lower = [d.levels[0].keep for d in space.dimensions]
         # A little under the lowest level where rounding put it above the nominal bound, so that the polytope is never
         # empty.
         low = torch.tensor([min(space.min_keep, x) for x in lower], dtype=torch.float64)
         self.bounds = torch.stack([low, torch.ones_like(low)])
         self.constraints: list[Constraint] = [(index, -sizes, -available)]
         # A budget beyond "everything dense" needs no lower plane.
-        floor = min(available, float(sizes.sum())) - max(slack, 1e-4)
-        if floor > float(sizes @ low):
+        most, least = min(available, float(sizes.sum())), float(sizes @ low)
+        floor = most - max(slack, 1e-4)
+        if floor > least:
             self.constraints.append((index, sizes, floor))
+        self._sizes, self._spend = sizes, (max(floor, least), most)
 
     def random(self, count: int, stream: int = 0) -> list[list[float]]:
-        """``count`` ratios uniform over the constrained box; other ``stream`` numbers give other points."""
-        samples = get_polytope_samples(
-            count,
-            self.bounds,
-            inequality_constraints=self.constraints,
-            seed=_mix(self.seed, stream),
-            n_burnin=_BURN_IN,
-            n_thinning=_THINNING,
-        )
-        return samples.tolist()
+        """``count`` independent points spread over the constrained box; other ``stream`` numbers give other points.
+
+        Each is a uniform point of the box, its coordinates pulled up or down together until it spends what it should:
+        the coordinates' densities become exponential, which is what those of a uniform point of the budget's plane are
+        in many dimensions. (A Markov chain hardly moves between two planes this close in 20 dimensions.)
+        """
+        generator = torch.Generator().manual_seed(_mix(self.seed, stream))
+        start = torch.rand(count, len(self._sizes), generator=generator, dtype=torch.float64)
+        low, most = self._spend
+        target = low + (most - low) * torch.rand(count, 1, generator=generator, dtype=torch.float64)
+        width = self.bounds[1] - self.bounds[0]
+        weight = self._sizes * width / (self._sizes * width).mean()
+        pull = torch.zeros_like(target)
+        reach = 1e6
+        # Bisection: the spending rises with the pull.
+        for _ in range(60):
+            points = self.bounds[0] + width * _pulled(start, pull * weight)
+            spent = (points * self._sizes).sum(dim=1, keepdim=True)
+            pull = pull + torch.where(spent < target, reach, -reach)
+            reach /= 2
+        return points.tolist()
 
     def suggest(self, keeps: Sequence[Sequence[float]], objectives: Sequence[float]) -> list[float]:
         """The ratios to try after these trials (their realised ratios and objectives).
@@ -92,8 +101,9 @@ class Proposer:
 
     def _optimise(self, keeps: Sequence[Sequence[float]], objectives: Sequence[float]) -> list[list[float]]:
         x = torch.tensor(keeps, dtype=torch.float64)
-        y = torch.tensor(objectives, dtype=torch.float64)
-        y = torch.nan_to_num(y, nan=float("inf")).clamp(max=_CAP * float(y.min()))
+        y = torch.tensor(objectives, dtype=torch.float64).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        # In units of the best; where that is infinite too, all are equally useless.
+        y = (y / y.min()).nan_to_num(nan=_CAP, posinf=_CAP).clamp(max=_CAP)
         y = y.log() if self.surrogate == "fitted" else y
         generator_state = torch.random.get_rng_state()
         torch.manual_seed(_mix(self.seed, len(keeps)))
@@ -117,7 +127,7 @@ class Proposer:
                     batch_initial_conditions=starts,
                     inequality_constraints=self.constraints,
                     return_best_only=False,
-                    options={"maxiter": 60},
+                    options={"maxiter": _STEPS},
                 )
         finally:
             torch.random.set_rng_state(generator_state)
@@ -168,6 +178,14 @@ class Proposer:
         if len(x) > 1:
             fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         return model
+
+
+def _pulled(uniform: Tensor, rate: Tensor) -> Tensor:
+    """Quantiles of the density proportional to exp(rate t) on [0, 1]."""
+    up = rate > 0
+    rate = -rate.abs().clamp(min=1e-9)
+    downward = torch.log1p(torch.where(up, 1 - uniform, uniform) * torch.expm1(rate)) / rate
+    return torch.where(up, 1 - downward, downward).clamp(0, 1)
 
 
 def _mix(seed: int, stream: int) -> int:

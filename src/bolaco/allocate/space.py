@@ -1,7 +1,8 @@
 """The spaces 5x1 and 5x4 of arXiv 2405.10616: a few keep ratios, each shared by many matrices.
 
-A dimension's ratio moves in levels, the ratios at which a rank of its matrices steps to the next multiple, with dense
-on top. Every allocation a search evaluates is a level per dimension, so budgets are settled in integers.
+A dimension's ratio moves in levels, one for each step of a rank of its matrices to the next multiple, with dense on
+top. A level's ratio is what it costs, so an allocation's ratios lead back to the same levels. Every allocation a search
+evaluates is a level per dimension, so budgets are settled in integers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _SHARED = (("q", "k"), ("v",), ("o",), ("gate",), ("up",), ("down",))
 
 @dataclass(frozen=True)
 class Level:
-    """One setting of a dimension: its keep ratio, the parameters it costs and the ranks it means."""
+    """One setting of a dimension: the parameters it costs, their share of the dense ones, and the ranks it means."""
 
     keep: float
     cost: int
@@ -45,19 +46,20 @@ class Dimension:
         return max(bisect_right([level.keep for level in self.levels], keep + 1e-9) - 1, 0)
 
 
-def _levels(sites: Sequence[Site], multiple: int, min_keep: float) -> tuple[Level, ...]:
+def _levels(sites: Sequence[Site], multiple: int, min_keep: float, storage: str) -> tuple[Level, ...]:
+    size = sum(site.size for site in sites)
     ratios = {min_keep}
     for site in sites:
-        for rank in range(multiple, max_rank(site, multiple) + 1, multiple):
-            ratio = parameters(site, rank) / site.size
+        for rank in range(multiple, max_rank(site, multiple, storage) + 1, multiple):
+            ratio = parameters(site, rank, storage) / site.size
             if ratio > min_keep:
                 ratios.add(ratio)
     found: list[Level] = []
     for ratio in [*sorted(ratios), 1.0]:
-        ranks = tuple(rank_for(site, ratio, multiple) for site in sites)
-        cost = sum(parameters(site, rank) for site, rank in zip(sites, ranks, strict=True))
+        ranks = tuple(rank_for(site, ratio, multiple, storage) for site in sites)
+        cost = sum(parameters(site, rank, storage) for site, rank in zip(sites, ranks, strict=True))
         if not found or ranks != found[-1].ranks:
-            found.append(Level(ratio, cost, ranks))
+            found.append(Level(cost / size, cost, ranks))
     return tuple(found)
 
 
@@ -128,7 +130,7 @@ class SearchSpace:
 
     def keeps(self, index: Sequence[int]) -> list[float]:
         """Keep ratio realised in each dimension (parameters over dense parameters)."""
-        return [d.levels[i].cost / d.size for d, i in zip(self.dimensions, index, strict=True)]
+        return [d.levels[i].keep for d, i in zip(self.dimensions, index, strict=True)]
 
     def keeps_of(self, ranks: Ranks) -> list[float]:
         """The ratios nearest to given ranks (another run's allocation, possibly of another space).
@@ -141,7 +143,8 @@ class SearchSpace:
             raise RecipeError(
                 f"search.warm_start: that result has no rank for {missing[0]}; it is of another architecture"
             )
-        return [sum(parameters(site, ranks[site.name]) for site in d.sites) / d.size for d in self.dimensions]
+        storage = self.budget.storage
+        return [sum(parameters(s, ranks[s.name], storage) for s in d.sites) / d.size for d in self.dimensions]
 
 
 def make_space(
@@ -174,11 +177,11 @@ def make_space(
                 if site.type in types
                 and site.type not in dense_types
                 and site.layer * parts // structure.num_layers == part
-                and max_rank(site, multiple) > 0
+                and max_rank(site, multiple, budget.storage) > 0
             )
             if sites:
                 name = "".join(types) + (f"/{part + 1}" if parts > 1 else "")
-                dimensions.append(Dimension(name, sites, _levels(sites, multiple, min_keep)))
+                dimensions.append(Dimension(name, sites, _levels(sites, multiple, min_keep, budget.storage)))
     return SearchSpace(dimensions, budget, fill, min_keep)
 
 

@@ -13,19 +13,19 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.checkpoint.registry import PREFIX
 from bolaco.checkpoint.write import new_folder
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import LowRankLinear, SplitLinear
-from bolaco.models.load import load_model, load_tokenizer
+from bolaco.layers import LowRankLinear, PivotedLinear, SplitLinear
+from bolaco.models.load import load_model, load_tokenizer, quiet
 from bolaco.models.structure import inspect_structure, meta_model, weight_of
 
-# Configuration switches that give a stock architecture biases: name -> the projections it covers.
-_BIAS_SWITCHES = ("attention_bias", "mlp_bias")
+# Configuration switches that give a stock architecture biases -> what the names of the projections they cover contain.
+_BIAS_SWITCHES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp.", "enable_bias": "."}
 
 
 def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, int]:
     """Writes the dense model equivalent to a compressed folder; returns parameter counts before and after.
 
     The bias that a factored matrix carries needs a place in the stock architecture: one it has already, or one its
-    configuration can switch on (``attention_bias``, ``mlp_bias``).
+    configuration can switch on.
 
     Raises:
         UnsupportedModelError: not a compressed folder, or a bias has no place and ``drop_bias`` is false.
@@ -57,7 +57,7 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
             "factored matrix; --drop-bias exports without it (the logits change), or compress with "
             "--method svd-llm, which has none"
         )
-    with new_folder(out) as partial:
+    with new_folder(out) as partial, quiet():
         dense.to(dtype=model.dtype).save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
     return {
@@ -74,12 +74,8 @@ def _stock_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     values["model_type"] = model.config.model_type.removeprefix(PREFIX)
     config_class: Any = type(model.config).__mro__[1]
     matrices = model.config.lowrank["matrices"]
-    biased = {
-        name
-        for name, entry in matrices.items()
-        if entry.get("bias") or any(part["bias"] for part in entry.get("parts", {}).values())
-    }
-    for switch, marker in zip(_BIAS_SWITCHES, (".self_attn.", ".mlp."), strict=True):
+    biased = {name for name, entry in matrices.items() if any(part["bias"] for part in entry.get("parts", [entry]))}
+    for switch, marker in _BIAS_SWITCHES.items():
         if switch in values and any(marker in name for name in biased):
             values[switch] = True
     config = config_class.from_dict(values)
@@ -97,6 +93,9 @@ def _fold(module: Any) -> tuple[Tensor, Tensor | None]:
         if any(b is not None for b in biases):
             bias = torch.cat([torch.zeros_like(w[:, 0]) if b is None else b for (w, b) in folded])
         return torch.cat([w for w, _ in folded]), bias
+    if isinstance(module, PivotedLinear):
+        bias = module.dense_bias()
+        return module.dense().detach(), None if bias is None else bias.detach()
     if isinstance(module, LowRankLinear):
         weight = module.expand.weight.detach()
         product = weight.float() @ module.reduce.weight.detach().float()

@@ -53,6 +53,15 @@ def config_class(model_type: str) -> Any:
         register_models(model_type)
         return object.__new__(cls)
 
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        # Whoever saves a configuration, or a model with it, saves the code that its auto_map names.
+        from bolaco.checkpoint.modelling import MODELLING_FILE, modelling_code
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{MODELLING_FILE}.py").write_text(modelling_code(model_type), encoding="utf-8")
+        return base.save_pretrained(self, save_directory, *args, **kwargs)
+
     return type(
         f"LowRank{base.__name__}",
         (base,),
@@ -60,6 +69,7 @@ def config_class(model_type: str) -> Any:
             "__doc__": f"Configuration of a {model_type} model with factored projections.",
             "__module__": __name__,
             "__new__": __new__,
+            "save_pretrained": save_pretrained,
             "model_type": PREFIX + model_type,
             # The plan names the dense projections; a factored layer cannot be sharded by it.
             "base_model_tp_plan": None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,65 +13,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bolaco import layers
 from bolaco.allocate.budget import Ranks
+from bolaco.checkpoint.modelling import auto_map
 from bolaco.checkpoint.registry import PREFIX, config_class, model_classes
 from bolaco.errors import NonFiniteError, OutputExistsError, UnsupportedModelError
+from bolaco.factorize.pivot import pivot
+from bolaco.factorize.solver import Factors
 from bolaco.factorize.store import FactorStore
+from bolaco.models.load import quiet
 from bolaco.models.structure import Site, Structure
-
-MODELLING_FILE = "modeling_lowrank"
-
-_TAIL = '''
-
-class {config}({dense_config}):
-    """Configuration of a {model_type} model with factored projections."""
-
-    model_type = "{prefix}{model_type}"
-    base_model_tp_plan = None
-
-
-class {base}(LowRankMixin, {dense_base}):
-    """{dense_base} with factored projections."""
-
-    config_class = {config}
-
-
-class {causal}(LowRankMixin, {dense_causal}):
-    """{dense_causal} with factored projections."""
-
-    config_class = {config}
-'''
-
-
-def modelling_code(model_type: str) -> str:
-    """Source of the modelling file of a checkpoint: the layers, and the three classes of one model type."""
-    base, causal = model_classes(model_type)
-    dense_base, dense_causal = base.__mro__[2], causal.__mro__[2]
-    config = config_class(model_type)
-    dense_config = config.__mro__[1]
-    source = inspect.getsource(layers)
-    imports = "".join(
-        f"from {cls.__module__} import {cls.__name__}\n" for cls in (dense_config, dense_base, dense_causal)
-    )
-    head, anchor, rest = source.partition("from transformers.pytorch_utils import Conv1D\n")
-    return (
-        head
-        + imports
-        + anchor
-        + rest.rstrip()
-        + "\n"
-        + _TAIL.format(
-            config=config.__name__,
-            dense_config=dense_config.__name__,
-            base=base.__name__,
-            dense_base=dense_base.__name__,
-            causal=causal.__name__,
-            dense_causal=dense_causal.__name__,
-            model_type=model_type,
-            prefix=PREFIX,
-        )
-    )
 
 
 def refuse_compressed(config: Any) -> None:
@@ -84,12 +33,23 @@ def refuse_compressed(config: Any) -> None:
         )
 
 
-def _entry(site: Site, rank: int | None, bias: bool) -> dict[str, Any]:
-    return {"out": site.out_features, "rank": rank, "bias": bias}
+def _factored(
+    site: Site, factors: Factors, rank: int, bias: Tensor | None, storage: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State and configuration entry of one factored layer."""
+    bias = factors.bias(rank, bias)
+    expand, reduce = factors.expand_t[:rank].T, factors.reduce[:rank]
+    if not (torch.isfinite(expand).all() and torch.isfinite(reduce).all()):
+        raise NonFiniteError(f"{site.name}: its rank-{rank} factors hold NaN or infinity")
+    entry: dict[str, Any] = {"out": site.out_features, "rank": rank, "bias": bias is not None}
+    if storage == "pivoted":
+        form = pivot(expand, reduce)
+        return form.state(bias), entry | {"side": form.side}
+    return {"reduce.weight": reduce, "expand.weight": expand} | ({} if bias is None else {"expand.bias": bias}), entry
 
 
 def compressed_state(
-    model: PreTrainedModel, structure: Structure, store: FactorStore, ranks: Ranks
+    model: PreTrainedModel, structure: Structure, store: FactorStore, ranks: Ranks, storage: str = "two-factor"
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The ``matrices`` entry of the configuration and the state dict of the compressed model.
 
@@ -115,56 +75,42 @@ def compressed_state(
             key = prefix + module
             state.pop(f"{key}.weight")
             state.pop(f"{key}.bias", None)
-            entries = {}
+            entries: list[dict[str, Any]] = []
             for site in members:
                 where = key if site.part is None else f"{key}.parts.{site.part}"
                 rank = ranks.get(site.name)
                 bias = structure.bias(model, site)
                 if rank is None:
-                    state[f"{where}.weight"] = structure.weight(model, site).contiguous()
-                    name = f"{where}.bias"
+                    tensors = {"weight": structure.weight(model, site)} | ({} if bias is None else {"bias": bias})
+                    entry: dict[str, Any] = {"out": site.out_features, "rank": None, "bias": bias is not None}
                 else:
-                    item = factors[site.name]
-                    bias = item.bias(rank, None if bias is None else bias.cpu())
-                    state[f"{where}.reduce.weight"] = item.reduce[:rank].contiguous()
-                    state[f"{where}.expand.weight"] = item.expand_t[:rank].T.contiguous()
-                    for part in ("reduce", "expand"):
-                        if not torch.isfinite(state[f"{where}.{part}.weight"]).all():
-                            raise NonFiniteError(f"{site.name}: its rank-{rank} factors hold NaN or infinity")
-                    name = f"{where}.expand.bias"
-                if bias is not None:
-                    state[name] = bias.contiguous()
-                entries[site.part] = _entry(site, rank, bias is not None)
-            matrices[module] = entries.get(None, {"parts": entries})
+                    bias = None if bias is None else bias.cpu()
+                    tensors, entry = _factored(site, factors[site.name], rank, bias, storage)
+                state.update({f"{where}.{name}": tensor.contiguous() for name, tensor in tensors.items()})
+                entries.append(entry if site.part is None else {"name": site.part} | entry)
+            matrices[module] = entries[0] if members[0].part is None else {"parts": entries}
     return matrices, state
 
 
 def write_model(folder: Path, model: PreTrainedModel, matrices: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Writes configuration, weights, generation settings and modelling code into an existing folder."""
     model_type = model.config.model_type
-    base, causal = model_classes(model_type)
-    config_cls = config_class(model_type)
+    causal, config_cls = model_classes(model_type)[1], config_class(model_type)
     values = model.config.to_dict()
     values.pop("quantization_config", None)
     values.update(
         model_type=PREFIX + model_type,
-        architectures=[causal.__name__],
-        auto_map={
-            "AutoConfig": f"{MODELLING_FILE}.{config_cls.__name__}",
-            "AutoModel": f"{MODELLING_FILE}.{base.__name__}",
-            "AutoModelForCausalLM": f"{MODELLING_FILE}.{causal.__name__}",
-        },
+        auto_map=auto_map(model_type),
         lowrank={"format": 1, "matrices": matrices},
     )
     config = config_cls.from_dict(values)
-    config.dtype = model.dtype
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
     with torch.device("meta"):
         skeleton = causal(config)
     skeleton.to(model.dtype)
     skeleton.generation_config = model.generation_config
-    skeleton.save_pretrained(folder, state_dict=state)
-    (folder / f"{MODELLING_FILE}.py").write_text(modelling_code(model_type), encoding="utf-8")
+    with quiet():
+        skeleton.save_pretrained(folder, state_dict=state)
 
 
 @contextmanager

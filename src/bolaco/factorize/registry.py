@@ -7,14 +7,13 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from bolaco.errors import RecipeError
 from bolaco.factorize.solver import Factors, InputMetric
 from bolaco.statistics.moments import Moments
 
-# prepare(weight [out, in], metric, moments, max_rank) -> factors
-Prepare = Callable[[Tensor, InputMetric, Moments, int], Factors]
+# prepare(weight [out, in], metric, moments, max_rank) -> factors; methods that use gradients take a fifth argument, the
+# second moment of the loss gradient at the output [out, out].
+Prepare = Callable[..., Factors]
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,8 @@ class Method:
     Attributes:
         metric: the input metric, from the input's moments; computed once for matrices that share an input.
         prepare: factors of one matrix under that metric.
+        gradients: whether it needs the loss gradients.
+        comparable: whether squared errors of different matrices are in one unit.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Method:
     summary: str
     metric: Callable[[Moments], InputMetric]
     prepare: Prepare
+    gradients: bool = False
+    comparable: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class _Entry:
     module: str
     paper: str
     summary: str
+    gradients: bool = False
+    comparable: bool = False
 
 
 # Listed here with what `bolaco methods` prints; the code is imported when a method is used.
@@ -46,6 +51,13 @@ METHODS: dict[str, _Entry] = {
         "bolaco.factorize.afm",
         "arXiv 2405.10616",
         "feature PCA: pooled output covariance, with bias (Bolaco, AFM, LoRD)",
+    ),
+    "kfac": _Entry(
+        "bolaco.factorize.kfac",
+        "arXiv 2505.17974",
+        "two-sided: feature PCA weighted by the Kronecker-factored Fisher of the output, with bias",
+        gradients=True,
+        comparable=True,
     ),
     "svd-llm": _Entry(
         "bolaco.factorize.svd_llm", "arXiv 2403.07378", "second moment of the input, no bias (SVD-LLM, DRONE)"
@@ -66,4 +78,4 @@ def get_method(name: str) -> Method:
         raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")
     entry = METHODS[name]
     module = importlib.import_module(entry.module)
-    return Method(name, entry.paper, entry.summary, module.metric, module.prepare)
+    return Method(name, entry.paper, entry.summary, module.metric, module.prepare, entry.gradients, entry.comparable)

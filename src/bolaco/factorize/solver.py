@@ -35,8 +35,30 @@ class InputMetric:
         if self.matrix is None:
             return None
         values, vectors = torch.linalg.eigh(self.matrix)
-        floor = _FLOOR * values.clamp(min=0).mean()
-        return vectors * values.clamp(min=float(floor)).sqrt()
+        # Inputs that are always zero have no mean to take a share of: all directions count alike then.
+        floor = _FLOOR * float(values.clamp(min=0).mean()) or 1.0
+        return vectors * values.clamp(min=floor).sqrt()
+
+
+class OutputMetric:
+    """A symmetric positive definite matrix G over a layer's outputs, from an estimate ``[out, out]``.
+
+    ``shrinkage`` mixes in that share of the mean eigenvalue times the identity, which makes G invertible.
+    ``OutputMetric(None)`` is the identity.
+    """
+
+    def __init__(self, matrix: Tensor | None, shrinkage: float = 0.0) -> None:
+        self.root: Tensor | None = None
+        self.inverse_root: Tensor | None = None
+        if matrix is None:
+            return
+        values, vectors = torch.linalg.eigh(matrix.double())
+        values = values.clamp(min=0)
+        # A matrix that the loss never reaches has no gradient at all: every output counts alike then.
+        mean = float(values.mean()) or 1.0
+        values = ((1 - shrinkage) * values + shrinkage * mean).clamp(min=_FLOOR * mean)
+        self.root = (vectors * values.sqrt()) @ vectors.T
+        self.inverse_root = (vectors / values.sqrt()) @ vectors.T
 
 
 @dataclass(frozen=True)
@@ -44,11 +66,12 @@ class Factors:
     """Factors of one matrix up to some rank; a smaller rank is a slice.
 
     Attributes:
-        expand_t: ``[r_max, out]``, rows are the columns of B, orthonormal.
+        expand_t: ``[r_max, out]``, rows are the columns of B (orthonormal under a one-sided metric).
         reduce: ``[r_max, in]``, the rows of A.
         spectrum: ``[k]`` float64, descending: the squared error of rank r is the sum from r on.
         offset: ``[out]`` mean output W mu, or None when the method has no bias term.
-        coordinates: ``[r_max]`` A mu, the mean output in the basis; None with ``offset``.
+        coordinates: ``[r_max]`` A mu of the A stored here (it may be rounded to half precision, and mu be large); None
+            with ``offset``.
     """
 
     expand_t: Tensor
@@ -71,21 +94,29 @@ class Factors:
         if self.offset is None or self.coordinates is None:
             return original
         shift = self.offset - self.coordinates[:rank] @ self.expand_t[:rank].to(self.coordinates)
-        shift = shift.to(self.reduce.dtype)
-        return shift if original is None else original + shift
+        return (shift if original is None else original + shift).to(self.reduce.dtype)
 
     def product(self, rank: int) -> Tensor:
         """The rank-``rank`` approximation, ``[out, in]``."""
         return self.expand_t[:rank].T @ self.reduce[:rank]
 
 
-def low_rank(weight: Tensor, metric: InputMetric, max_rank: int, mean: Tensor | None = None) -> Factors:
+def low_rank(
+    weight: Tensor,
+    metric: InputMetric,
+    max_rank: int,
+    mean: Tensor | None = None,
+    output: OutputMetric | None = None,
+) -> Factors:
     """Factors of ``weight`` ``[out, in]`` up to ``max_rank`` under a metric on its input; computed in float64.
 
-    ``mean`` ``[in]`` adds the bias term ``(I - U_r U_r^T) W mu`` (arXiv 2405.10616, section 3.1).
+    ``mean`` ``[in]`` adds the bias term ``(I - U_r U_r^T) W mu`` (arXiv 2405.10616, section 3.1). With a metric G on
+    the output the problem is that of ``G^(1/2) W``, whose basis is then mapped back by ``G^(-1/2)``.
     """
     dtype = weight.dtype
-    w = weight.double()
+    original = w = weight.double()
+    if output is not None and output.root is not None:
+        w = output.root @ w
     out_features, in_features = w.shape
     if out_features <= in_features:
         weighted = w if metric.matrix is None else w @ metric.matrix
@@ -98,16 +129,16 @@ def low_rank(weight: Tensor, metric: InputMetric, max_rank: int, mean: Tensor | 
         # stay.
         basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
         basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    reduce = basis.T @ w
+    reduce = (basis.T @ w).to(dtype).contiguous()
+    if output is not None and output.inverse_root is not None:
+        basis = output.inverse_root @ basis
     offset = coordinates = None
     if mean is not None:
-        mean = mean.double()
-        offset, coordinates = (w @ mean).float(), (reduce @ mean).float()
-        if dtype == torch.float64:
-            offset, coordinates = w @ mean, reduce @ mean
+        mean, exact = mean.double(), dtype if dtype == torch.float64 else torch.float32
+        offset, coordinates = (original @ mean).to(exact), (reduce.double() @ mean).to(exact)
     return Factors(
-        expand_t=basis.T.contiguous().to(dtype),
-        reduce=reduce.contiguous().to(dtype),
+        expand_t=basis.T.to(dtype).contiguous(),
+        reduce=reduce,
         spectrum=values.flip(0).clamp(min=0),
         offset=offset,
         coordinates=coordinates,

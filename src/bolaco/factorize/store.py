@@ -30,6 +30,10 @@ class FactorStore:
         """Whether the block is finished."""
         return self.path(layer).is_file()
 
+    def spectra(self, layers: int) -> dict[str, torch.Tensor]:
+        """The spectrum of every factored matrix."""
+        return {name: item.spectrum for layer in range(layers) for name, item in self.load(layer).items()}
+
     def save(self, layer: int, factors: dict[str, Factors]) -> None:
         """Writes one block's factors, by site name."""
         tensors = {}

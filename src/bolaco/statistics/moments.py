@@ -69,12 +69,15 @@ class PooledMoments:
         x = x.detach().reshape(-1, self.dim)
         # float64 inputs stay float64 (the reference path); everything else is accumulated from float32.
         x = x if x.dtype == torch.float64 else x.float()
-        if self.shift is None:
-            self.shift = x.mean(dim=0).double()
-        x = x - self.shift.to(x.dtype)
+        if len(x) == 0:
+            return
+        # Rounded to float32, the shift is the same number whichever precision it is subtracted in.
+        shift = x.mean(dim=0).float().double() if self.shift is None else self.shift
+        x = x - shift.to(x.dtype)
         total = x.sum(dim=0, dtype=torch.float64)
         if not torch.isfinite(total).all():
             raise NonFiniteError(f"NaN or infinity in input {int((~torch.isfinite(total)).nonzero()[0])} of {self.dim}")
+        self.shift = shift
         self.sums[group] += total
         self.counts[group] += len(x)
         if self._pending is None or self._pending.dtype != x.dtype:

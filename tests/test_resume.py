@@ -1,0 +1,317 @@
+"""A run killed at any moment, started again with the same command, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bolaco import pipeline
+from bolaco.statistics.gradients import GradientStore
+from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
+
+TRIALS = "4"
+# moment -> (function, in which call of it, "before" or "after" it does its work)
+MOMENTS = {
+    "between two blocks": ("bolaco.factorize.store.FactorStore.save", 1, "after"),
+    "while a block's factors are written": ("pathlib.Path.replace", 1, "before .safetensors"),
+    "during the selection": ("bolaco.pipeline.score", 2, "before"),
+    "in the third trial": ("bolaco.pipeline._Evaluator.scores", 3, "before"),
+    "between two parts of a trial's record": ("optuna.trial.Trial.set_user_attr", 3, "after"),
+    "before the checkpoint's weights": ("bolaco.pipeline.write_model", 1, "before"),
+    "after the checkpoint's weights": ("bolaco.pipeline.write_model", 1, "after"),
+    "before the last evaluation": ("bolaco.pipeline._Run.measure", 1, "before"),
+}
+# Starts processes that run the command line and kill themselves, with no handler and no clean-up. They are forked, so
+# that everything is imported once.
+STARTER = """
+import functools, json, os, pkgutil, signal, sys
+
+import datasets
+import bolaco.allocate.bayesian
+from bolaco import pipeline
+from bolaco.cli import main
+
+
+def run(folder, log, where, call, moment, words):
+    os.chdir(folder)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    when, _, suffix = moment.partition(" ")
+    owner, name = pkgutil.resolve_name(where.rpartition(".")[0]), where.rpartition(".")[2]
+    function, calls = getattr(owner, name), []
+
+    @functools.wraps(function)
+    def killing(*args, **kwargs):
+        calls.append(args)
+        last = str(args[-1]).endswith(suffix) if suffix else len(calls) == call
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, killing)
+    os._exit(main(words))
+
+
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        run(*json.loads(line))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+Kill = Callable[[str, list[str]], None]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the killed processes: sums must be added in the same order to give the same bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A furnished folder with the result ``out`` of a run that nothing disturbed."""
+    folder = furnish(tmp_path_factory.mktemp("shared"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        ok(*compress("out", "--trials", TRIALS))
+    torch.set_num_threads(before)
+    return folder
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A furnished folder of the test's own, as the current one."""
+    monkeypatch.chdir(furnish(tmp_path, shared / "model"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def starter() -> Iterator[subprocess.Popen[str]]:
+    """The process that starts the others."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    yield process
+    process.communicate("")
+
+
+@pytest.fixture
+def kill(starter: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Kill:
+    """Runs a command in the current folder until a moment."""
+    log = tmp_path_factory.mktemp("log") / "killed.log"
+
+    def run(moment: str, words: list[str]) -> None:
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+        starter.stdin.write(json.dumps([str(Path.cwd()), str(log), *MOMENTS[moment], words]) + "\n")
+        starter.stdin.flush()
+        code = starter.stdout.readline()
+        said = log.read_text(encoding="utf-8")
+        assert code == f"{-signal.SIGKILL}\n", said
+        assert [line for line in said.splitlines() if not PROGRESS.match(line)] == []
+
+    return run
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """Lets ``owner.name`` keep a list of the arguments it was called with."""
+    calls: list[Any] = []
+    function = getattr(owner, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, counting)
+    return calls
+
+
+def factor_times() -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in Path("out.work/factors").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(moment: str, kill: Kill, place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = compress("out", "--trials", TRIALS)
+    kill(moment, words)
+    assert not Path("out").exists()
+    finished = factor_times()
+    stages = list(MOMENTS)
+    in_factors, in_write = moment in stages[:2], moment in stages[5:]
+    assert len(finished) == {stages[0]: 1, stages[1]: 0}.get(moment, 2)
+    assert bool(list(Path().glob(".out.partial*"))) == in_write
+
+    collected = counted(monkeypatch, pipeline, "collect")
+    selected = counted(monkeypatch, pipeline._Evaluator, "_select")
+    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    done = ok(*words, "--keep-work")
+
+    assert what_counts("out") == what_counts(shared / "out")
+    assert {name: time for name, time in factor_times().items() if name in finished} == finished
+    assert len(collected) == 2 - len(finished)
+    assert len(selected) == (1 if in_factors or moment == stages[2] else 0)
+    assert len(scored) == {stages[3]: 2, stages[4]: 4}.get(moment, 0 if in_write else 4)
+    assert ("search: 2 trials are in the ledger already" in done.err) == (moment == stages[3])
+    assert list(Path().glob(".*")) == []
+    assert list(Path("out.work").rglob("*.partial")) == []
+    assert not Path("out.work.lock").exists()
+
+
+def test_killed_again_and_again(kill: Kill, place: Path, shared: Path) -> None:
+    """The same run killed at one moment after another."""
+    words = compress("out", "--trials", TRIALS)
+    for moment in ("between two blocks", "in the third trial", "after the checkpoint's weights"):
+        kill(moment, words)
+    ok(*words)
+    assert what_counts("out") == what_counts(shared / "out")
+    assert {path.name for path in Path().iterdir()} == {"model", "text.txt", "other.txt", "out"}
+
+
+def test_half_a_line_in_the_journal(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process killed while it wrote leaves at the end of the ledger."""
+    words = compress("out", "--trials", TRIALS)
+    ok(*words, "--keep-work")
+    shutil.rmtree("out")
+    journal = Path("out.work/trials.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])  # the last trial was not finished
+    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    ok(*words)
+    assert len(scored) == 1
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+def test_a_stage_that_fails_is_repeated_and_no_other(
+    place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = compress("out", "--trials", TRIALS)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "measure", fail)
+        assert bolaco(*words).code == 1
+    assert not Path("out").exists()
+    assert list(Path().glob(".*")) == []
+    again = ok(*words)
+    assert [line.partition(":")[0] for line in again.err.splitlines()] == [
+        "loading model",
+        "reference",
+        "search",  # so many trials are there already
+        "evaluate the result",
+    ]
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_interrupted_in_the_loss_gradients(blocks: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage before the factors that some methods have; finished, it is not repeated."""
+    words = ["--search", "none", "--method", "kfac"]
+    ok(*compress("undisturbed", *words))
+    save = GradientStore.save
+    calls = []
+
+    def interrupted(*args: Any) -> None:
+        save(*args)
+        calls.append(args)
+        if len(calls) == blocks:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientStore, "save", interrupted)
+        assert bolaco(*compress("out", *words)).code == 130
+    saved = counted(monkeypatch, GradientStore, "save")
+    ok(*compress("out", *words))
+    assert len(saved) == {1: 2, 2: 0}[blocks]
+    assert what_counts("out") == what_counts("undisturbed")
+
+
+def test_more_trials_continue_the_ledger(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok(*compress("two", "--trials", "2", "--work", "ledger", "--keep-work"))
+    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    ok(*compress("four", "--trials", TRIALS, "--work", "ledger", "--keep-work"))
+    assert len(scored) == 2
+    assert what_counts("four") == what_counts(shared / "out")
+    assert what_counts("two")["trials"] == what_counts("four")["trials"][:2]
+    ok(*compress("again", "--trials", "2", "--work", "ledger"))  # and fewer are the first of them
+    assert len(scored) == 2
+    assert what_counts("again") == what_counts("two")
+    assert info("again")["recipe"]["search"]["trials"] == 2
+
+
+def test_work_folder_is_removed_on_success_unless_kept(place: Path) -> None:
+    ok(*compress("out", "--search", "none"))
+    assert {path.name for path in Path().iterdir()} == {"model", "text.txt", "other.txt", "out"}
+    ok(*compress("other", "--search", "none", "--keep-work"))
+    assert Path("other.work/factors/block-00001.safetensors").is_file()
+    assert not Path("other.work.lock").exists()
+
+
+def test_interrupted_while_the_work_folder_is_removed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rmtree = shutil.rmtree
+
+    def interrupted(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "factors":
+            (Path(path) / "block-00000.safetensors").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *args, **kwargs)
+
+    words = compress("out", "--search", "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        assert bolaco(*words).code == 130
+    Path("out").rename("first")
+    ok(*words)
+    assert what_counts("out") == what_counts("first")
+
+
+def test_work_folder_elsewhere(place: Path) -> None:
+    ok(*compress("out", "--search", "none", "--work", "deep/down", "--keep-work"))
+    assert Path("deep/down/recipe.json").is_file()
+    assert not Path("out.work").exists()
+
+
+def test_the_cache_on_disk_changes_nothing_and_is_removed(place: Path) -> None:
+    for cache in ("memory", "disk"):
+        ok(*compress(cache, "--search", "none", "--keep-work", calibration_cache=cache))
+    assert digest("memory/model.safetensors") == digest("disk/model.safetensors")
+    assert list(Path().rglob("hidden.cache")) == []
+
+
+def test_same_recipe_same_bytes(place: Path, shared: Path) -> None:
+    ok(*compress("out", "--trials", TRIALS))
+    for name in ("model.safetensors", "config.json"):
+        assert digest(f"out/{name}") == digest(shared / "out" / name)
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+def test_another_seed_tries_something_else(place: Path, shared: Path) -> None:
+    ok(*compress("out", "--trials", TRIALS, "--seed", "1"))
+    first, second = info(shared / "out")["trials"], info("out")["trials"]
+    assert first[0]["keep"] == second[0]["keep"]  # the hand allocation
+    assert [trial["keep"] for trial in first[1:]] != [trial["keep"] for trial in second[1:]]

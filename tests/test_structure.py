@@ -1,0 +1,235 @@
+"""What the decoder inspection finds in every family, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, MixtralConfig, PreTrainedModel
+
+from bolaco.allocate import Budget, Ranks
+from bolaco.checkpoint.registry import config_class, model_classes
+from bolaco.errors import UnsupportedModelError
+from bolaco.models.structure import Structure, inspect_structure, meta_model
+from tests.models import FAMILIES, build, compress_tiny, tiny_llama, token_blocks
+
+GATED = ("q", "k", "v", "o", "gate", "up", "down")
+PLAIN = ("q", "k", "v", "o", "up", "down")
+FUSED = {"phi3", "gpt2"}
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """``[out, in]`` of each matrix type, from the configuration alone."""
+    config = model.config
+    width, heads = config.hidden_size, config.num_attention_heads
+    ffn = next(getattr(config, name) for name in ("intermediate_size", "ffn_dim", "n_inner") if hasattr(config, name))
+    head = getattr(config, "head_dim", None) or width // heads
+    q, kv = heads * head, getattr(config, "num_key_value_heads", heads) * head
+    return {
+        **{"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)},
+        **{"gate": (ffn, width), "up": (ffn, width), "down": (width, ffn)},
+    }
+
+
+@families
+def test_types_shapes_and_order(family: str) -> None:
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    shapes = expected_shapes(model)
+    types = PLAIN if model.config.model_type in ("gpt2", "opt") else GATED
+    assert structure.num_layers == model.config.num_hidden_layers
+    assert [(s.layer, s.type) for s in structure.sites] == [(i, t) for i in range(structure.num_layers) for t in types]
+    assert [(s.out_features, s.in_features) for s in structure.sites] == [
+        shapes[t] for _ in range(structure.num_layers) for t in types
+    ]
+
+
+@families
+def test_every_matrix_of_the_blocks_is_a_site(family: str) -> None:
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    matrices = [p for p in structure.block_list(model).parameters() if p.ndim == 2]
+    assert sum(site.size for site in structure.sites) == sum(p.numel() for p in matrices)
+    assert len({site.module for site in structure.sites}) == len(matrices)
+
+
+@families
+def test_names_lead_to_the_modules_of_the_causal_model(family: str) -> None:
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    assert len({site.name for site in structure.sites}) == len(structure.sites)
+    fused = Counter(site.module for site in structure.sites)
+    assert (max(fused.values()) > 1) == (family in FUSED)
+    for site in structure.sites:
+        assert (site.part is not None) == (fused[site.module] > 1)
+        name = site.name if site.part is None else site.name.removesuffix(f".{site.part}")
+        assert model.get_submodule(name) is model.base_model.get_submodule(site.module)
+
+
+@families
+def test_weights_are_what_the_modules_compute(family: str) -> None:
+    model = FAMILIES[family]().double()
+    structure = inspect_structure(model)
+    draw = torch.Generator().manual_seed(0)
+    for name in dict.fromkeys(site.module for site in structure.sites):
+        sites = [site for site in structure.sites if site.module == name]
+        x = torch.randn(5, sites[0].in_features, dtype=torch.float64, generator=draw)
+        with torch.no_grad():
+            whole = model.base_model.get_submodule(name)(x)
+        end = 0
+        for site in sites:
+            weight, bias = structure.weight(model, site), structure.bias(model, site)
+            assert weight.shape == (site.out_features, site.in_features)
+            assert site.bias == (bias is not None)
+            assert site.rows == (end, end + site.out_features)
+            end = site.rows[1]
+            by_hand = x @ weight.T + (0 if bias is None else bias)
+            torch.testing.assert_close(by_hand, whole[:, slice(*site.rows)], rtol=1e-12, atol=1e-12)
+        assert end == whole.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "next_kind"), [("phi3", "v", "o"), ("gpt2", "v", "o"), ("phi3", "up", "down")]
+)
+def test_parts_of_fused_projections_are_what_they_are_called(family: str, kind: str, next_kind: str) -> None:
+    """The input of o is linear in v, that of down linear in up: negating the one negates the other, and no other part
+    does that."""
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    sites = {site.type: site for site in structure.of_layer(0)}
+    seen: list[torch.Tensor] = []
+    model.base_model.get_submodule(sites[next_kind].module).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].clone())
+    )
+
+    def run(negated: str | None) -> torch.Tensor:
+        with torch.no_grad():
+            if negated is not None:
+                for part in (structure.weight(model, sites[negated]), structure.bias(model, sites[negated])):
+                    if part is not None:
+                        part.neg_()
+            model(token_blocks(1, 16))
+        return seen.pop()
+
+    plain = run(None)
+    torch.testing.assert_close(run(kind), -plain)
+    run(kind)  # and back
+    for other in sites:
+        if sites[other].module == sites[kind].module and other != kind:
+            assert not torch.allclose(run(other), -plain, atol=1e-3)
+            run(other)
+
+
+@families
+def test_meta_device_gives_the_same_structure(family: str) -> None:
+    model = FAMILIES[family]()
+    on_meta = meta_model(model.config)
+    assert next(on_meta.parameters()).device.type == "meta"
+    assert inspect_structure(on_meta) == inspect_structure(model)
+
+
+def test_mixture_of_experts_is_refused_by_name() -> None:
+    config = MixtralConfig(
+        **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
+    )
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp\.experts: .*mixtures of experts"):
+        inspect_structure(meta_model(config))
+
+
+def test_unknown_matrix_is_refused_by_name() -> None:
+    model = tiny_llama()
+    model.base_model.layers[1].self_attn.extra_proj = nn.Linear(32, 8)
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.extra_proj: .*\(8, 32\)"):
+        inspect_structure(model)
+
+
+def test_bare_parameter_is_refused_by_name() -> None:
+    model = tiny_llama()
+    model.base_model.layers[0].mlp.table = nn.Parameter(torch.zeros(3, 5))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp.*\(3, 5\)"):
+        inspect_structure(model)
+
+
+def test_known_name_of_another_kind_is_refused() -> None:
+    model = tiny_llama()
+    model.base_model.layers[0].self_attn.q_proj = nn.Bilinear(4, 8, 32)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        inspect_structure(model)
+
+
+def test_unknown_fused_layout_is_refused() -> None:
+    model = build("phi3", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model.base_model.layers[0].self_attn.qkv_proj = nn.Linear(32, 100, bias=False)
+    with pytest.raises(UnsupportedModelError, match=r"qkv_proj: 100 rows.*96"):
+        inspect_structure(model)
+
+
+def test_encoder_decoder_is_refused() -> None:
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = BartConfig(vocab_size=96, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers)
+    with torch.device("meta"):
+        model = BartForConditionalGeneration(config)
+    with pytest.raises(UnsupportedModelError, match="several block lists"):
+        inspect_structure(model)
+
+
+def test_model_without_attention_blocks_is_refused() -> None:
+    model = tiny_llama()
+    model.base_model.layers = nn.ModuleList([nn.Linear(4, 4)])
+    with pytest.raises(UnsupportedModelError, match="no list of decoder blocks"):
+        inspect_structure(model)
+
+
+def test_compressed_model_is_refused(tmp_path: Path) -> None:
+    values = copy.deepcopy(tiny_llama().config).to_dict() | {"model_type": "lowrank_llama"}
+    entry = {"out": 32, "rank": 4, "bias": True}
+    values["lowrank"] = {"format": 1, "matrices": {"layers.0.self_attn.q_proj": entry}}
+    model = model_classes("llama")[1](config_class("llama").from_dict(values))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        inspect_structure(model)
+    with pytest.raises(UnsupportedModelError, match="compressed already"):
+        compress_tiny(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _llama2(hidden: int, ffn: int, layers: int, heads: int) -> tuple[PreTrainedModel, Structure]:
+    config = LlamaConfig(
+        **{"vocab_size": 32000, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "max_position_embeddings": 4096, "tie_word_embeddings": False},
+    )
+    model = meta_model(config)
+    return model, inspect_structure(model)
+
+
+def _ranks(structure: Structure, by_type: dict[str, int]) -> Ranks:
+    return {site.name: by_type.get(site.type) for site in structure.sites}
+
+
+def test_published_allocation_of_llama2_7b() -> None:
+    """The 5x1 allocation of arXiv 2405.10616 at 20%, in this project's parameter arithmetic."""
+    model, structure = _llama2(4096, 11008, 32, 32)
+    budget = Budget(structure.sites, 0.8)
+    assert budget.total == 6_476_005_376
+    ranks = _ranks(structure, {"q": 744, "k": 744, "o": 1616, "gate": 2512, "up": 2408})
+    assert budget.ratio(ranks) == pytest.approx(0.7985, abs=0.0005)
+    assert budget.cost(ranks) <= budget.limit
+    whole = sum(p.numel() for p in model.parameters())
+    assert whole == 6_738_415_616
+    assert whole - budget.total + budget.cost(ranks) == pytest.approx(5.44e9, abs=0.01e9)
+
+
+def test_published_allocation_of_llama2_13b() -> None:
+    """The allocation [696, 1920, 2304, dense, 2504] comes to 0.7, whichever of the three equal matrices is dense."""
+    _, structure = _llama2(5120, 13824, 40, 40)
+    budget = Budget(structure.sites, 0.7)
+    assert budget.total == 40 * (4 * 5120**2 + 3 * 5120 * 13824)
+    ranks = _ranks(structure, {"q": 696, "k": 696, "o": 1920, "gate": 2304, "down": 2504})
+    assert budget.ratio(ranks) == pytest.approx(0.69986, abs=0.00005)
+    assert budget.cost(ranks) <= budget.limit
