@@ -26,6 +26,7 @@ from bolaco.objective import Head, score
 from bolaco.progress import Reporter
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
+from bolaco.statistics.gradients import GradientWalk
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -77,25 +78,42 @@ class Prepared:
             return score(self.model, Head(self.model), blocks).perplexity
 
 
-def prepare(args: argparse.Namespace, blocks: Tensor, method: str = "afm", groups: int = 32) -> Prepared:
+def prepare(
+    args: argparse.Namespace,
+    blocks: Tensor,
+    method: str = "afm",
+    groups: int = 32,
+    gradients: int = 0,
+    storage: str = "two-factor",
+) -> Prepared:
     """Loads the model and computes (or finds) the factors for these calibration blocks."""
     model = load_model(args.model)
     structure = inspect_structure(model)
-    key = hashlib.sha256(blocks.numpy().tobytes() + f"{args.model}/{method}/{groups}".encode()).hexdigest()[:12]
+    layers = range(structure.num_layers)
+    name = f"{args.model}/{method}/{groups}" + (f"/{gradients}/{storage}" if gradients else "")
+    key = hashlib.sha256(blocks.numpy().tobytes() + name.encode()).hexdigest()[:12]
     store = FactorStore(args.cache / f"factors-{key}")
     chosen = get_method(method)
-    if not all(store.has(layer) for layer in range(structure.num_layers)):
-        walk = BlockWalk(model, structure, blocks, batch=4)
-        with Reporter().stage(f"factors ({method})", structure.num_layers * len(blocks)) as tick:
-            for layer in range(structure.num_layers):
-                moments = collect(walk, groups, tick)
-                metrics = {name: chosen.metric(value) for name, value in moments.items()}
-                factors = {}
-                for site in structure.of_layer(layer):
-                    group = site.input_group
-                    weight = structure.weight(model, site)
-                    factors[site.name] = chosen.prepare(weight, metrics[group], moments[group], max_rank(site, 8))
-                store.save(layer, factors)
+    if all(store.has(layer) for layer in layers):
+        return Prepared(model, structure, store)
+    curvature: dict[str, Tensor] = {}
+    if gradients:
+        walk = GradientWalk(model, structure, blocks[:gradients], batch=4)
+        with Reporter().stage("loss gradients", (len(layers) + 1) * gradients) as tick:
+            for _, found in walk.run(tick):
+                curvature.update({name: value.float() for name, value in found.items()})
+    states = BlockWalk(model, structure, blocks, batch=4)
+    with Reporter().stage(f"factors ({method})", len(layers) * len(blocks)) as tick:
+        for layer in layers:
+            moments = collect(states, groups, tick)
+            metrics = {name: chosen.metric(value) for name, value in moments.items()}
+            factors = {}
+            for site in structure.of_layer(layer):
+                group, weight = site.input_group, structure.weight(model, site)
+                extra = (curvature[site.name],) if gradients else ()
+                top = max_rank(site, 8, storage)
+                factors[site.name] = chosen.prepare(weight, metrics[group], moments[group], top, *extra)
+            store.save(layer, factors)
     return Prepared(model, structure, store)
 
 

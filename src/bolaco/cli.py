@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--device")
     compress.add_argument(
         "--preset",
-        choices=("default", "paper"),
+        choices=("default", "paper", "kfac"),
         default="default",
         help="paper: the settings of arXiv 2405.10616",
     )

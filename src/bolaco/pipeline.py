@@ -188,7 +188,12 @@ class _Run:
         itemsize = self.model.dtype.itemsize
         factors = 0
         if not self._factorized:
-            factors = self.space.budget.total * itemsize
+            multiple, storage = self.recipe.search.rank_multiple, self.space.budget.storage
+            for site in self.structure.sites:
+                if site.type not in self.recipe.dense_types:
+                    factors += max_rank(site, multiple, storage) * (site.out_features + site.in_features) * itemsize
+            if get_method(self.recipe.factorization.method).gradients:
+                factors += sum(4 * site.out_features**2 for site in self.structure.sites)
             if self.recipe.calibration.cache == "disk":
                 factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
         needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]

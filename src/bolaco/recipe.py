@@ -160,7 +160,12 @@ PAPER: dict[str, Any] = {
     "factorization": {"method": "afm", "storage": "two-factor"},
     "evaluation": {"source": "Salesforce/wikitext:wikitext-2-raw-v1:test", "seq_len": 4096, "windows": None},
 }
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
+# What has lost least so far, and needs no search.
+KFAC: dict[str, Any] = {
+    "factorization": {"method": "kfac", "storage": "pivoted"},
+    "search": {"space": "spectral"},
+}
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "kfac": KFAC}
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

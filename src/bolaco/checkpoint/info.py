@@ -37,6 +37,8 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no {INFO_FILE} in it; not a folder that `bolaco compress` wrote") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged ({error})") from None
+    if not isinstance(info, dict):
+        raise CheckpointError(f"{path}: damaged (a {type(info).__name__}, not an object)")
     missing = {"ranks", "keep_linears", "recipe"} - info.keys()
     if missing:
         raise CheckpointError(f"{path}: damaged, without {', '.join(sorted(missing))}")

@@ -148,7 +148,7 @@ def register_folder(path: str | Path) -> None:
     except (OSError, ValueError):
         return
     model_type = config.get("model_type", "") if isinstance(config, dict) else ""
-    if model_type.startswith(PREFIX):
+    if isinstance(model_type, str) and model_type.startswith(PREFIX):
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
         if model_type.removeprefix(PREFIX) in CONFIG_MAPPING_NAMES:
