@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -681,6 +682,10 @@ def test_what_a_killed_process_leaves_is_cleaned_up(
         bench.path.write_bytes(kept + b"".join(rest[:end]) + rest[end][:20])
     if leftover in ("lock", "all of it"):
         bench.path.with_name(bench.path.name + ".lock").symlink_to(bench.path)
+    start = time.monotonic()
+    study = open_ledger(bench.path)
+    assert time.monotonic() - start < 20  # Optuna waits half a minute for the owner of a lock
+    assert {t.state.name for t in study.get_trials()} <= {"COMPLETE", "FAIL"}
     assert without_seconds(bench.run()) == without_seconds(trials)
     assert bench.evaluated == TRIALS - finished
     assert all(json.loads(line) for line in bench.path.read_text().splitlines())
@@ -715,7 +720,17 @@ def test_useless_trials_survive_the_ledger(tmp_path: Path, quick: None) -> None:
 
 @pytest.mark.parametrize(
     "harm",
-    ["broken line", "broken last line", "zeros", "not utf-8", "no object", "no result", "wrong type", "other file"],
+    [
+        "broken line",
+        "broken last line",
+        "broken new line",
+        "zeros",
+        "not utf-8",
+        "no object",
+        "no result",
+        "wrong type",
+        "other file",
+    ],
 )
 def test_a_damaged_journal_is_refused_by_name(
     harm: str, uninterrupted: tuple[list[Trial], bytes], tmp_path: Path
@@ -728,6 +743,8 @@ def test_a_damaged_journal_is_refused_by_name(
             lines[7] = lines[7][:10] + b"\n"
         case "broken last line":
             lines[-1] = lines[-1][:10] + b"\n"
+        case "broken new line":
+            lines.append(b'{"op_code":4,"worker\n')
         case "zeros":
             lines[5] = b"\0" * 40 + b"\n"
         case "not utf-8":
@@ -744,6 +761,13 @@ def test_a_damaged_journal_is_refused_by_name(
     path.write_bytes(b"".join(lines))
     with pytest.raises(ResumeError, match=r"trials\.journal.*damaged"):
         open_ledger(path)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40])
+def test_any_whole_number_is_a_seed(seed: int, tmp_path: Path, quick: None) -> None:
+    bench = Bench(tmp_path)
+    bench.proposer = Proposer(bench.space, 0.02, "fitted", seed)
+    assert len(bench.run(3)) == 3
 
 
 def test_an_empty_journal_is_a_new_one(tmp_path: Path, quick: None) -> None:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bolaco import pipeline
-from bolaco.factorize import store as store_module
+from bolaco import blockstore, pipeline
+from bolaco.models import inspect_structure
 from tests.command import PROGRESS, Done, bolaco, compress, furnish, info, ok, snapshot, what_counts
 from tests.models import english, save_tiny, tiny_llama
 
@@ -498,16 +498,23 @@ def test_damaged_journal(begun: Path, shared: Path, damage: Callable[[bytes], by
 # --- a full disk --------------------------------------------------------------------------------------------------
 
 
+def bytes_needed() -> int:
+    """Factors of every matrix but v at its highest multiple of 4, and at most 21,664 parameters of a checkpoint."""
+    sites = [site for site in inspect_structure(tiny_llama()).sites if site.type != "v"]
+    sides = [(site.out_features + site.in_features, site.size) for site in sites]
+    return 4 * (sum((size - 1) // both // 4 * 4 * both for both, size in sides) + 21_664)
+
+
 def test_too_little_space_is_seen_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 15,360 parameters of factors and at most 21,664 of a checkpoint, 4 bytes each: 0.141 MiB.
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=148_095))
+    needed = bytes_needed()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     refused(compress("out"), "no space left for the factors and the checkpoint: about 0.1 MiB are needed")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=148_096))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     ok(*compress("out", "--search", "none"))
 
 
 def test_the_cache_on_disk_counts_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = 148_096 + 8 * 32 * 32 * 4
+    needed = bytes_needed() + 8 * 32 * 32 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     refused(compress("out", calibration_cache="disk"), "no space left")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
@@ -526,10 +533,10 @@ def test_full_disk_while_writing_factors(place: Path, monkeypatch: pytest.Monkey
         path.write_bytes(b"half")
         if kind == "OSError":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise store_module.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise blockstore.SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "save_file", full)
+        patch.setattr(blockstore, "save_file", full)
         one_line(bolaco(*compress("out", "--search", "none")), "no space left on the disk", "give the same command")
     first = Path("out.work/factors/block-00000.safetensors")
     written = first.stat().st_mtime_ns

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bolaco import pipeline
-from bolaco.statistics.gradients import GradientStore
+from bolaco.blockstore import BlockStore
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
 
 TRIALS = "4"
@@ -233,21 +233,21 @@ def test_interrupted_in_the_loss_gradients(blocks: int, place: Path, monkeypatch
     """The stage before the factors that some methods have; finished, it is not repeated."""
     words = ["--search", "none", "--method", "kfac"]
     ok(*compress("undisturbed", *words))
-    save = GradientStore.save
+    save = BlockStore.write
     calls = []
 
     def interrupted(*args: Any) -> None:
         save(*args)
-        calls.append(args)
+        calls.extend([args] if args[0].folder.name == "gradients" else [])
         if len(calls) == blocks:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(GradientStore, "save", interrupted)
+        patch.setattr(BlockStore, "write", interrupted)
         assert bolaco(*compress("out", *words)).code == 130
-    saved = counted(monkeypatch, GradientStore, "save")
+    saved = counted(monkeypatch, BlockStore, "write")
     ok(*compress("out", *words))
-    assert len(saved) == {1: 2, 2: 0}[blocks]
+    assert len([call for call in saved if call[0].folder.name == "gradients"]) == {1: 2, 2: 0}[blocks]
     assert what_counts("out") == what_counts("undisturbed")
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
 from bolaco.allocate.spectral import spectral_ranks
+from bolaco.blockstore import BlockStore
 from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import (
     compressed_state,
@@ -39,7 +40,7 @@ from bolaco.recipe import Recipe
 from bolaco.report.card import model_card
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.gradients import GradientStore, GradientWalk
+from bolaco.statistics.gradients import GradientWalk
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -227,15 +228,15 @@ class _Run:
                         if group not in metrics:
                             metrics[group] = method.metric(moments[group])
                         weight = self.structure.weight(self.model, site)
-                        extra = (gradients.load(layer)[site.name],) if gradients is not None else ()
+                        extra = (gradients.read(layer)[site.name],) if gradients is not None else ()
                         factors[site.name] = method.prepare(weight, metrics[group], moments[group], top, *extra)
                     self.store.save(layer, factors)
         finally:
             walk.close()
 
-    def _gradients(self) -> GradientStore:
+    def _gradients(self) -> BlockStore:
         """Second moments of the output gradients of every matrix, in the work folder."""
-        store = GradientStore(self.folder.path / "gradients")
+        store = BlockStore(self.folder.path / "gradients")
         layers = self.structure.num_layers
         if not all(store.has(layer) for layer in range(layers)):
             settings = self.recipe.calibration
@@ -244,7 +245,7 @@ class _Run:
             walk = GradientWalk(self.model, self.structure, tokens, settings.batch, self.recipe.seed, folder)
             with self.reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
                 for layer, moments in walk.run(tick):
-                    store.save(layer, moments)
+                    store.write(layer, {name: value.float() for name, value in moments.items()})
         return store
 
     def dense_perplexity(self) -> dict[str, Any]:

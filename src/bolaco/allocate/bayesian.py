@@ -6,7 +6,6 @@ learns from the ratios a trial came to after rounding and repair, not from those
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -106,9 +105,6 @@ def open_ledger(path: Path) -> Study:
     path.with_name(path.name + ".lock").unlink(missing_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        # Optuna passes over a damaged last line, and stumbles on it once another follows.
-        for line in whole.splitlines():
-            json.loads(line)
         storage = JournalStorage(JournalFileBackend(str(path)))
         study = optuna.create_study(storage=storage, study_name=_STUDY, direction="minimize", load_if_exists=True)
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):

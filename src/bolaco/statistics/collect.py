@@ -8,6 +8,7 @@ next block's inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,23 @@ Observer = Callable[[str, Tensor, int], None]
 
 class _EmbeddingsDone(Exception):
     """Stops a forward pass once the first block's input is known."""
+
+
+def split_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A decoder block's hidden states, and the other arguments of its call."""
+    kwargs = dict(kwargs)
+    state = args[0] if args else kwargs.pop("hidden_states")
+    return state, (args[1:], kwargs)
+
+
+def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) -> Tensor:
+    """An empty tensor in memory, or mapped to a file."""
+    if file is None:
+        return torch.empty(shape, dtype=dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 class BlockWalk:
@@ -61,9 +79,8 @@ class BlockWalk:
         seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            state = args[0] if args else kwargs.pop("hidden_states")
-            seen.append((args[1:], kwargs, state))
+            state, rest = split_arguments(args, kwargs)
+            seen.append((*rest, state))
             if stop_early:
                 raise _EmbeddingsDone
 
@@ -83,19 +100,13 @@ class BlockWalk:
                     self._arguments[size] = [(args, kwargs) for args, kwargs, _ in seen]
                 state = seen[0][2]
                 if hidden is None:
-                    hidden = self._allocate((self.sequences, self.length, state.shape[-1]), state.dtype)
+                    hidden = cache_tensor((self.sequences, self.length, state.shape[-1]), state.dtype, self._cache_file)
                 hidden[rows] = state.to("cpu")
         finally:
             for handle in handles:
                 handle.remove()
         assert hidden is not None  # there is at least one batch
         return hidden
-
-    def _allocate(self, shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-        if self._cache_file is None:
-            return torch.empty(shape, dtype=dtype)
-        size = shape[0] * shape[1] * shape[2]
-        return torch.from_file(str(self._cache_file), shared=True, size=size, dtype=dtype).view(shape)
 
     def advance(self, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
         """Runs the next block on every sequence; ``observe`` sees each shared input of the block once per batch.

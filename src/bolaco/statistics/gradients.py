@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.errors import NonFiniteError, ResumeError
+from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Site, Structure
 from bolaco.objective import SLAB, Head
+from bolaco.statistics.collect import cache_tensor, split_arguments
 from bolaco.statistics.moments import PooledMoments
 
 
@@ -91,13 +90,8 @@ class GradientWalk:
                 file.unlink()
 
     def _allocate(self, index: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        full = (len(self.tokens), *shape[1:])
-        if self._folder is None:
-            return torch.empty(full, dtype=dtype)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"inputs-{index:05d}.cache"
-        size = full[0] * full[1] * full[2]
-        return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(full)
+        file = None if self._folder is None else self._folder / f"inputs-{index:05d}.cache"
+        return cache_tensor((len(self.tokens), *shape[1:]), dtype, file)
 
     def _forward(self, tick: Callable[[int], Any] | None) -> None:
         """Records every block's input and arguments, and the loss gradient at the last block's output."""
@@ -105,9 +99,8 @@ class GradientWalk:
         leaves: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            kwargs = dict(kwargs)
-            state = args[0] if args else kwargs.pop("hidden_states")
-            seen.append((args[1:], kwargs, state.detach()))
+            state, rest = split_arguments(args, kwargs)
+            seen.append((*rest, state.detach()))
 
         def cut(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             state = output[0] if isinstance(output, tuple) else output
@@ -203,37 +196,3 @@ class GradientWalk:
                 handle.remove()
         self._inputs[layer] = torch.empty(0)
         return {name: item.finalize().second_moment for name, item in moments.items()}
-
-
-class GradientStore:
-    """Output-gradient second moments on disk, one file per block, float32."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, layer: int) -> Path:
-        return self.folder / f"block-{layer:05d}.safetensors"
-
-    def has(self, layer: int) -> bool:
-        """Whether the block is there."""
-        return self._path(layer).is_file()
-
-    def save(self, layer: int, moments: dict[str, Tensor]) -> None:
-        """Writes one block, whole or not at all."""
-        partial = self._path(layer).with_suffix(".partial")
-        save_file({name: value.float().cpu().contiguous() for name, value in moments.items()}, partial)
-        partial.replace(self._path(layer))
-
-    def load(self, layer: int) -> dict[str, Tensor]:
-        """Reads one block, by site name.
-
-        Raises:
-            ResumeError: missing or damaged; names the file.
-        """
-        try:
-            return load_file(self._path(layer))
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(
-                f"{self._path(layer)}: missing or damaged ({error}); delete this file and run again"
-            ) from error
