@@ -24,7 +24,7 @@ def _layer(expand, reduce, bias):
     form = pivot(expand, reduce)
     layer = PivotedLinear(reduce.shape[1], expand.shape[0], reduce.shape[0], bias is not None, form.side)
     layer.load_state_dict(form.state(bias))
-    return layer, form
+    return layer.requires_grad_(False), form
 
 
 @settings(deadline=None, max_examples=40, derandomize=True)
