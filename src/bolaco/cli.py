@@ -192,6 +192,8 @@ def _plan(recipe: Any, console: Console) -> None:
     console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
     console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
+    if search.space == "spectral":
+        console.print("ranks come from the spectra of the matrices; the hand allocation is shown for its size")
     if recipe.searches:
         length = validation.seq_len or calibration.seq_len
         console.print(

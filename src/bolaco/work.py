@@ -169,7 +169,9 @@ class WorkFolder:
         """Removes the output folder that a killed run was writing (see :meth:`unfinished`)."""
         folder = self.read("unfinished", str)
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            # Only ever what new_folder() makes, whatever the file says.
+            if ".partial-" in Path(folder).name:
+                shutil.rmtree(folder, ignore_errors=True)
             (self.path / "unfinished.json").unlink()
 
     @contextmanager
