@@ -13,6 +13,7 @@ degrees of freedom. The shift, taken from the first batch, keeps the subtraction
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,14 +33,26 @@ class Moments:
     Attributes:
         mean: ``[d]``, the mean of the group means weighted by their counts.
         covariance: ``[d, d]``, pooled within groups.
-        second_moment: ``[d, d]``, E[x x^T], not centred.
-        count: vectors seen.
+        group_means: ``[groups with vectors, d]``.
+        group_counts: ``[groups with vectors]``, vectors in each, float64.
     """
 
     mean: Tensor
     covariance: Tensor
-    second_moment: Tensor
-    count: int
+    group_means: Tensor
+    group_counts: Tensor
+
+    @property
+    def count(self) -> int:
+        """Vectors seen."""
+        return int(self.group_counts.sum())
+
+    @cached_property
+    def second_moment(self) -> Tensor:
+        """``[d, d]``, E[x x^T], not centred; computed when asked for."""
+        freedom = float((self.group_counts - 1).sum())
+        between = (self.group_means * self.group_counts[:, None]).T @ self.group_means
+        return (freedom * self.covariance + between) / self.count
 
 
 class PooledMoments:
@@ -128,15 +141,15 @@ class PooledMoments:
         freedom = int((self.counts - 1).clamp(min=0).sum())
         if freedom < 1 or self.shift is None:
             raise ValueError(f"a covariance needs at least two vectors in a group, got {self.counts.tolist()}")
-        upper = torch.triu(self._scatter)
-        scatter = upper + torch.triu(upper, diagonal=1).T
         filled = self.counts > 0
         counts = self.counts[filled].to(self.sums)
         offsets = self.sums[filled] / counts[:, None]
-        within = scatter - (offsets * counts[:, None]).T @ offsets
-        total = int(self.counts.sum())
-        offset = self.sums.sum(dim=0) / total
-        mean = self.shift + offset
-        cross = torch.outer(offset, self.shift)
-        second = scatter / total + cross + cross.T + torch.outer(self.shift, self.shift)
-        return Moments(mean, within / freedom, second, total)
+        # Only the panels on and above the diagonal were summed; one pass mirrors them.
+        within = torch.addmm(self._scatter, (offsets * counts[:, None]).T, offsets, alpha=-1).div_(freedom)
+        for start in range(0, self.dim, _PANEL):
+            panel = slice(start, start + _PANEL)
+            corner = within[panel, panel]
+            within[panel, panel] = corner.triu() + corner.triu(diagonal=1).T
+            within[start + _PANEL :, panel] = within[panel, start + _PANEL :].T
+        mean = self.shift + self.sums.sum(dim=0) / counts.sum()
+        return Moments(mean, within, self.shift + offsets, counts)
