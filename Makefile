@@ -24,8 +24,8 @@ $(VENV)/.model: $(VENV)/.installed
 demo: $(VENV)/.model
 	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
 	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration pydoc --seq-len 512 --search 5x1 \
-	  --trials $(DEMO_TRIALS) --set calibration.sequences=64 --set validation.candidates=12 \
-	  --set validation.sequences=6 --set evaluation.windows=12 -o $(DEMO_OUT)
+	  --trials $(DEMO_TRIALS) --set calibration.sequences=48 --set validation.candidates=8 \
+	  --set validation.sequences=5 --set evaluation.windows=12 -o $(DEMO_OUT)
 	$(BIN)/bolaco inspect $(DEMO_OUT)
 	$(BIN)/python examples/generate.py $(DEMO_OUT)
 
