@@ -91,18 +91,20 @@ def must(done: subprocess.CompletedProcess[str]) -> str:
 MEASURE = """
 import sys, torch
 from pathlib import Path
-tokens = torch.load(sys.argv[1])
+from safetensors.torch import load_file, save_file
+tokens = load_file(sys.argv[1])["value"]
 def measure(model, file):
     with torch.no_grad():
         output = model.eval()(input_ids=tokens, use_cache=False)
-    torch.save(output.logits if "logits" in output else output.last_hidden_state, file)
+    value = output.logits if "logits" in output else output.last_hidden_state
+    save_file({"value": value.contiguous()}, file)
 """
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("tokens") / "tokens.pt"
-    torch.save(token_blocks(2, 24, seed=5), file)
+    file = tmp_path_factory.mktemp("tokens") / "tokens"
+    save_file({"value": token_blocks(2, 24, seed=5)}, file)
     return file
 
 
@@ -133,7 +135,9 @@ for folder in map(Path, sys.argv[3:]):
     runs = [compressed(family) for family in FAMILIES]
     must(python(code, tmp_path, tokens, tmp_path, *[run.path for run in runs]))
     for run in runs:
-        assert torch.equal(torch.load(tmp_path / run.path.name), logits(load_model(str(run.path)))), run.path.name
+        assert torch.equal(load_file(tmp_path / run.path.name)["value"], logits(load_model(str(run.path)))), (
+            run.path.name
+        )
 
 
 @pytest.mark.parametrize(
@@ -164,10 +168,10 @@ measure(AutoModelForCausalLM.from_pretrained(folder), "logits")
     run = compressed("gpt2")
     must(python(code, tmp_path, tokens, run.path))
     model = load_model(str(run.path))
-    assert torch.equal(torch.load(tmp_path / "logits"), logits(model))
+    assert torch.equal(load_file(tmp_path / "logits")["value"], logits(model))
     with torch.no_grad():
         hidden = model.base_model(input_ids=token_blocks(2, 24, seed=5)).last_hidden_state
-    assert torch.equal(torch.load(tmp_path / "hidden"), hidden)
+    assert torch.equal(load_file(tmp_path / "hidden")["value"], hidden)
 
 
 def test_import_bolaco_costs_no_transformers(tmp_path: Path) -> None:
@@ -205,8 +209,8 @@ assert not [name for name in sys.modules if name.startswith("bolaco.")]
     must(python(code, tmp_path, tokens, tmp_path, *[run.path for run in runs], resaved))
     for folder in [*[run.path for run in runs], resaved]:
         expected = logits(load_model(str(folder)))
-        assert torch.equal(torch.load(tmp_path / f"{folder.name}-logits"), expected), folder.name
-        assert torch.equal(torch.load(tmp_path / f"{folder.name}-2"), expected), folder.name
+        assert torch.equal(load_file(tmp_path / f"{folder.name}-logits")["value"], expected), folder.name
+        assert torch.equal(load_file(tmp_path / f"{folder.name}-2")["value"], expected), folder.name
         assert config_of(tmp_path / f"{folder.name}-again")["auto_map"].keys() == set(AUTO)
 
 
