@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, max_rank
+from bolaco.blockstore import BlockStore
 from bolaco.data import TokenStream
 from bolaco.elastic import ElasticModel
 from bolaco.factorize import get_method
@@ -70,6 +71,7 @@ class Prepared:
     model: PreTrainedModel
     structure: Structure
     store: FactorStore
+    gradients: BlockStore | None = None
 
     def perplexity(self, ranks: Ranks, blocks: Tensor) -> float:
         """Perplexity of an allocation, through the elastic model."""
@@ -90,18 +92,18 @@ def prepare(
     model = load_model(args.model)
     structure = inspect_structure(model)
     layers = range(structure.num_layers)
-    name = f"{args.model}/{method}/{groups}" + (f"/{gradients}/{storage}" if gradients else "")
-    key = hashlib.sha256(blocks.numpy().tobytes() + name.encode()).hexdigest()[:12]
-    store = FactorStore(args.cache / f"factors-{key}")
+    store = FactorStore(args.cache / f"factors-{_key(blocks, args.model, method, groups, storage, gradients)}")
     chosen = get_method(method)
-    if all(store.has(layer) for layer in layers):
-        return Prepared(model, structure, store)
-    curvature: dict[str, Tensor] = {}
+    curvature = None
     if gradients:
-        walk = GradientWalk(model, structure, blocks[:gradients], batch=4)
-        with Reporter().stage("loss gradients", (len(layers) + 1) * gradients) as tick:
-            for _, found in walk.run(tick):
-                curvature.update({name: value.float() for name, value in found.items()})
+        curvature = BlockStore(args.cache / f"gradients-{_key(blocks[:gradients], args.model)}")
+        if not all(curvature.has(layer) for layer in layers):
+            walk = GradientWalk(model, structure, blocks[:gradients], batch=4)
+            with Reporter().stage("loss gradients", (len(layers) + 1) * gradients) as tick:
+                for layer, found in walk.run(tick):
+                    curvature.write(layer, {name: value.float() for name, value in found.items()})
+    if all(store.has(layer) for layer in layers):
+        return Prepared(model, structure, store, curvature)
     states = BlockWalk(model, structure, blocks, batch=4)
     with Reporter().stage(f"factors ({method})", len(layers) * len(blocks)) as tick:
         for layer in layers:
@@ -110,11 +112,28 @@ def prepare(
             factors = {}
             for site in structure.of_layer(layer):
                 group, weight = site.input_group, structure.weight(model, site)
-                extra = (curvature[site.name],) if gradients else ()
+                extra = (curvature.read(layer)[site.name],) if curvature is not None else ()
                 top = max_rank(site, 8, storage)
                 factors[site.name] = chosen.prepare(weight, metrics[group], moments[group], top, *extra)
             store.save(layer, factors)
-    return Prepared(model, structure, store)
+    return Prepared(model, structure, store, curvature)
+
+
+def _key(blocks: Tensor, *words: object) -> str:
+    return hashlib.sha256(blocks.numpy().tobytes() + "/".join(map(str, words)).encode()).hexdigest()[:12]
+
+
+class PeakMemory:
+    """Largest resident memory of this process since :meth:`start` (Linux)."""
+
+    @staticmethod
+    def start() -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @staticmethod
+    def megabytes() -> float:
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 1000
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:

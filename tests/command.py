@@ -62,6 +62,7 @@ def compress(
     settings = SMALL | {name.replace("_", ".", 1): value for name, value in changes.items()}
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
+    words += [] if "--preset" in more else ["--preset", "bolaco-5x1"]
     return [*words, "--trials", "3", "-o", str(out), *map(str, more)]
 
 

@@ -288,7 +288,8 @@ def tiny_recipe(**values: Any) -> Recipe:
     """A recipe of :data:`TINY` size; ``values`` as for :func:`recipe_values`, with ``search="none"`` by default."""
     given = {"keep": 0.7, "search": "none", "calibration": str(text_file())} | values
     options = TINY | given.pop("options", {})
-    return make_recipe(recipe_values(**given, options=options | {"model": "tiny"}))
+    preset = given.pop("preset", "bolaco-5x1")
+    return make_recipe(recipe_values(**given, options=options | {"model": "tiny"}), preset)
 
 
 @dataclass(frozen=True)

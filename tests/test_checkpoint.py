@@ -22,7 +22,7 @@ import bolaco  # noqa: F401 - teaches the auto classes
 from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.registry import MODEL_TYPES
 from bolaco.errors import CheckpointError, OutputExistsError, UnsupportedModelError
-from bolaco.evaluate.perplexity import perplexity
+from bolaco.evaluation.perplexity import perplexity
 from bolaco.layers import LowRankLinear
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import inspect_structure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -122,7 +123,7 @@ def test_words_reach_the_recipe() -> None:
         "--search": ("search.space", "5x4"),
         "--trials": ("search.trials", 7),
         "--method": ("factorization.method", "svd"),
-        "--storage": ("factorization.storage", "pivoted"),
+        "--storage": ("factorization.storage", "two-factor"),
         "--calibration": ("calibration.source", "a.txt"),
         "--validation": ("validation.source", "b.txt"),
         "--eval": ("evaluation.source", "c.txt"),
@@ -463,3 +464,14 @@ def test_export_gives_a_stock_model(place: Path, shared: Path) -> None:
     weight = model.model.layers[0].mlp.up_proj.weight.detach()
     rank = info(shared / "hand")["ranks"]["model.layers.0.mlp.up_proj"]
     assert torch.linalg.matrix_rank(weight) == rank
+
+
+def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
+    """Importing a subpackage sets an attribute of its name; none may be that of a public function."""
+    package = importlib.import_module("bolaco")
+    folder = Path(str(package.__file__)).parent
+    assert not {name for name in package.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()}
+
+
+def test_presets_offered_are_those_there_are() -> None:
+    assert importlib.import_module("bolaco.cli").PRESETS == tuple(importlib.import_module("bolaco.recipe").PRESETS)

@@ -391,7 +391,7 @@ def recipe(source: Path | str, **values: Any) -> Recipe:
     }
     for name, section in values.items():
         base[name] = (base.get(name) or {}) | section
-    return make_recipe(base)
+    return make_recipe(base, "bolaco-5x1")
 
 
 CONFIG = SimpleNamespace(model_type="llama", max_position_embeddings=64)

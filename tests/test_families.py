@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import bolaco  # noqa: F401 - teaches the auto classes
 from bolaco.checkpoint.registry import config_class, model_classes
 from bolaco.checkpoint.write import compressed_state
+from bolaco.compressed import compressed_block
 from bolaco.elastic import ElasticModel
 from bolaco.factorize.store import FactorStore
 from bolaco.layers import LowRankLinear, SplitLinear
@@ -103,11 +104,17 @@ def test_reload_equals_the_model_before_saving(family: str, search: str) -> None
     original, ranks = run.original, run.info["ranks"]
     assert any(ranks.values())
     structure, store = inspect_structure(original), FactorStore(run.work / "factors")
-    matrices, state = compressed_state(original, structure, store, ranks)
+    blocks = (
+        compressed_block(original, structure, layer, store.load(layer), ranks) for layer in range(structure.num_layers)
+    )
+    state = compressed_state(original, structure, blocks)
     model_type = original.config.model_type
-    values = original.config.to_dict() | {"model_type": f"lowrank_{model_type}", "lowrank": {"matrices": matrices}}
+    values = original.config.to_dict() | {
+        "model_type": f"lowrank_{model_type}",
+        "lowrank": {"matrices": state.matrices},
+    }
     built = model_classes(model_type)[1](config_class(model_type).from_dict(values)).eval()
-    built.load_state_dict(state, assign=True)
+    built.load_state_dict(state.tensors, assign=True)
     built.tie_weights()
     expected = logits(built)
     assert torch.equal(logits(reload(run)), expected)

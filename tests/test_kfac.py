@@ -66,4 +66,4 @@ def test_bias_keeps_the_mean_output():
 
 def test_a_matrix_the_loss_never_reaches():
     output = OutputMetric(torch.zeros(4, 4), kfac.SHRINKAGE)
-    assert torch.allclose(output.root @ output.inverse_root, torch.eye(4, dtype=torch.float64))
+    assert torch.allclose(output.roots[0] @ output.roots[1], torch.eye(4, dtype=torch.float64))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bolaco import pipeline
 from bolaco.data import TokenStream
 from bolaco.errors import DataError
-from bolaco.evaluate.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe, make_recipe, merge, recipe_values

@@ -42,6 +42,10 @@ _WORDS = (
 )
 
 
+# The names in recipe.py, which is not imported for --help.
+PRESETS = ("default", "paper", "bolaco-5x1", "bolaco-5x4", "svd-llm", "kfac-svd", "aa-svd", "mpifa")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bolaco",
@@ -56,11 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("model", metavar="MODEL")
     compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
     compress.add_argument(
-        "--search", choices=("5x1", "5x4", "spectral", "none"), help="how ranks are found (5x1); none: hand allocation"
+        "--search", choices=("spectral", "5x1", "5x4", "uniform", "none"), help="how ranks are found (spectral)"
     )
-    compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (two-factor)")
+    compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (pivoted)")
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
-    compress.add_argument("--method", help="factorization, one of `bolaco methods` (afm)")
+    compress.add_argument("--method", help="factorization, one of `bolaco methods` (kfac)")
     compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
     compress.add_argument(
         "--validation",
@@ -82,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--device")
     compress.add_argument(
         "--preset",
-        choices=("default", "paper", "kfac"),
+        choices=PRESETS,
         default="default",
-        help="paper: the settings of arXiv 2405.10616; kfac: two-sided metric, ranks in closed form, pivoted storage",
+        help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
     )
     compress.add_argument(
         "--set",

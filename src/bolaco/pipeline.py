@@ -6,13 +6,15 @@ written. Each stage leaves its result in the work folder, and is skipped when it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
@@ -26,9 +28,10 @@ from bolaco.checkpoint.write import (
     refuse_existing,
     write_model,
 )
+from bolaco.compressed import compressed_block
 from bolaco.elastic import ElasticModel
 from bolaco.errors import RecipeError
-from bolaco.evaluate.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.factorize import get_method
 from bolaco.factorize.solver import Factors, InputMetric
 from bolaco.factorize.store import FactorStore
@@ -37,6 +40,8 @@ from bolaco.models.structure import Structure, inspect_structure
 from bolaco.objective import Head, Scores, hidden_states, score
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe
+from bolaco.refine import Refiner
+from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
@@ -103,6 +108,9 @@ def compress(
         with folder.timed("dense evaluation"):
             dense = run.dense_perplexity()
         ranks, trials = run.allocate(warm)
+        if recipe.refines:
+            with folder.timed("refine"):
+                run.refine(ranks)
         with new_folder(out) as partial, folder.unfinished(partial):
             with folder.timed("write"):
                 run.write(partial, ranks)
@@ -178,6 +186,8 @@ class _Run:
         self.recipe, self.model, self.structure, self.space = recipe, model, structure, space
         self.texts, self.folder, self.reporter = texts, folder, reporter
         self.store = FactorStore(folder.path / "factors")
+        self.refined = BlockStore(folder.path / "refined")
+        self.growth: dict[str, float] = {}
         self.parameters_dense = sum(p.numel() for p in model.parameters())
 
     @property
@@ -271,7 +281,9 @@ class _Run:
         if not self.recipe.searches:
             if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
                 return warm, []
-            keeps = hand_keeps(self.space) if warm is None else self.space.keeps_of(warm)
+            uniform = self.recipe.search.space == "uniform"
+            keeps = [self.recipe.keep] * len(self.space.names) if uniform else hand_keeps(self.space)
+            keeps = keeps if warm is None else self.space.keeps_of(warm)
             return self.space.ranks(self.space.settle(keeps)), []
         with ElasticModel(self.model, self.structure, self.store) as elastic:
             evaluator = _Evaluator(elastic, self.space, self.recipe, self.texts.candidates)
@@ -308,12 +320,38 @@ class _Run:
                 : settings.trials
             ]
 
+    def refine(self, ranks: Ranks) -> None:
+        """Every block as it will be, in the work folder."""
+        fingerprint = hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()
+        self.folder.same("refined", fingerprint, "the ranks have changed")
+        method = get_method(self.recipe.factorization.method)
+        refiner = Refiner(
+            self.model,
+            self.structure,
+            self.store,
+            ranks,
+            self.texts.calibration,
+            method,
+            self.recipe,
+            self._gradients() if method.gradients and self.recipe.refinement.fit else None,
+            self.folder.path if self.recipe.calibration.cache == "disk" else None,
+        )
+        refiner.run(self.refined, self.reporter)
+
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Writes the compressed model."""
-        matrices, state = compressed_state(
-            self.model, self.structure, self.store, ranks, self.recipe.factorization.storage
-        )
-        write_model(folder, self.model, matrices, state)
+
+        def blocks() -> Iterator[nn.Module]:
+            for layer in range(self.structure.num_layers):
+                if self.recipe.refines:
+                    yield stored_block(self.refined, self.model, self.structure, layer)
+                else:
+                    factors = self.store.load(layer) if self.store.has(layer) else {}
+                    yield compressed_block(self.model, self.structure, layer, factors, ranks)
+
+        state = compressed_state(self.model, self.structure, blocks(), self.recipe.factorization.storage)
+        self.growth = state.growth
+        write_model(folder, self.model, state)
 
     def measure(self, folder: Path, ranks: Ranks, trials: Sequence[Trial], dense: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, measures it, and returns the content of ``bolaco.json``."""
@@ -341,6 +379,7 @@ class _Run:
             "bytes_dense": self.parameters_dense * self.model.dtype.itemsize,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "ranks": ranks,
+            "pivot_growth": self.growth,
             "perplexity": {
                 "dense": dense["perplexity"],
                 "compressed": after.perplexity,

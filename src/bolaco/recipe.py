@@ -60,17 +60,19 @@ class Validation(_Section):
 class Factorization(_Section):
     """Which low-rank approximation is computed for each matrix."""
 
-    method: str = Field("afm", description="a name that `bolaco methods` lists")
+    method: str = Field("kfac", description="a name that `bolaco methods` lists")
     storage: Literal["two-factor", "pivoted"] = Field(
-        "two-factor", description="pivoted: the same product in r^2 fewer parameters"
+        "pivoted", description="pivoted: the same product in r^2 fewer parameters"
     )
 
 
 class Search(_Section):
     """Space, budget slack and optimiser of the rank allocation."""
 
-    space: Literal["5x1", "5x4", "spectral", "none"] = Field(
-        "5x1", description="spectral: closed form, from the errors of all matrices; none: the hand allocation"
+    space: Literal["spectral", "5x1", "5x4", "uniform", "none"] = Field(
+        "spectral",
+        description="spectral: closed form, from the errors of all matrices; uniform: one ratio for all; "
+        "none: the hand allocation",
     )
     trials: int = Field(50, gt=0)
     initial: int = Field(5, ge=0, description="random allocations between the hand allocation and the model-based ones")
@@ -81,7 +83,7 @@ class Search(_Section):
     fill: bool = Field(True, description="raise ranks until no affordable multiple is left")
     rank_multiple: int = Field(8, gt=0)
     dense_types: tuple[str, ...] | None = Field(
-        None, description="matrix types that are never factored; default: v, but none for spectral"
+        None, description="matrix types that are never factored; default: v, but none for spectral and uniform"
     )
     objective: Literal["ppl+kl", "ppl"] = "ppl+kl"
     kl_weight: float = Field(1e-3, ge=0)
@@ -90,6 +92,18 @@ class Search(_Section):
         description="fitted: log objective, learnt length scales; paper: raw objective, fixed length scales",
     )
     warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is tried first")
+
+
+class Refinement(_Section):
+    """What is done after the ranks are known."""
+
+    fit: bool = Field(False, description="fit every matrix again, on the inputs it has in the compressed model")
+    drift: float = Field(1.0, ge=0, le=1, description="share of the change of its inputs that the fit makes up for")
+    damping: float = Field(1e-2, ge=0, description="share of the inputs' mean eigenvalue added in that fit")
+    steps: int = Field(0, ge=0, description="AdamW steps of each block towards the original block's output")
+    learning_rate: float = Field(3e-4, gt=0)
+    autocast: bool = Field(True, description="bfloat16 products in these steps; parameters stay as they are")
+    weight_decay: float = Field(0.01, ge=0)
 
 
 class Evaluation(_Section):
@@ -114,6 +128,7 @@ class Recipe(_Section):
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     search: Search = Search()
+    refinement: Refinement = Refinement()
     evaluation: Evaluation = Evaluation()
 
     @property
@@ -121,7 +136,12 @@ class Recipe(_Section):
         """Matrix types that are never factored."""
         if self.search.dense_types is not None:
             return self.search.dense_types
-        return () if self.search.space == "spectral" else ("v",)
+        return () if self.search.space in ("spectral", "uniform") else ("v",)
+
+    @property
+    def refines(self) -> bool:
+        """Whether the blocks are changed once more after the ranks are known."""
+        return self.refinement.fit or self.refinement.steps > 0
 
     @property
     def searches(self) -> bool:
@@ -158,14 +178,38 @@ PAPER: dict[str, Any] = {
         "min_keep": 0.2,
     },
     "factorization": {"method": "afm", "storage": "two-factor"},
+    "refinement": {"fit": False, "steps": 0},
     "evaluation": {"source": "Salesforce/wikitext:wikitext-2-raw-v1:test", "seq_len": 4096, "windows": None},
 }
-# What has lost least so far, and needs no search.
-KFAC: dict[str, Any] = {
-    "factorization": {"method": "kfac", "storage": "pivoted"},
-    "search": {"space": "spectral"},
+_PLAIN = {"fit": False, "steps": 0}
+# Other published recipes, on the default's text. Where they deviate from their papers is said in docs/methods.md.
+_BOLACO: dict[str, Any] = {"factorization": {"method": "afm", "storage": "two-factor"}, "refinement": _PLAIN}
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": PAPER,
+    "bolaco-5x1": _BOLACO | {"search": {"space": "5x1"}},
+    "bolaco-5x4": _BOLACO | {"search": {"space": "5x4"}},
+    "svd-llm": {
+        "factorization": {"method": "svd-llm", "storage": "two-factor"},
+        "search": {"space": "uniform"},
+        "refinement": _PLAIN,
+    },
+    "kfac-svd": {
+        "factorization": {"method": "kfac", "storage": "two-factor"},
+        "search": {"space": "spectral"},
+        "refinement": _PLAIN,
+    },
+    "aa-svd": {
+        "factorization": {"method": "svd-llm", "storage": "two-factor"},
+        "search": {"space": "uniform"},
+        "refinement": {"fit": True, "drift": 1.0, "steps": 200, "learning_rate": 1e-4, "weight_decay": 0.01},
+    },
+    "mpifa": {
+        "factorization": {"method": "svd-llm", "storage": "pivoted"},
+        "search": {"space": "uniform"},
+        "refinement": {"fit": True, "drift": 0.25, "steps": 0},
+    },
 }
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER, "kfac": KFAC}
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from bolaco.allocate.budget import Ranks
 from bolaco.checkpoint.modelling import auto_map
 from bolaco.checkpoint.registry import PREFIX, config_class, model_classes
+from bolaco.compressed import modules_of
 from bolaco.errors import NonFiniteError, OutputExistsError, UnsupportedModelError
 from bolaco.factorize.pivot import pivot
-from bolaco.factorize.solver import Factors
-from bolaco.factorize.store import FactorStore
+from bolaco.layers import LowRankLinear, SplitLinear
 from bolaco.models.load import quiet
 from bolaco.models.structure import Site, Structure
 
@@ -33,66 +34,91 @@ def refuse_compressed(config: Any) -> None:
         )
 
 
-def _factored(
-    site: Site, factors: Factors, rank: int, bias: Tensor | None, storage: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State and configuration entry of one factored layer."""
-    bias = factors.bias(rank, bias)
-    expand, reduce = factors.expand_t[:rank].T, factors.reduce[:rank]
-    if not (torch.isfinite(expand).all() and torch.isfinite(reduce).all()):
-        raise NonFiniteError(f"{site.name}: its rank-{rank} factors hold NaN or infinity")
-    entry: dict[str, Any] = {"out": site.out_features, "rank": rank, "bias": bias is not None}
-    if storage == "pivoted":
-        form = pivot(expand, reduce)
-        return form.state(bias), entry | {"side": form.side}
-    return {"reduce.weight": reduce, "expand.weight": expand} | ({} if bias is None else {"expand.bias": bias}), entry
+@dataclass
+class CompressedState:
+    """What a checkpoint is made of.
+
+    Attributes:
+        matrices: the ``matrices`` entry of the configuration.
+        tensors: the state dict.
+        growth: largest coefficient of each pivoted matrix, by site name; rounding errors grow by about this factor.
+    """
+
+    matrices: dict[str, Any]
+    tensors: dict[str, Tensor]
+    growth: dict[str, float] = field(default_factory=dict)
 
 
 def compressed_state(
-    model: PreTrainedModel, structure: Structure, store: FactorStore, ranks: Ranks, storage: str = "two-factor"
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The ``matrices`` entry of the configuration and the state dict of the compressed model.
+    model: PreTrainedModel,
+    structure: Structure,
+    blocks: Iterable[nn.Module],
+    storage: str = "two-factor",
+) -> CompressedState:
+    """Configuration entry and state dict of the model whose decoder blocks are ``blocks``, in order.
 
     ``model`` is left as it is; tensors that do not change are shared with it.
 
     Raises:
-        NonFiniteError: a factor with NaN or infinity.
+        NonFiniteError: a tensor of a changed matrix with NaN or infinity.
     """
-    state = dict(model.state_dict())
+    result = CompressedState({}, dict(model.state_dict()))
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    matrices: dict[str, Any] = {}
-    for layer in range(structure.num_layers):
-        sites = structure.of_layer(layer)
-        if all(ranks.get(site.name) is None for site in sites):
-            continue
-        factors = store.load(layer)
-        by_module: dict[str, list[Site]] = {}
-        for site in sites:
-            by_module.setdefault(site.module, []).append(site)
-        for module, members in by_module.items():
-            if all(ranks.get(site.name) is None for site in members):
+    for layer, block in enumerate(blocks):
+        inside = f"{structure.blocks}.{layer}."
+        for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
+            del result.tensors[key]
+        tensors = dict(block.state_dict())
+        for name, sites in modules_of(structure, layer).items():
+            module = block.get_submodule(name)
+            if not isinstance(module, SplitLinear):
+                entry = _entry(sites[0], name, module, tensors, storage, result.growth)
+                original = model.base_model.get_submodule(sites[0].module)
+                if (
+                    entry["rank"] is not None
+                    or (entry["bias"] and original.bias is None)
+                    or _converted(module, original)
+                ):
+                    result.matrices[inside + name] = entry
                 continue
-            key = prefix + module
-            state.pop(f"{key}.weight")
-            state.pop(f"{key}.bias", None)
-            entries: list[dict[str, Any]] = []
-            for site in members:
-                where = key if site.part is None else f"{key}.parts.{site.part}"
-                rank = ranks.get(site.name)
-                bias = structure.bias(model, site)
-                if rank is None:
-                    tensors = {"weight": structure.weight(model, site)} | ({} if bias is None else {"bias": bias})
-                    entry: dict[str, Any] = {"out": site.out_features, "rank": None, "bias": bias is not None}
-                else:
-                    bias = None if bias is None else bias.cpu()
-                    tensors, entry = _factored(site, factors[site.name], rank, bias, storage)
-                state.update({f"{where}.{name}": tensor.contiguous() for name, tensor in tensors.items()})
-                entries.append(entry if site.part is None else {"name": site.part} | entry)
-            matrices[module] = entries[0] if members[0].part is None else {"parts": entries}
-    return matrices, state
+            parts = []
+            for site in sites:
+                where = f"{name}.parts.{site.part}"
+                part = _entry(site, where, module.parts[str(site.part)], tensors, storage, result.growth)
+                parts.append({"name": site.part} | part)
+            result.matrices[inside + name] = {"parts": parts}
+        result.tensors.update({prefix + inside + key: value.contiguous() for key, value in tensors.items()})
+    return result
 
 
-def write_model(folder: Path, model: PreTrainedModel, matrices: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _converted(module: nn.Module, original: nn.Module) -> bool:
+    """Whether a Conv1D (GPT-2) has become a Linear."""
+    return isinstance(original, Conv1D) and not isinstance(module, Conv1D)
+
+
+def _entry(
+    site: Site, where: str, module: nn.Module, tensors: dict[str, Tensor], storage: str, growth: dict[str, float]
+) -> dict[str, Any]:
+    """Configuration entry of one matrix; its tensors are brought into the form in which they are stored."""
+    own = [tensors[key] for key in tensors if key.startswith(f"{where}.")]
+    if not all(torch.isfinite(tensor).all() for tensor in own):
+        raise NonFiniteError(f"{site.name}: its compressed form holds NaN or infinity")
+    if not isinstance(module, LowRankLinear):
+        return {"out": site.out_features, "rank": None, "bias": module.bias is not None}
+    bias = module.expand.bias
+    entry: dict[str, Any] = {"out": site.out_features, "rank": module.rank, "bias": bias is not None}
+    if storage != "pivoted":
+        return entry
+    form = pivot(module.expand.weight.detach().cpu(), module.reduce.weight.detach().cpu())
+    for key in [key for key in tensors if key.startswith(f"{where}.")]:
+        del tensors[key]
+    state = form.state(None if bias is None else bias.detach().cpu())
+    tensors.update({f"{where}.{key}": value for key, value in state.items()})
+    growth[site.name] = form.growth
+    return entry | {"side": form.side}
+
+
+def write_model(folder: Path, model: PreTrainedModel, state: CompressedState) -> None:
     """Writes configuration, weights, generation settings and modelling code into an existing folder."""
     model_type = model.config.model_type
     causal, config_cls = model_classes(model_type)[1], config_class(model_type)
@@ -101,7 +127,7 @@ def write_model(folder: Path, model: PreTrainedModel, matrices: dict[str, Any], 
     values.update(
         model_type=PREFIX + model_type,
         auto_map=auto_map(model_type),
-        lowrank={"format": 1, "matrices": matrices},
+        lowrank={"format": 1, "matrices": state.matrices},
     )
     config = config_cls.from_dict(values)
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
@@ -110,7 +136,7 @@ def write_model(folder: Path, model: PreTrainedModel, matrices: dict[str, Any], 
     skeleton.to(model.dtype)
     skeleton.generation_config = model.generation_config
     with quiet():
-        skeleton.save_pretrained(folder, state_dict=state)
+        skeleton.save_pretrained(folder, state_dict=state.tensors)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Method:
         prepare: factors of one matrix under that metric.
         gradients: whether it needs the loss gradients.
         comparable: whether squared errors of different matrices are in one unit.
+        centred: whether inputs are centred and the mean output restored by a bias.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Method:
     prepare: Prepare
     gradients: bool = False
     comparable: bool = False
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class _Entry:
     summary: str
     gradients: bool = False
     comparable: bool = False
+    centred: bool = False
 
 
 # Listed here with what `bolaco methods` prints; the code is imported when a method is used.
@@ -51,6 +54,7 @@ METHODS: dict[str, _Entry] = {
         "bolaco.factorize.afm",
         "arXiv 2405.10616",
         "feature PCA: pooled output covariance, with bias (Bolaco, AFM, LoRD)",
+        centred=True,
     ),
     "kfac": _Entry(
         "bolaco.factorize.kfac",
@@ -58,6 +62,7 @@ METHODS: dict[str, _Entry] = {
         "two-sided: feature PCA weighted by the Kronecker-factored Fisher of the output, with bias",
         gradients=True,
         comparable=True,
+        centred=True,
     ),
     "svd-llm": _Entry(
         "bolaco.factorize.svd_llm", "arXiv 2403.07378", "second moment of the input, no bias (SVD-LLM, DRONE)"
@@ -78,4 +83,5 @@ def get_method(name: str) -> Method:
         raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")
     entry = METHODS[name]
     module = importlib.import_module(entry.module)
-    return Method(name, entry.paper, entry.summary, module.metric, module.prepare, entry.gradients, entry.comparable)
+    flags = (entry.gradients, entry.comparable, entry.centred)
+    return Method(name, entry.paper, entry.summary, module.metric, module.prepare, *flags)

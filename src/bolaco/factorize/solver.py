@@ -48,17 +48,21 @@ class OutputMetric:
     """
 
     def __init__(self, matrix: Tensor | None, shrinkage: float = 0.0) -> None:
-        self.root: Tensor | None = None
-        self.inverse_root: Tensor | None = None
+        self.matrix: Tensor | None = None
         if matrix is None:
             return
-        values, vectors = torch.linalg.eigh(matrix.double())
-        values = values.clamp(min=0)
+        self.matrix = (1 - shrinkage) * matrix.double()
         # A matrix that the loss never reaches has no gradient at all: every output counts alike then.
-        mean = float(values.mean()) or 1.0
-        values = ((1 - shrinkage) * values + shrinkage * mean).clamp(min=_FLOOR * mean)
-        self.root = (vectors * values.sqrt()) @ vectors.T
-        self.inverse_root = (vectors / values.sqrt()) @ vectors.T
+        self._mean = float(matrix.diagonal().double().mean()) or 1.0
+        self.matrix.diagonal().add_((shrinkage + _FLOOR) * self._mean)
+
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """G^(1/2) and its inverse, ``[out, out]``, symmetric."""
+        assert self.matrix is not None
+        values, vectors = torch.linalg.eigh(self.matrix)
+        values = values.clamp(min=_FLOOR * self._mean).sqrt()
+        return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
 @dataclass(frozen=True)
@@ -113,29 +117,28 @@ def low_rank(
     ``mean`` ``[in]`` adds the bias term ``(I - U_r U_r^T) W mu`` (arXiv 2405.10616, section 3.1). With a metric G on
     the output the problem is that of ``G^(1/2) W``, whose basis is then mapped back by ``G^(-1/2)``.
     """
-    dtype = weight.dtype
-    original = w = weight.double()
-    if output is not None and output.root is not None:
-        w = output.root @ w
-    out_features, in_features = w.shape
-    if out_features <= in_features:
-        weighted = w if metric.matrix is None else w @ metric.matrix
-        values, vectors = torch.linalg.eigh(_symmetric(weighted @ w.T))
-        basis = vectors.flip(1)[:, :max_rank]
+    dtype, w = weight.dtype, weight.double()
+    curvature = None if output is None else output.matrix
+    if w.shape[0] > w.shape[1]:
+        values, basis = _tall(w, metric, curvature, max_rank)
     else:
-        tall = w if metric.root is None else w @ metric.root
-        values, right = torch.linalg.eigh(_symmetric(tall.T @ tall))
-        # QR rather than a division by singular values: orthonormal even where those vanish, and the leading subspaces
-        # stay.
-        basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
-        basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    reduce = (basis.T @ w).to(dtype).contiguous()
-    if output is not None and output.inverse_root is not None:
-        basis = output.inverse_root @ basis
+        sided = w if output is None or curvature is None else output.roots[0] @ w
+        weighted = sided if metric.matrix is None else sided @ metric.matrix
+        values, vectors = torch.linalg.eigh(_symmetric(weighted @ sided.T))
+        basis = vectors.flip(1)[:, :max_rank]
+        if output is not None and curvature is not None:
+            basis = output.roots[1] @ basis
+    # The basis is orthonormal in the output metric, so the coefficients are products with it.
+    exact = basis.T @ (w if curvature is None else curvature @ w)
+    if curvature is not None:
+        # G is as small as gradients are, its inverse root as large: unit columns keep both factors in a dtype's range.
+        norms = basis.norm(dim=0)
+        basis, exact = basis / norms, exact * norms[:, None]
+    reduce = exact.to(dtype).contiguous()
     offset = coordinates = None
     if mean is not None:
-        mean, exact = mean.double(), dtype if dtype == torch.float64 else torch.float32
-        offset, coordinates = (original @ mean).to(exact), (reduce.double() @ mean).to(exact)
+        mean, kept = mean.double(), dtype if dtype == torch.float64 else torch.float32
+        offset, coordinates = (w @ mean).to(kept), (reduce.double() @ mean).to(kept)
     return Factors(
         expand_t=basis.T.to(dtype).contiguous(),
         reduce=reduce,
@@ -143,6 +146,37 @@ def low_rank(
         offset=offset,
         coordinates=coordinates,
     )
+
+
+def _tall(w: Tensor, metric: InputMetric, curvature: Tensor | None, max_rank: int) -> tuple[Tensor, Tensor]:
+    """Ascending squared singular values, and the leading output basis, from the smaller side of a tall matrix.
+
+    No root of the output metric is taken: the basis is made orthonormal in it by a Cholesky factor, which keeps the
+    span of every leading part.
+    """
+    tall = w if metric.root is None else w @ metric.root
+    values, right = torch.linalg.eigh(_symmetric(tall.T @ (tall if curvature is None else curvature @ tall)))
+    # QR rather than a division by singular values: orthonormal even where those vanish, and the leading subspaces stay.
+    basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
+    basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
+    if curvature is not None:
+        lower = torch.linalg.cholesky(_symmetric(basis.T @ curvature @ basis))
+        basis = torch.linalg.solve_triangular(lower, basis.T, upper=False).T
+    return values, basis
+
+
+def corrected(weight: Tensor, drift: Tensor, inputs: Tensor, damping: float = 0.0) -> Tensor:
+    """The matrix ``[out, in]`` that maps a compressed model's inputs x' nearest to ``weight @ x``, x the original's.
+
+    With ``inputs`` = E[x' x'^T] and ``drift`` = E[(x - x') x'^T] (both centred or both not) it is the least-squares
+    solution ``W + W drift inputs^-1``, ``damping`` times the mean eigenvalue added to ``inputs``. Approximating it
+    under the metric ``inputs`` is then the error-aware problem (arXiv 2604.02119): the rest of the error is constant.
+    Without drift it is ``weight`` itself.
+    """
+    metric = inputs.double().clone()
+    metric.diagonal().add_(max(damping, _FLOOR) * float(metric.diagonal().mean()) or 1.0)
+    shift = torch.linalg.solve(metric, drift.double().T).T
+    return (weight.double() + weight.double() @ shift).to(weight.dtype)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -108,6 +108,10 @@ class Structure:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
+    def name_in_block(self, site: Site) -> str:
+        """Name of the site's module inside its decoder block."""
+        return site.module.removeprefix(f"{self.blocks}.{site.layer}.")
+
     def weight(self, model: PreTrainedModel, site: Site) -> Tensor:
         """Weight of a site, ``[out, in]``, detached; a view where the layout allows."""
         return weight_of(model.base_model.get_submodule(site.module))[slice(*site.rows)].detach()

@@ -1,4 +1,4 @@
-"""Running a decoder block by block, and the input statistics that this yields.
+"""Input statistics of the decoder's matrices, block by block.
 
 The hidden states between two blocks are cached, so each block sees the whole calibration text before the next one
 starts: statistics exist for one block at a time, and peak memory is the model, one block's statistics and the cache
@@ -8,7 +8,6 @@ next block's inputs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,11 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError, UnsupportedModelError
 from bolaco.models.structure import Site, Structure
+from bolaco.statistics.blocks import BlockRunner
 from bolaco.statistics.moments import Moments, PooledMoments
 
 # Called with (input group, the input [batch, length, d], index of the batch's first sequence).
 Observer = Callable[[str, Tensor, int], None]
-
-
-class _EmbeddingsDone(Exception):
-    """Stops a forward pass once the first block's input is known."""
-
-
-def split_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """A decoder block's hidden states, and the other arguments of its call."""
-    kwargs = dict(kwargs)
-    state = args[0] if args else kwargs.pop("hidden_states")
-    return state, (args[1:], kwargs)
-
-
-def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) -> Tensor:
-    """An empty tensor in memory, or mapped to a file."""
-    if file is None:
-        return torch.empty(shape, dtype=dtype)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 class BlockWalk:
@@ -66,47 +45,11 @@ class BlockWalk:
         cache_file: Path | None = None,
     ) -> None:
         self.model, self.structure = model, structure
-        self.blocks = structure.block_list(model)
-        self.sequences, self.length = tokens.shape
+        self.runner = BlockRunner(model, structure, tokens, batch)
+        self.sequences = len(tokens)
         self.layer = 0
-        self._slices = [slice(a, min(a + batch, self.sequences)) for a in range(0, self.sequences, batch)]
         self._cache_file = cache_file
-        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-        self.hidden = self._embed(tokens)
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor | None = None
-        seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state, rest = split_arguments(args, kwargs)
-            seen.append((*rest, state))
-            if stop_early:
-                raise _EmbeddingsDone
-
-        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
-        try:
-            for rows in self._slices:
-                size = rows.stop - rows.start
-                # The first batch of each size runs whole: masks and rotary angles may differ from block to block.
-                stop_early = size in self._arguments
-                seen.clear()
-                try:
-                    with torch.no_grad():
-                        self.model.base_model(input_ids=tokens[rows].to(self.model.device), use_cache=False)
-                except _EmbeddingsDone:
-                    pass
-                if not stop_early:
-                    self._arguments[size] = [(args, kwargs) for args, kwargs, _ in seen]
-                state = seen[0][2]
-                if hidden is None:
-                    hidden = cache_tensor((self.sequences, self.length, state.shape[-1]), state.dtype, self._cache_file)
-                hidden[rows] = state.to("cpu")
-        finally:
-            for handle in handles:
-                handle.remove()
-        assert hidden is not None  # there is at least one batch
-        return hidden
+        self.hidden = self.runner.embed(cache_file)
 
     def advance(self, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
         """Runs the next block on every sequence; ``observe`` sees each shared input of the block once per batch.
@@ -115,16 +58,12 @@ class BlockWalk:
             UnsupportedModelError: projections that should share an input do not.
             NonFiniteError: the block's output holds NaN or infinity.
         """
-        block = self.blocks[self.layer]
         handles, first = self._observe(observe) if observe else ([], {})
         try:
-            for rows in self._slices:
+            for rows in self.runner.slices:
                 first["rows"] = rows
-                args, kwargs = self._arguments[rows.stop - rows.start][self.layer]
-                state = self.hidden[rows].to(self.model.device)
                 with torch.no_grad():
-                    output = block(state, *args, **kwargs)
-                output = output[0] if isinstance(output, tuple) else output
+                    output = self.runner.run(self.layer, self.hidden[rows])
                 if not torch.isfinite(output).all():
                     raise NonFiniteError(
                         f"block {self.layer}: its output holds NaN or infinity on calibration sequences "

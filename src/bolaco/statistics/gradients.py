@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Site, Structure
 from bolaco.objective import SLAB, Head
-from bolaco.statistics.collect import cache_tensor, split_arguments
+from bolaco.statistics.blocks import Arguments, BlockRunner, cache_tensor, split_arguments
 from bolaco.statistics.moments import PooledMoments
 
 
@@ -60,12 +60,10 @@ class GradientWalk:
         folder: Path | None = None,
     ) -> None:
         self.model, self.structure, self.tokens = model, structure, tokens
-        self.blocks = structure.block_list(model)
+        self.runner = BlockRunner(model, structure, tokens, batch)
         self.head = Head(model)
-        self._slices = [slice(a, min(a + batch, len(tokens))) for a in range(0, len(tokens), batch)]
         self._seed, self._folder = seed, folder
         self._inputs: list[Tensor] = []
-        self._arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
         self._gradient = torch.empty(0)
 
     def run(self, tick: Callable[[int], Any] | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -95,23 +93,24 @@ class GradientWalk:
 
     def _forward(self, tick: Callable[[int], Any] | None) -> None:
         """Records every block's input and arguments, and the loss gradient at the last block's output."""
-        seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+        seen: list[tuple[Arguments, Tensor]] = []
         leaves: list[Tensor] = []
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state, rest = split_arguments(args, kwargs)
-            seen.append((*rest, state.detach()))
+            seen.append((rest, state.detach()))
 
         def cut(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             state = output[0] if isinstance(output, tuple) else output
             leaves.append(state.detach().requires_grad_())
             return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
 
-        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
-        handles.append(self.blocks[-1].register_forward_hook(cut))
+        blocks = self.runner.blocks
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
+        handles.append(blocks[-1].register_forward_hook(cut))
         generator = torch.Generator(self.model.device).manual_seed(self._seed)
         try:
-            for rows in self._slices:
+            for rows in self.runner.slices:
                 seen.clear()
                 leaves.clear()
                 with torch.enable_grad():
@@ -119,14 +118,14 @@ class GradientWalk:
                     final = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
                     upstream = self._label_gradient(final.detach(), generator)
                     (gradient,) = torch.autograd.grad(final, leaves[0], upstream)
-                for index, (_, _, state) in enumerate(seen):
+                for index, (_, state) in enumerate(seen):
                     if len(self._inputs) <= index:
                         self._inputs.append(self._allocate(index, state.shape, state.dtype))
                     self._inputs[index][rows] = state.to("cpu")
                 if self._gradient.numel() == 0:
                     self._gradient = torch.empty((len(self.tokens), *gradient.shape[1:]), dtype=gradient.dtype)
                 self._gradient[rows] = gradient.to("cpu")
-                self._arguments[rows.stop - rows.start] = [(args, kwargs) for args, kwargs, _ in seen]
+                self.runner.arguments[rows.stop - rows.start] = [rest for rest, _ in seen]
                 if tick:
                     tick(rows.stop - rows.start)
         finally:
@@ -155,7 +154,6 @@ class GradientWalk:
 
     def _backward(self, layer: int, tick: Callable[[int], Any] | None) -> dict[str, Tensor]:
         """Runs one block again with autograd; moves the gradient to its input."""
-        block = self.blocks[layer]
         sites: dict[str, list[Site]] = {}
         for site in self.structure.of_layer(layer):
             sites.setdefault(site.module, []).append(site)
@@ -181,12 +179,10 @@ class GradientWalk:
         base = self.model.base_model
         handles = [base.get_submodule(name).register_forward_hook(observe(m)) for name, m in sites.items()]
         try:
-            for rows in self._slices:
-                args, kwargs = self._arguments[rows.stop - rows.start][layer]
+            for rows in self.runner.slices:
                 with torch.enable_grad():
                     state = self._inputs[layer][rows].to(self.model.device).requires_grad_()
-                    output = block(state, *args, **kwargs)
-                    output = output[0] if isinstance(output, tuple) else output
+                    output = self.runner.run(layer, state)
                     (gradient,) = torch.autograd.grad(output, state, self._gradient[rows].to(self.model.device))
                 self._gradient[rows] = gradient.to("cpu")
                 if tick:

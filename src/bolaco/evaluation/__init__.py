@@ -1,5 +1,5 @@
 """Evaluation of dense and compressed models."""
 
-from bolaco.evaluate.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 
 __all__ = ["PerplexityResult", "perplexity"]

@@ -1,0 +1,175 @@
+"""What each gain brings, alone and in the whole, beside the published recipes, over keep ratios.
+
+    python benchmarks/frontier.py --data DATA --keep 0.8
+    python benchmarks/frontier.py --data DATA --keep 0.9 0.7 0.6 --only dense base all
+
+Five gains over feature PCA at one ratio for all matrices ("base"): the two-sided metric, ranks in closed form, pivoted
+storage, error-aware fitting and block refinement. Every variant sees the same calibration text and keeps the
+same number of parameters up to the rank step. Results are remembered in --cache, so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from bolaco.allocate import Budget, Ranks, hand_keeps, make_space
+from bolaco.allocate.spectral import spectral_ranks
+from bolaco.blockstore import BlockStore
+from bolaco.compressed import compressed_block
+from bolaco.factorize import get_method
+from bolaco.models.load import load_tokenizer
+from bolaco.objective import Head, score
+from bolaco.progress import Reporter
+from bolaco.recipe import make_recipe
+from bolaco.refine import Refiner
+from bolaco.refine.run import stored_block
+from common import Ledger, PeakMemory, Prepared, arguments, gap, prepare, print_table, protocol_texts
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compress."""
+
+    method: str = "afm"
+    ranks: str = "uniform"
+    storage: str = "two-factor"
+    drift: float | None = None
+    steps: bool = False
+
+
+BASE = Variant()
+ALL = Variant("kfac", "spectral", "pivoted", steps=True)
+VARIANTS = {
+    "base: feature PCA, uniform": BASE,
+    "base + two-sided metric": replace(BASE, method="kfac"),
+    "base + closed-form ranks": replace(BASE, ranks="spectral"),
+    "base + pivoted storage": replace(BASE, storage="pivoted"),
+    "base + error-aware fit": replace(BASE, drift=1.0),
+    "base + block refinement": replace(BASE, steps=True),
+    "all (the default)": ALL,
+    "all - two-sided metric": replace(ALL, method="afm"),
+    "all - closed-form ranks": replace(ALL, ranks="uniform"),
+    "all - pivoted storage": replace(ALL, storage="two-factor"),
+    "all - block refinement": replace(ALL, steps=False),
+    "all + error-aware fit": replace(ALL, drift=1.0),
+    "SVD-LLM": Variant("svd-llm"),
+    "K-FAC SVD, closed-form ranks": Variant("kfac", "spectral"),
+    "AA-SVD": Variant("svd-llm", drift=1.0, steps=True),
+    "MPIFA": Variant("svd-llm", storage="pivoted", drift=0.25),
+    "Bolaco, hand allocation": Variant(ranks="hand"),
+}
+
+
+class Bench:
+    """The factors of each method, computed once, and what is measured with them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        tokenizer = load_tokenizer(args.model)
+        self.texts = protocol_texts(args.data, tokenizer, args.calibration, args.length, 16, 512, args.windows)
+        self.heldout = self.texts.heldout[: args.windows // 2]
+        self.factors: dict[str, Prepared] = {}
+        self.recipe = make_recipe({"model": args.model, "keep": 0.5})
+
+    def prepared(self, method: str) -> Prepared:
+        """Factors of a method, up to the ranks of pivoted storage, which serve both."""
+        if method not in self.factors:
+            gradients = self.args.gradients if get_method(method).gradients else 0
+            self.factors[method] = prepare(self.args, self.texts.calibration, method, 32, gradients, "pivoted")
+        return self.factors[method]
+
+    def ranks(self, variant: Variant, keep: float) -> tuple[Ranks, float]:
+        """The allocation, and the keep ratio it comes to."""
+        prepared = self.prepared(variant.method)
+        structure = prepared.structure
+        budget = Budget(structure.sites, keep, variant.storage)
+        if variant.ranks == "spectral":
+            relative = not get_method(variant.method).comparable
+            spectra = prepared.store.spectra(structure.num_layers)
+            found = spectral_ranks(structure.sites, spectra, budget, 8, relative)
+        else:
+            dense_types = ("v",) if variant.ranks == "hand" else ()
+            space = make_space(structure, budget, "5x1", dense_types)
+            keeps = hand_keeps(space) if variant.ranks == "hand" else [keep] * len(space.names)
+            found = space.ranks(space.settle(keeps))
+        return found, budget.ratio(found)
+
+    def run(self, name: str, variant: Variant, keep: float) -> dict[str, float]:
+        """Compresses, measures, and gives the model back as it was."""
+        prepared = self.prepared(variant.method)
+        PeakMemory.start()
+        start = time.perf_counter()
+        structure, model = prepared.structure, prepared.model
+        ranks, ratio = self.ranks(variant, keep)
+        layers = range(structure.num_layers)
+        if variant.drift is None and not variant.steps:
+            made = [compressed_block(model, structure, n, prepared.store.load(n), ranks) for n in layers]
+        else:
+            made = self._refined(name, variant, keep, ranks)
+        seconds = time.perf_counter() - start
+        stack = structure.block_list(model)
+        originals = list(stack)
+        try:
+            for layer in layers:
+                stack[layer] = made[layer]
+            found = self.perplexities(prepared)
+        finally:
+            for layer in layers:
+                stack[layer] = originals[layer]
+        return {"keep": ratio, "seconds": seconds, "peak": PeakMemory.megabytes(), **found}
+
+    def _refined(self, name: str, variant: Variant, keep: float, ranks: Ranks) -> list[torch.nn.Module]:
+        prepared, method = self.prepared(variant.method), get_method(variant.method)
+        steps = self.args.steps if variant.steps else 0
+        refinement = {"fit": variant.drift is not None, "drift": variant.drift or 0.0, "steps": steps}
+        recipe = make_recipe({"model": self.args.model, "keep": keep, "refinement": refinement})
+        key = f"{name}-{keep}-{self.args.calibration}x{self.args.length}-{self.args.gradients}-{steps}"
+        store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))
+        model, structure = prepared.model, prepared.structure
+        tokens = self.texts.calibration
+        refiner = Refiner(model, structure, prepared.store, ranks, tokens, method, recipe, prepared.gradients)
+        refiner.run(store, Reporter())
+        return [stored_block(store, model, structure, layer) for layer in range(structure.num_layers)]
+
+    def perplexities(self, prepared: Prepared) -> dict[str, float]:
+        head = Head(prepared.model)
+        return {
+            "wikitext": score(prepared.model, head, self.texts.wikitext).perplexity,
+            "c4": score(prepared.model, head, self.heldout).perplexity,
+        }
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6])
+    parser.add_argument("--only", nargs="+", help="variants whose names begin so")
+    parser.add_argument("--calibration", type=int, default=64, help="sequences of --length tokens")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--gradients", type=int, default=64, help="of these, sequences for the loss gradients")
+    parser.add_argument("--steps", type=int, default=make_recipe({"model": "m", "keep": 1}).refinement.steps)
+    parser.add_argument("--windows", type=int, default=16)
+    args = parser.parse_args()
+    bench = Bench(args)
+    name = f"frontier-{args.calibration}x{args.length}-{args.gradients}-{args.steps}-{args.windows}.json"
+    ledger = Ledger(args.cache / name)
+    wanted = {n: v for n, v in VARIANTS.items() if not args.only or n.startswith(tuple(args.only))}
+    dense = ledger.get("dense", lambda: bench.perplexities(bench.prepared("afm")))
+    header = ["variant", "keep (linears)", "WikiText-2", "gap", "C4 held out", "gap", "seconds", "peak, MB"]
+    for keep in args.keep:
+        rows: list[list[object]] = [["dense", 1.0, dense["wikitext"], 0.0, dense["c4"], 0.0, "", ""]]
+        for label, variant in wanted.items():
+            found = ledger.get(f"{keep} {label}", lambda v=variant, n=label, k=keep: bench.run(n, v, k))
+            measured = [
+                value for text in ("wikitext", "c4") for value in (found[text], round(gap(found[text], dense[text]), 3))
+            ]
+            rows.append([label, round(found["keep"], 4), *measured, round(found["seconds"]), round(found["peak"])])
+        print(f"\nkeep {keep}\n")
+        print_table(header, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Local training of one compressed block towards the original block's output (AA-SVD, arXiv 2604.02119, section on
+block refinement). It uses gradients, but no labels and nothing beyond the block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bolaco.layers import LowRankLinear
+from bolaco.recipe import Refinement
+from bolaco.statistics.blocks import BlockRunner
+
+
+def train_block(
+    runner: BlockRunner,
+    layer: int,
+    block: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    settings: Refinement,
+    seed: int,
+    tick: Callable[[int], Any] | None = None,
+    weight: Tensor | None = None,
+) -> list[float]:
+    """Trains all parameters of ``block`` (factors, norms, biases); returns the loss of every step.
+
+    The loss is each token's squared error over the original output's squared norm, averaged: tokens with massive
+    activations count as much as the others.
+
+    Args:
+        runner: calls blocks.
+        layer: which block.
+        block: the compressed block; changed in place, without gradients afterwards.
+        inputs: ``[sequences, length, d]``, its inputs in the compressed model.
+        targets: the original block's outputs.
+        settings: steps, batch, learning rate.
+        seed: of the order of the sequences.
+        tick: called with 1 after each step.
+    """
+    balance(block)
+    parameters = [p for p in block.parameters() if p.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+    )
+    steps, warm = settings.steps, max(1, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    size = runner.slices[0].stop
+    losses = []
+    order = torch.empty(0, dtype=torch.int64)
+    with torch.enable_grad():
+        for _ in range(steps):
+            while len(order) < size:
+                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
+            rows, order = order[:size], order[size:]
+            target = targets[rows].to(runner.model.device)
+            with torch.autocast(target.device.type, torch.bfloat16, enabled=settings.autocast):
+                output = runner.run(layer, inputs[rows], block)
+            error = output.float() - target
+            if weight is not None:
+                loss = (
+                    ((error @ weight) * error).sum(dim=-1) / ((target @ weight) * target).sum(dim=-1).clamp(min=1e-12)
+                ).mean()
+            else:
+                loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            if tick:
+                tick(1)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return losses
+
+
+def balance(block: nn.Module) -> None:
+    """Gives both factors of every component the same norm: Adam's steps are of one size for all parameters."""
+    for module in block.modules():
+        if isinstance(module, LowRankLinear):
+            expand, reduce = module.expand.weight.data, module.reduce.weight.data
+            ratio = (reduce.norm(dim=1) / expand.norm(dim=0)).sqrt()
+            ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+            expand *= ratio
+            reduce /= ratio[:, None]

@@ -1,0 +1,124 @@
+"""Running decoder blocks on their own.
+
+Between two blocks there is nothing but hidden states; everything else a block is called with (masks, rotary angles)
+depends on the batch's size only and is recorded once.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bolaco.models.structure import Site, Structure
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):
+    """Stops a forward pass once what it was run for is known."""
+
+
+def split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Arguments]:
+    """A decoder block's hidden states, and the other arguments of its call."""
+    kwargs = dict(kwargs)
+    state = args[0] if args else kwargs.pop("hidden_states")
+    return state, (args[1:], kwargs)
+
+
+def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) -> Tensor:
+    """An empty tensor in memory, or mapped to a file."""
+    if file is None:
+        return torch.empty(shape, dtype=dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+class BlockRunner:
+    """Calls the decoder blocks of a model, or stand-ins for them, on given hidden states.
+
+    Args:
+        model: the model, in evaluation mode.
+        structure: its structure.
+        tokens: ``[sequences, length]``.
+        batch: sequences per call.
+
+    Attributes:
+        blocks: the model's decoder blocks.
+        slices: the batches, as slices of the sequences.
+        arguments: what each block is called with besides hidden states, by batch size.
+    """
+
+    def __init__(self, model: PreTrainedModel, structure: Structure, tokens: Tensor, batch: int) -> None:
+        self.model, self.structure, self.tokens = model, structure, tokens
+        self.blocks = structure.block_list(model)
+        self.slices = [slice(a, min(a + batch, len(tokens))) for a in range(0, len(tokens), batch)]
+        self.arguments: dict[int, list[Arguments]] = {}
+
+    def embed(self, file: Path | None = None) -> Tensor:
+        """Hidden states that enter the first block, ``[sequences, length, d]``; records the arguments.
+
+        They are held in memory, or mapped to ``file``.
+        """
+        hidden: Tensor | None = None
+        seen: list[tuple[Arguments, Tensor]] = []
+
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state, rest = split_arguments(args, kwargs)
+            seen.append((rest, state))
+            if stop_early:
+                raise _Enough
+
+        handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in self.blocks]
+        try:
+            for rows in self.slices:
+                size = rows.stop - rows.start
+                # The first batch of each size runs whole: masks and rotary angles may differ from block to block.
+                stop_early = size in self.arguments
+                seen.clear()
+                try:
+                    with torch.no_grad():
+                        self.model.base_model(input_ids=self.tokens[rows].to(self.model.device), use_cache=False)
+                except _Enough:
+                    pass
+                if not stop_early:
+                    self.arguments[size] = [rest for rest, _ in seen]
+                state = seen[0][1]
+                if hidden is None:
+                    hidden = cache_tensor((*self.tokens.shape, state.shape[-1]), state.dtype, file)
+                hidden[rows] = state.to("cpu")
+        finally:
+            for handle in handles:
+                handle.remove()
+        assert hidden is not None  # there is at least one batch
+        return hidden
+
+    def run(self, layer: int, state: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Output of block ``layer`` (or of ``block`` in its place) for one batch of hidden states."""
+        args, kwargs = self.arguments[len(state)][layer]
+        output = (block or self.blocks[layer])(state.to(self.model.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def input_of(self, site: Site, state: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Input ``[batch, length, in]`` of one matrix when its block runs on ``state``; what follows it is not run."""
+        block = block or self.blocks[site.layer]
+        found: list[Tensor] = []
+
+        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+            found.append(args[0])
+            raise _Enough
+
+        handle = block.get_submodule(self.structure.name_in_block(site)).register_forward_pre_hook(take)
+        try:
+            with torch.no_grad():
+                self.run(site.layer, state, block)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        # OPT flattens sequences and positions before its feed-forward matrices.
+        return found[0].reshape(len(state), -1, found[0].shape[-1])
