@@ -41,6 +41,8 @@ def train_block(
         seed: of the order of the sequences.
         tick: called with 1 after each step.
     """
+    dtype = next(block.parameters()).dtype
+    block.float()  # steps are too small for half precision
     balance(block)
     parameters = [p for p in block.parameters() if p.is_floating_point()]
     for parameter in parameters:
@@ -67,7 +69,7 @@ def train_block(
             while len(order) < size:
                 order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
             rows, order = order[:size], order[size:]
-            target = targets[rows].to(runner.model.device)
+            target = targets[rows].to(runner.model.device).float()
             with torch.autocast(target.device.type, torch.bfloat16, enabled=settings.autocast):
                 output = runner.run(layer, inputs[rows], block)
             error = output.float() - target
@@ -88,6 +90,7 @@ def train_block(
     for parameter in parameters:
         parameter.requires_grad_(False)
         parameter.grad = None
+    block.to(dtype)
     return losses
 
 

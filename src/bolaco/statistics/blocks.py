@@ -38,6 +38,17 @@ def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) 
     return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in nested arguments, in another precision."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {name: _cast(item, dtype) for name, item in value.items()}
+    return value
+
+
 class BlockRunner:
     """Calls the decoder blocks of a model, or stand-ins for them, on given hidden states.
 
@@ -100,7 +111,11 @@ class BlockRunner:
     def run(self, layer: int, state: Tensor, block: nn.Module | None = None) -> Tensor:
         """Output of block ``layer`` (or of ``block`` in its place) for one batch of hidden states."""
         args, kwargs = self.arguments[len(state)][layer]
-        output = (block or self.blocks[layer])(state.to(self.model.device), *args, **kwargs)
+        block = block or self.blocks[layer]
+        # A stand-in may be of another precision than the model (float32 while it is trained).
+        dtype = next(block.parameters()).dtype
+        args, kwargs = _cast((args, kwargs), dtype)
+        output = block(state.to(self.model.device, dtype), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def input_of(self, site: Site, state: Tensor, block: nn.Module | None = None) -> Tensor:
