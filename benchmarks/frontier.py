@@ -125,7 +125,12 @@ class Bench:
     def _refined(self, name: str, variant: Variant, keep: float, ranks: Ranks) -> list[torch.nn.Module]:
         prepared, method = self.prepared(variant.method), get_method(variant.method)
         steps = self.args.steps if variant.steps else 0
-        refinement = {"fit": variant.drift is not None, "drift": variant.drift or 0.0, "steps": steps}
+        refinement = {
+            "fit": variant.drift is not None,
+            "drift": variant.drift or 0.0,
+            "steps": steps,
+            "sequences": self.args.calibration,
+        }
         recipe = make_recipe({"model": self.args.model, "keep": keep, "refinement": refinement})
         key = f"{name}-{keep}-{self.args.calibration}x{self.args.length}-{self.args.gradients}-{steps}"
         store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))

@@ -207,6 +207,8 @@ class _Run:
                 factors += sum(4 * site.out_features**2 for site in self.structure.sites)
             if self.recipe.calibration.cache == "disk":
                 factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
+        if self.recipe.refines:
+            factors += sum(site.size for site in self.structure.sites) * itemsize
         needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]
         require_space(needs, "the factors and the checkpoint")
 

@@ -55,8 +55,8 @@ class Refiner:
     ) -> None:
         self.model, self.structure, self.factors, self.ranks = model, structure, factors, ranks
         self.recipe, self.gradients, self.cache = recipe, gradients, cache
-        self.runner = BlockRunner(model, structure, tokens, recipe.calibration.batch)
         settings = recipe.refinement
+        self.runner = BlockRunner(model, structure, tokens[: settings.sequences], recipe.calibration.batch)
         self.fit = BlockFit(
             self.runner, structure, method, ranks, recipe.calibration.groups, settings.drift, settings.damping
         )
