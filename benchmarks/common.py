@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -160,8 +161,12 @@ class Ledger:
         if name not in self.values:
             start = time.perf_counter()
             value = compute()  # type: ignore[operator]
-            self.values[name] = {"value": value, "seconds": time.perf_counter() - start}
-            self.path.write_text(json.dumps(self.values))
+            found = {"value": value, "seconds": time.perf_counter() - start}
+            # Two processes may share the work of a benchmark.
+            with FileLock(self.path.with_suffix(".lock")):
+                known = json.loads(self.path.read_text()) if self.path.exists() else {}
+                self.values = known | {name: found}
+                self.path.write_text(json.dumps(self.values))
         return self.values[name]["value"]
 
 

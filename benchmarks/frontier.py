@@ -132,7 +132,8 @@ class Bench:
             "sequences": self.args.calibration,
         }
         recipe = make_recipe({"model": self.args.model, "keep": keep, "refinement": refinement})
-        key = f"{name}-{keep}-{self.args.calibration}x{self.args.length}-{self.args.gradients}-{steps}"
+        sizes = (self.args.calibration, self.args.length, self.args.gradients, self.args.refine_sequences, steps)
+        key = f"{name}-{keep}-{'-'.join(map(str, sizes))}"
         store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))
         model, structure = prepared.model, prepared.structure
         tokens = self.texts.calibration
@@ -156,13 +157,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--gradients", type=int, default=64, help="of these, sequences for the loss gradients")
     parser.add_argument("--steps", type=int, default=make_recipe({"model": "m", "keep": 1}).refinement.steps)
+    parser.add_argument("--refine-sequences", type=int, default=32, help="of these, sequences fitted and trained on")
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
     bench = Bench(args)
-    name = f"frontier-{args.calibration}x{args.length}-{args.gradients}-{args.steps}-{args.windows}.json"
+    sizes = (f"{args.calibration}x{args.length}", args.gradients, args.refine_sequences, args.steps, args.windows)
+    name = f"frontier-{'-'.join(map(str, sizes))}.json"
     ledger = Ledger(args.cache / name)
     wanted = {n: v for n, v in VARIANTS.items() if not args.only or n.startswith(tuple(args.only))}
-    dense = ledger.get("dense", lambda: bench.perplexities(bench.prepared("afm")))
+    first = next(iter(wanted.values())).method
+    dense = ledger.get("dense", lambda: bench.perplexities(bench.prepared(first)))
     header = ["variant", "keep (linears)", "WikiText-2", "gap", "C4 held out", "gap", "seconds", "peak, MB"]
     for keep in args.keep:
         rows: list[list[object]] = [["dense", 1.0, dense["wikitext"], 0.0, dense["c4"], 0.0, "", ""]]

@@ -24,7 +24,6 @@ def train_block(
     settings: Refinement,
     seed: int,
     tick: Callable[[int], Any] | None = None,
-    weight: Tensor | None = None,
 ) -> list[float]:
     """Trains all parameters of ``block`` (factors, norms, biases); returns the loss of every step.
 
@@ -73,12 +72,7 @@ def train_block(
             with torch.autocast(target.device.type, torch.bfloat16, enabled=settings.autocast):
                 output = runner.run(layer, inputs[rows], block)
             error = output.float() - target
-            if weight is not None:
-                loss = (
-                    ((error @ weight) * error).sum(dim=-1) / ((target @ weight) * target).sum(dim=-1).clamp(min=1e-12)
-                ).mean()
-            else:
-                loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
+            loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
