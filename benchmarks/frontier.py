@@ -129,7 +129,7 @@ class Bench:
             "fit": variant.drift is not None,
             "drift": variant.drift or 0.0,
             "steps": steps,
-            "sequences": self.args.calibration,
+            "sequences": self.args.refine_sequences,
         }
         recipe = make_recipe({"model": self.args.model, "keep": keep, "refinement": refinement})
         sizes = (self.args.calibration, self.args.length, self.args.gradients, self.args.refine_sequences, steps)
