@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from allocation import run_search
 from bolaco.allocate import Budget, Ranks, hand_keeps, make_space
+from bolaco.allocate.bayesian import best
 from bolaco.allocate.spectral import spectral_ranks
 from bolaco.blockstore import BlockStore
 from bolaco.compressed import compressed_block
@@ -61,6 +63,8 @@ VARIANTS = {
     "AA-SVD": Variant("svd-llm", drift=1.0, steps=True),
     "MPIFA": Variant("svd-llm", storage="pivoted", drift=0.25),
     "Bolaco, hand allocation": Variant(ranks="hand"),
+    "Bolaco, 5x1 search": Variant(ranks="5x1"),
+    "Bolaco, 5x4 search": Variant(ranks="5x4"),
 }
 
 
@@ -91,6 +95,12 @@ class Bench:
             relative = not get_method(variant.method).comparable
             spectra = prepared.store.spectra(structure.num_layers)
             found = spectral_ranks(structure.sites, spectra, budget, 8, relative)
+        elif variant.ranks in ("5x1", "5x4"):
+            space = make_space(structure, budget, variant.ranks)
+            journal = self.args.cache / f"trials-{variant.ranks}-{keep}-{self.args.calibration}.journal"
+            torch.manual_seed(0)
+            trials = run_search(prepared, space, self.texts.validation, self.args.trials, 8, journal, "fitted", 0)
+            found = space.ranks(best(trials).levels)
         else:
             dense_types = ("v",) if variant.ranks == "hand" else ()
             space = make_space(structure, budget, "5x1", dense_types)
@@ -158,6 +168,7 @@ def main() -> None:
     parser.add_argument("--gradients", type=int, default=64, help="of these, sequences for the loss gradients")
     parser.add_argument("--steps", type=int, default=make_recipe({"model": "m", "keep": 1}).refinement.steps)
     parser.add_argument("--refine-sequences", type=int, default=32, help="of these, sequences fitted and trained on")
+    parser.add_argument("--trials", type=int, default=30, help="of the searches")
     parser.add_argument("--windows", type=int, default=16)
     args = parser.parse_args()
     bench = Bench(args)
