@@ -73,7 +73,7 @@ try:
     main(["--help"])
 except SystemExit as stop:
     assert not stop.code
-heavy = {"torch", "transformers", "numpy", "optuna", "datasets", "pydantic"} & set(sys.modules)
+heavy = {"torch", "transformers", "numpy", "optuna", "datasets", "pydantic", "lm_eval"} & set(sys.modules)
 print("HEAVY", sorted(heavy), "CPU", time.process_time())
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

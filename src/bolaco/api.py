@@ -12,9 +12,12 @@ from bolaco import pipeline
 from bolaco.data import TokenStream
 from bolaco.errors import DataError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
 from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
+
+__all__ = ["TaskResult", "TaskSet", "compress", "evaluate", "evaluate_tasks", "load", "read_tasks", "run"]
 
 load = load_model
 

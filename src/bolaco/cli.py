@@ -25,6 +25,7 @@ examples:
   bolaco compress ./my-finetune --keep 0.8 --calibration text/ --warm-start ./base-small --trials 20 -o small
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
+  bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
   bolaco inspect small
   bolaco export small --dense -o stock
 
@@ -104,16 +105,23 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE.yaml")
     _run_options(run)
 
-    evaluate = commands.add_parser("eval", help="perplexity of a model")
+    evaluate = commands.add_parser("eval", help="perplexity of a model, and its accuracy on tasks")
     evaluate.add_argument("model", metavar="MODEL")
-    evaluate.add_argument("--data", metavar="SRC", required=True)
-    evaluate.add_argument("--seq-len", type=int, default=1024)
-    evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows only")
+    evaluate.add_argument("--data", metavar="SRC", help="text to measure perplexity on")
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, .jsonl files of questions and folders of them, with commas between",
+    )
+    evaluate.add_argument("--seq-len", type=int, default=1024, help="length of the windows of --data (1024)")
+    evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows of --data only")
+    evaluate.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
+    evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at once (4 windows, 8 answers)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
     evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     evaluate.add_argument("--device", default="auto")
     evaluate.add_argument(
-        "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go (auto)"
+        "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
     )
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
@@ -209,25 +217,40 @@ def _plan(recipe: Any, console: Console) -> None:
 def _eval(args: argparse.Namespace, console: Console) -> None:
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise RecipeError(f"--json {args.json}: there is no such folder")
-    from bolaco.api import evaluate
+    if args.data is None and args.tasks is None:
+        raise RecipeError("eval needs --data SRC for perplexity, --tasks NAMES for accuracy, or both")
+    if args.limit is not None and args.data is None:
+        raise RecipeError("--limit counts the windows of --data, which is missing; examples of tasks: --task-limit")
+    if args.task_limit is not None and args.tasks is None:
+        raise RecipeError("--task-limit counts the examples of --tasks, which is missing; windows of --data: --limit")
+    for option, count in (("--batch", args.batch), ("--task-limit", args.task_limit)):
+        if count is not None and count < 1:
+            raise RecipeError(f"{option} {count}: must be at least 1")
+    from bolaco.api import evaluate, evaluate_tasks, read_tasks
+    from bolaco.models.load import load_model, load_tokenizer
     from bolaco.progress import Reporter
+    from bolaco.report.tables import tasks_table
 
-    result = evaluate(
-        args.model,
-        args.data,
-        seq_len=args.seq_len,
-        limit=args.limit,
-        dtype=args.dtype,
-        device=args.device,
-        bos=args.bos,
-        reporter=Reporter(),
-    )
-    console.print(
-        f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
-        f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
-    )
+    # What can be wrong with the tasks is found before the hours a perplexity can take.
+    tasks = None if args.tasks is None else read_tasks(args.tasks)
+    model, tokenizer = args.model, None
+    if args.data is not None and tasks is not None:
+        model, tokenizer = load_model(args.model, args.dtype, args.device), load_tokenizer(args.model)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "dtype": args.dtype, "device": args.device}
+    common |= {"reporter": Reporter()} | ({} if args.batch is None else {"batch": args.batch})
+    record: dict[str, Any] = {"model": args.model}
+    if args.data is not None:
+        result = evaluate(model, args.data, seq_len=args.seq_len, limit=args.limit, bos=args.bos, **common)
+        console.print(
+            f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
+            f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
+        )
+        record |= {"data": args.data} | asdict(result)
+    if tasks is not None:
+        scores = evaluate_tasks(model, tasks, limit=args.task_limit, **common)
+        console.print(tasks_table(scores))
+        record["tasks"] = {score.task: score.record for score in scores}
     if args.json:
-        record = {"model": args.model, "data": args.data} | asdict(result)
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -36,5 +36,9 @@ class OutputExistsError(BolacoError, FileExistsError):
     """The output folder exists already; nothing is overwritten."""
 
 
+class MissingPackageError(BolacoError, ImportError):
+    """An optional package is needed and not installed; the message says how to get it."""
+
+
 class CheckpointError(BolacoError, OSError):
     """A compressed checkpoint is incomplete or malformed."""

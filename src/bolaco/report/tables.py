@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from bolaco.allocate import Budget, Ranks
+from bolaco.evaluation.tasks import TaskResult
 from bolaco.models.structure import TYPES, Structure
 
 
@@ -125,4 +126,25 @@ def plan_table(structure: Structure, budget: Budget, ranks: Ranks) -> Table:
             shapes = sorted({f"{s.out_features} x {s.in_features}" for s in sites})
             used = sorted({"dense" if ranks[s.name] is None else str(ranks[s.name]) for s in sites})
             table.add_row(kind, str(len(sites)), ", ".join(shapes), ", ".join(used))
+    return table
+
+
+def tasks_table(results: list[TaskResult]) -> Table:
+    """Accuracies of tasks with their standard errors, and other metrics where a task has them."""
+    usual = ("acc", "acc_norm")
+    other = any(name not in usual for result in results for name in result.metrics)
+    table = Table("task", title="tasks: mean ± standard error", title_justify="left")
+    for column in ("examples", *usual):
+        table.add_column(column, justify="right")
+    if other:
+        table.add_column("other")
+
+    def cell(result: TaskResult, name: str) -> str:
+        error = result.stderr[name]
+        return f"{result.metrics[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    for result in results:
+        cells = [cell(result, name) if name in result.metrics else "" for name in usual]
+        rest = [f"{name} {cell(result, name)}" for name in result.metrics if name not in usual]
+        table.add_row(result.task, f"{result.examples:,}", *cells, *(["\n".join(rest)] if other else []))
     return table
