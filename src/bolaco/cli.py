@@ -43,7 +43,7 @@ _WORDS = (
 
 
 # The names in recipe.py, which is not imported for --help.
-PRESETS = ("default", "paper", "bolaco-5x1", "bolaco-5x4", "svd-llm", "kfac-svd", "aa-svd", "mpifa")
+PRESETS = ("default", "paper", "bolaco-5x1", "bolaco-5x4", "svd-llm", "kfac-svd", "asvd", "fwsvd", "aa-svd", "mpifa")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -259,12 +259,15 @@ def _export(args: argparse.Namespace, console: Console) -> None:
 def _methods(_: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
-    from bolaco.factorize.registry import METHODS
+    from bolaco.factorize import list_methods
 
-    table = Table("method", "source", "what it does")
-    for name, entry in METHODS.items():
-        table.add_row(name, entry.paper, entry.summary)
+    table = Table("method", "source", "what it does", "package")
+    listing = list_methods()
+    for name, method in listing.methods.items():
+        table.add_row(name, method.paper, method.summary, method.package)
     console.print(table)
+    for line in listing.refused:
+        console.print(line)
 
 
 _COMMANDS = {

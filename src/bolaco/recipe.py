@@ -184,21 +184,30 @@ PAPER: dict[str, Any] = {
 _PLAIN = {"fit": False, "steps": 0}
 # Other published recipes, on the default's text. Where they deviate from their papers is said in docs/methods.md.
 _BOLACO: dict[str, Any] = {"factorization": {"method": "afm", "storage": "two-factor"}, "refinement": _PLAIN}
+
+
+def _uniform(method: str) -> dict[str, Any]:
+    """A one-shot method as its paper compares it: one ratio for all, two factors, nothing afterwards."""
+    return {
+        "factorization": {"method": method, "storage": "two-factor"},
+        "search": {"space": "uniform"},
+        "refinement": _PLAIN,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": PAPER,
     "bolaco-5x1": _BOLACO | {"search": {"space": "5x1"}},
     "bolaco-5x4": _BOLACO | {"search": {"space": "5x4"}},
-    "svd-llm": {
-        "factorization": {"method": "svd-llm", "storage": "two-factor"},
-        "search": {"space": "uniform"},
-        "refinement": _PLAIN,
-    },
+    "svd-llm": _uniform("svd-llm"),
     "kfac-svd": {
         "factorization": {"method": "kfac", "storage": "two-factor"},
         "search": {"space": "spectral"},
         "refinement": _PLAIN,
     },
+    "asvd": _uniform("asvd"),
+    "fwsvd": _uniform("fwsvd"),
     "aa-svd": {
         "factorization": {"method": "svd-llm", "storage": "two-factor"},
         "search": {"space": "uniform"},
