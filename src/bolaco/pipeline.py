@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
 from bolaco.allocate.spectral import spectral_ranks
+from bolaco.allocate.welore import welore_ranks
 from bolaco.blockstore import BlockStore
 from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import (
@@ -268,10 +269,12 @@ class _Run:
 
     def allocate(self, warm: Ranks | None) -> tuple[Ranks, list[Trial]]:
         """The ranks, and the trials that led to them; ``warm`` is an earlier allocation to start from."""
-        if self.recipe.search.space == "spectral" and warm is None:
+        if self.recipe.search.space in ("spectral", "welore") and warm is None:
             spectra = self.store.spectra(self.structure.num_layers)
             multiple = self.recipe.search.rank_multiple
             sites, budget = self.structure.sites, self.space.budget
+            if self.recipe.search.space == "welore":
+                return welore_ranks(sites, spectra, budget, multiple, self.recipe.search.min_ratio), []
             return spectral_ranks(sites, spectra, budget, multiple, relative=not self.method.comparable), []
         if not self.recipe.searches:
             if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
