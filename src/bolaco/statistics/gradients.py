@@ -82,7 +82,7 @@ class _WeightFisher:
             # In float32 at least: squares of half-precision gradients underflow.
             exact = torch.float64 if inputs.dtype == torch.float64 else torch.float32
             weight = outputs.to(exact).T @ inputs.to(exact)
-            columns = weight.double().square().sum(dim=0)
+            columns = weight.square_().sum(dim=0, dtype=torch.float64)
             if not torch.isfinite(columns).all():
                 raise NonFiniteError("NaN or infinity")
             self._sums += columns
