@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, max_rank
-from bolaco.blockstore import BlockStore
 from bolaco.data import TokenStream
 from bolaco.elastic import ElasticModel
 from bolaco.factorize import get_method
@@ -28,7 +27,7 @@ from bolaco.objective import Head, score
 from bolaco.progress import Reporter
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.gradients import GradientWalk
+from bolaco.statistics.site import LossStatistics, SiteStatistics
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -72,7 +71,7 @@ class Prepared:
     model: PreTrainedModel
     structure: Structure
     store: FactorStore
-    gradients: BlockStore | None = None
+    losses: LossStatistics | None = None
 
     def perplexity(self, ranks: Ranks, blocks: Tensor) -> float:
         """Perplexity of an allocation, through the elastic model."""
@@ -95,29 +94,25 @@ def prepare(
     layers = range(structure.num_layers)
     store = FactorStore(args.cache / f"factors-{_key(blocks, args.model, method, groups, storage, gradients)}")
     chosen = get_method(method)
-    curvature = None
+    losses = None
     if gradients:
-        curvature = BlockStore(args.cache / f"gradients-{_key(blocks[:gradients], args.model)}")
-        if not all(curvature.has(layer) for layer in layers):
-            walk = GradientWalk(model, structure, blocks[:gradients], batch=4)
-            with Reporter().stage("loss gradients", (len(layers) + 1) * gradients) as tick:
-                for layer, found in walk.run(tick):
-                    curvature.write(layer, {name: value.float() for name, value in found.items()})
+        losses = LossStatistics(args.cache / f"losses-{_key(blocks[:gradients], args.model)}", chosen.losses)
+        losses.estimate(model, structure, blocks[:gradients], 4, Reporter())
     if all(store.has(layer) for layer in layers):
-        return Prepared(model, structure, store, curvature)
+        return Prepared(model, structure, store, losses)
     states = BlockWalk(model, structure, blocks, batch=4)
     with Reporter().stage(f"factors ({method})", len(layers) * len(blocks)) as tick:
         for layer in layers:
-            moments = collect(states, groups, tick)
+            moments = collect(states, groups, tick, chosen.magnitudes)
+            of_loss = {} if losses is None else losses.of_layer(layer, model.device)
             metrics = {name: chosen.metric(value) for name, value in moments.items()}
             factors = {}
             for site in structure.of_layer(layer):
                 group, weight = site.input_group, structure.weight(model, site)
-                extra = (curvature.read(layer)[site.name],) if curvature is not None else ()
-                top = max_rank(site, 8, storage)
-                factors[site.name] = chosen.prepare(weight, metrics[group], moments[group], top, *extra)
+                statistics = SiteStatistics(moments[group], **of_loss.get(site.name, {}))
+                factors[site.name] = chosen.prepare(weight, metrics[group], statistics, max_rank(site, 8, storage))
             store.save(layer, factors)
-    return Prepared(model, structure, store, curvature)
+    return Prepared(model, structure, store, losses)
 
 
 def _key(blocks: Tensor, *words: object) -> str:

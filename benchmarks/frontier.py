@@ -82,7 +82,7 @@ class Bench:
     def prepared(self, method: str) -> Prepared:
         """Factors of a method, up to the ranks of pivoted storage, which serve both."""
         if method not in self.factors:
-            gradients = self.args.gradients if get_method(method).gradients else 0
+            gradients = self.args.gradients if get_method(method).losses else 0
             self.factors[method] = prepare(self.args, self.texts.calibration, method, 32, gradients, "pivoted")
         return self.factors[method]
 
@@ -147,7 +147,7 @@ class Bench:
         store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))
         model, structure = prepared.model, prepared.structure
         tokens = self.texts.calibration
-        refiner = Refiner(model, structure, prepared.store, ranks, tokens, method, recipe, prepared.gradients)
+        refiner = Refiner(model, structure, prepared.store, ranks, tokens, method, recipe, prepared.losses)
         refiner.run(store, Reporter())
         return [stored_block(store, model, structure, layer) for layer in range(structure.num_layers)]
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.allocate import Ranks, max_rank
 from bolaco.elastic import ElasticLinear, ElasticModel
 from bolaco.errors import ResumeError
-from bolaco.factorize import Factors, get_method
+from bolaco.factorize import Factors, SiteStatistics, get_method
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Structure, inspect_structure
 from bolaco.statistics import collect
@@ -47,7 +47,8 @@ class Case:
                 if site.type != "v":
                     stats = moments[site.input_group]
                     weight, _ = self.original[site.name]
-                    found[site.name] = method.prepare(weight, method.metric(stats), stats, max_rank(site, 2))
+                    metric, top = method.metric(stats), max_rank(site, 2)
+                    found[site.name] = method.prepare(weight, metric, SiteStatistics(stats), top)
             self.store.save(layer, found)
             self.factors |= found
         # Every other matrix stays dense; the others take different ranks.

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bolaco.errors import BolacoError, RecipeError, ResumeError
-from bolaco.factorize import METHODS, Factors, InputMetric, get_method, low_rank
+from bolaco.factorize import METHODS, Factors, InputMetric, SiteStatistics, get_method, low_rank
+from bolaco.factorize.fwsvd import LEAST, importance
 from bolaco.factorize.store import FactorStore
 from bolaco.statistics.moments import Moments, PooledMoments
 
@@ -21,7 +22,7 @@ MODEST = settings(max_examples=40, deadline=None, derandomize=True)
 SHAPES = {"wide": (9, 14), "square": (12, 12), "tall": (17, 8)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 # Those with a metric on the input only.
-methods = pytest.mark.parametrize("method", ["afm", "svd-llm", "svd"])
+methods = pytest.mark.parametrize("method", ["afm", "svd-llm", "asvd", "svd"])
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -36,14 +37,14 @@ def inputs(dim: int, rows: int = 200, seed: int = 0, rank: int | None = None, me
 
 
 def moments(x: Tensor) -> Moments:
-    pooled = PooledMoments(x.shape[-1])
+    pooled = PooledMoments(x.shape[-1], magnitudes=True)
     pooled.update(x)
     return pooled.finalize()
 
 
 def factors(method: str, weight: Tensor, stats: Moments, rank: int) -> Factors:
     chosen = get_method(method)
-    return chosen.prepare(weight, chosen.metric(stats), stats, rank)
+    return chosen.prepare(weight, chosen.metric(stats), SiteStatistics(stats), rank)
 
 
 def outputs(item: Factors, rank: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -103,6 +104,57 @@ def test_plain_svd_is_eckart_young(shape: tuple[int, int]) -> None:
     for rank in range(1, min(shape)):
         torch.testing.assert_close(item.product(rank), left[:, :rank] * values[:rank] @ right[:rank])
         assert item.error(rank) == pytest.approx(float(values[rank:].square().sum()), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@shapes
+def test_a_diagonal_metric_is_the_same_as_its_matrix(shape: tuple[int, int], seed: int) -> None:
+    weight, diagonal = noise(*shape, seed=seed), noise(shape[1], seed=seed + 5).square()
+    diagonal[seed] = 0.0
+    one, two = (low_rank(weight, InputMetric(m), min(shape)) for m in (diagonal, diagonal.diag()))
+    torch.testing.assert_close(one.spectrum, two.spectrum)
+    for rank in range(1, min(shape)):
+        torch.testing.assert_close(one.product(rank), two.product(rank))
+
+
+@shapes
+def test_asvd_by_scaling_and_inverse(shape: tuple[int, int]) -> None:
+    weight, x = noise(*shape), inputs(shape[1])
+    scale = x.abs().mean(dim=0).sqrt()
+    left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
+    item = factors("asvd", weight, moments(x), min(shape))
+    assert item.bias(1, None) is None
+    for rank in (1, 3, min(shape) - 1):
+        classical = (left[:, :rank] * values[:rank] @ right[:rank]) / scale
+        torch.testing.assert_close(item.product(rank), classical)
+        assert item.error(rank) == pytest.approx(float(values[rank:].square().sum()), rel=1e-9)
+
+
+@shapes
+def test_fwsvd_by_scaling_and_inverse(shape: tuple[int, int]) -> None:
+    """And no closer in its metric than plain SVD is (a theorem); a constant Fisher information is plain SVD."""
+    weight, fisher = noise(*shape), noise(shape[1], seed=4).square() * 1e-9
+    stats, method = moments(inputs(shape[1])), get_method("fwsvd")
+
+    def prepared(values: Tensor) -> Factors:
+        return method.prepare(weight, method.metric(stats), SiteStatistics(stats, fisher=values), min(shape))
+
+    scale = (fisher / fisher.mean()).sqrt()
+    left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
+    item, plain = prepared(fisher), factors("svd", weight, stats, min(shape))
+    for rank in (1, 3, min(shape) - 1):
+        classical = (left[:, :rank] * values[:rank] @ right[:rank]) / scale
+        torch.testing.assert_close(item.product(rank), classical)
+        error = ((weight - item.product(rank)) * scale).square().sum()
+        assert item.error(rank) == pytest.approx(float(error), rel=1e-9)
+        assert error < ((weight - plain.product(rank)) * scale).square().sum()
+    for constant in (torch.full((shape[1],), 3e-7), torch.zeros(shape[1])):
+        torch.testing.assert_close(prepared(constant).product(3), plain.product(3))
+
+
+def test_fwsvd_weighs_no_input_below_the_least() -> None:
+    found = importance(torch.tensor([0.0, 1e-30, 1.0, 3.0]))
+    torch.testing.assert_close(found, torch.tensor([LEAST, LEAST, 1.0, 3.0], dtype=torch.float64))
 
 
 @shapes

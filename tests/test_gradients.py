@@ -1,9 +1,11 @@
-"""Output-gradient second moments against plain autograd on the whole model."""
+"""Gradient statistics against plain autograd on the whole model."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
 
+from bolaco.errors import NonFiniteError
 from bolaco.models import inspect_structure
 from bolaco.objective import Head
 from bolaco.statistics.gradients import GradientWalk
@@ -51,6 +53,60 @@ def test_equals_autograd_through_the_whole_model(family, monkeypatch, tmp_path):
         assert float((found[name] - value).norm()) <= 1e-4 * float(value.norm()), name
     assert not list(tmp_path.iterdir())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _weight_fisher(model, structure, tokens):
+    """Mean over sequences of the squared weight gradients, added up over outputs, by one backward pass a sequence."""
+    result = {site.name: 0.0 for site in structure.sites}
+    for sequence in tokens:
+        model.zero_grad()
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0].float()
+        F.cross_entropy(logits[:-1], sequence[1:], reduction="sum").backward()
+        for site in structure.sites:
+            gradient = model.base_model.get_submodule(site.module).weight.grad.double()
+            if isinstance(model.base_model.get_submodule(site.module), Conv1D):
+                gradient = gradient.T
+            result[site.name] = result[site.name] + gradient[slice(*site.rows)].square().sum(dim=0) / len(tokens)
+    model.zero_grad()
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weight_fisher_equals_autograd_sequence_by_sequence(family, tmp_path):
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    tokens = torch.randint(5, model.config.vocab_size - 1, (3, 12), generator=torch.Generator().manual_seed(1))
+    expected = _weight_fisher(model, structure, tokens)
+    found = {}
+    for _, blocks in GradientWalk(model, structure, tokens, batch=2, folder=tmp_path, weights=True).run():
+        found.update(blocks)
+    assert found.keys() == expected.keys()
+    for site in structure.sites:
+        assert found[site.name].shape == (site.in_features,)
+        assert float((found[site.name] - expected[site.name]).norm()) <= 1e-4 * float(expected[site.name].norm())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("slab", [1, 10**6])
+def test_own_labels_are_the_next_tokens_in_any_slab(monkeypatch, slab):
+    model = FAMILIES["llama"]()
+    monkeypatch.setattr("bolaco.statistics.gradients.SLAB", slab)
+    tokens = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
+    walk = GradientWalk(model, inspect_structure(model), tokens, batch=2, weights=True)
+    state = torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    leaf = state.clone().requires_grad_()
+    logits = model.get_output_embeddings()(leaf)[:, :-1]
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
+    torch.testing.assert_close(walk._label_gradient(state, torch.Generator(), tokens), leaf.grad)
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    model = FAMILIES["llama"]()
+    structure = inspect_structure(model)
+    walk = GradientWalk(model, structure, torch.full((2, 6), 7), batch=2, weights=True)
+    walk._label_gradient = lambda final, *_: torch.full_like(final, float("inf"))
+    with pytest.raises(NonFiniteError, match=r"layers\.1\..*, gradient: NaN or infinity; try --dtype float32"):
+        list(walk.run())
 
 
 def test_labels_follow_the_model():

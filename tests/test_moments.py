@@ -144,6 +144,23 @@ def test_merging_another_shape_is_refused(dim: int, groups: int) -> None:
         PooledMoments(5, 2).merge(PooledMoments(dim, groups))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_magnitudes_are_the_mean_absolute_values_over_batches_and_shards(dtype: torch.dtype) -> None:
+    x = draw(90, 5, mean=-0.3).to(dtype)
+    whole, left, right = (PooledMoments(5, 2, magnitudes=True) for _ in range(3))
+    for i, piece in enumerate(x.split(25)):
+        whole.update(piece, i % 2)
+        (left if i < 2 else right).update(piece, i % 2)
+    left.merge(right)
+    left.merge(PooledMoments(5, 2, magnitudes=True))
+    expected = x.double().abs().mean(dim=0)
+    for pooled in (whole, left):
+        torch.testing.assert_close(pooled.finalize().magnitude, expected, rtol=1e-6, atol=0)
+    assert of(x).finalize().magnitude is None
+    with pytest.raises(ValueError, match="with and without magnitudes"):
+        left.merge(PooledMoments(5, 2))
+
+
 def test_a_large_offset_in_float32_costs_no_accuracy() -> None:
     # Standard deviation 1 on a mean of 1e4: computed as E[xx] - E[x]E[x] in float32, nothing would be left of it.
     groups = [draw(500, 8, seed=i, mean=1e4).float() for i in range(4)]

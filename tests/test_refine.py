@@ -140,7 +140,7 @@ def test_fit_on_the_original_inputs_is_the_plain_solution(family: str, method: s
     everything_dense = dict.fromkeys(ranks)
     block = trainable_copy(run.original, structure, 0, copy.deepcopy(structure.block_list(run.original)[0]))
     fit = BlockFit(runner, structure, get_method(method), everything_dense, 4, 1.0, 0.0)
-    fit.run(0, block, hidden, hidden.clone(), None)
+    fit.run(0, block, hidden, hidden.clone())
     with torch.no_grad():
         same = runner.run(0, hidden[:4], block)
         original = runner.run(0, hidden[:4])
@@ -161,7 +161,7 @@ def test_fit_brings_the_decoder_nearer_to_the_original(family: str) -> None:
     for layer in range(structure.num_layers):
         plain = compressed_block(model, structure, layer, store.load(layer), ranks)
         fitted = trainable_copy(model, structure, layer, plain)
-        BlockFit(runner, structure, method, ranks, 1, 1.0, 1e-4).run(layer, fitted, original, paths["fitted"], None)
+        BlockFit(runner, structure, method, ranks, 1, 1.0, 1e-4).run(layer, fitted, original, paths["fitted"])
         blocks = {"plain": plain, "fitted": fitted}
         with torch.no_grad():
             for rows in runner.slices:

@@ -41,7 +41,7 @@ def compress(
         keep: share of the decoder linears' parameters to keep, in (0, 1].
         out: folder to write; must not exist.
         tokenizer: for a loaded model.
-        preset: ``default``, ``paper`` or ``kfac``.
+        preset: a name in :data:`bolaco.recipe.PRESETS`.
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         reporter: where progress goes; silent by default.

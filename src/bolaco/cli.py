@@ -44,7 +44,19 @@ _WORDS = (
 
 
 # The names in recipe.py, which is not imported for --help.
-PRESETS = ("default", "paper", "bolaco-5x1", "bolaco-5x4", "svd-llm", "kfac-svd", "aa-svd", "mpifa")
+PRESETS = (
+    "default",
+    "paper",
+    "bolaco-5x1",
+    "bolaco-5x4",
+    "svd-llm",
+    "kfac-svd",
+    "asvd",
+    "fwsvd",
+    "welore",
+    "aa-svd",
+    "mpifa",
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("model", metavar="MODEL")
     compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
     compress.add_argument(
-        "--search", choices=("spectral", "5x1", "5x4", "uniform", "none"), help="how ranks are found (spectral)"
+        "--search",
+        choices=("spectral", "5x1", "5x4", "uniform", "welore", "none"),
+        help="how ranks are found (spectral)",
     )
     compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (pivoted)")
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
@@ -204,7 +218,7 @@ def _plan(recipe: Any, console: Console) -> None:
     console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
     console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
-    if search.space == "spectral":
+    if search.space in ("spectral", "welore"):
         console.print("ranks come from the spectra of the matrices; the hand allocation is shown for its size")
     if recipe.searches:
         length = validation.seq_len or calibration.seq_len
@@ -282,12 +296,15 @@ def _export(args: argparse.Namespace, console: Console) -> None:
 def _methods(_: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
-    from bolaco.factorize.registry import METHODS
+    from bolaco.factorize import list_methods
 
-    table = Table("method", "source", "what it does")
-    for name, entry in METHODS.items():
-        table.add_row(name, entry.paper, entry.summary)
+    table = Table("method", "source", "what it does", "package")
+    listing = list_methods()
+    for name, method in listing.methods.items():
+        table.add_row(name, method.paper, method.summary, method.package)
     console.print(table)
+    for line in listing.refused:
+        console.print(line)
 
 
 _COMMANDS = {

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, max_rank
 from bolaco.allocate.spectral import spectral_ranks
+from bolaco.allocate.welore import welore_ranks
 from bolaco.blockstore import BlockStore
 from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import (
@@ -45,7 +46,7 @@ from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.gradients import GradientWalk
+from bolaco.statistics.site import LossStatistics, SiteStatistics
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -187,6 +188,7 @@ class _Run:
         self.texts, self.folder, self.reporter = texts, folder, reporter
         self.store = FactorStore(folder.path / "factors")
         self.refined = BlockStore(folder.path / "refined")
+        self.method = get_method(recipe.factorization.method)
         self.growth: dict[str, float] = {}
         self.parameters_dense = sum(p.numel() for p in model.parameters())
 
@@ -203,7 +205,7 @@ class _Run:
             for site in self.structure.sites:
                 if site.type not in self.recipe.dense_types:
                     factors += max_rank(site, multiple, storage) * (site.out_features + site.in_features) * itemsize
-            if get_method(self.recipe.factorization.method).gradients:
+            if self.method.gradients:
                 factors += sum(4 * site.out_features**2 for site in self.structure.sites)
             if self.recipe.calibration.cache == "disk":
                 factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
@@ -219,8 +221,7 @@ class _Run:
         layers = range(self.structure.num_layers)
         settings = self.recipe.calibration
         tokens = self.texts.calibration
-        method = get_method(self.recipe.factorization.method)
-        gradients = self._gradients() if method.gradients else None
+        method, losses = self.method, self._losses()
         cache_file = self.folder.path / "hidden.cache" if settings.cache == "disk" else None
         walk = BlockWalk(self.model, self.structure, tokens, settings.batch, cache_file)
         try:
@@ -229,7 +230,8 @@ class _Run:
                     if self.store.has(layer):
                         walk.advance(tick=tick)
                         continue
-                    moments = collect(walk, settings.groups, tick)
+                    moments = collect(walk, settings.groups, tick, method.magnitudes)
+                    of_loss = losses.of_layer(layer, self.model.device)
                     metrics: dict[str, InputMetric] = {}
                     factors: dict[str, Factors] = {}
                     for site in self.structure.of_layer(layer):
@@ -240,25 +242,20 @@ class _Run:
                         if group not in metrics:
                             metrics[group] = method.metric(moments[group])
                         weight = self.structure.weight(self.model, site)
-                        extra = (gradients.read(layer)[site.name],) if gradients is not None else ()
-                        factors[site.name] = method.prepare(weight, metrics[group], moments[group], top, *extra)
+                        statistics = SiteStatistics(moments[group], **of_loss.get(site.name, {}))
+                        factors[site.name] = method.prepare(weight, metrics[group], statistics, top)
                     self.store.save(layer, factors)
         finally:
             walk.close()
 
-    def _gradients(self) -> BlockStore:
-        """Second moments of the output gradients of every matrix, in the work folder."""
-        store = BlockStore(self.folder.path / "gradients")
-        layers = self.structure.num_layers
-        if not all(store.has(layer) for layer in range(layers)):
-            settings = self.recipe.calibration
-            tokens = self.texts.calibration[: settings.gradient_sequences]
-            folder = store.folder / "inputs" if settings.cache == "disk" else None
-            walk = GradientWalk(self.model, self.structure, tokens, settings.batch, self.recipe.seed, folder)
-            with self.reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
-                for layer, moments in walk.run(tick):
-                    store.write(layer, {name: value.float() for name, value in moments.items()})
-        return store
+    def _losses(self) -> LossStatistics:
+        """What the method needs of the loss gradients, in the work folder."""
+        losses = LossStatistics(self.folder.path, self.method.losses)
+        settings = self.recipe.calibration
+        tokens = self.texts.calibration[: settings.gradient_sequences]
+        on_disk = settings.cache == "disk"
+        losses.estimate(self.model, self.structure, tokens, settings.batch, self.reporter, self.recipe.seed, on_disk)
+        return losses
 
     def dense_perplexity(self) -> dict[str, Any]:
         """Perplexity of the original on the evaluation text."""
@@ -274,12 +271,13 @@ class _Run:
 
     def allocate(self, warm: Ranks | None) -> tuple[Ranks, list[Trial]]:
         """The ranks, and the trials that led to them; ``warm`` is an earlier allocation to start from."""
-        if self.recipe.search.space == "spectral" and warm is None:
-            method = get_method(self.recipe.factorization.method)
+        if self.recipe.search.space in ("spectral", "welore") and warm is None:
             spectra = self.store.spectra(self.structure.num_layers)
             multiple = self.recipe.search.rank_multiple
             sites, budget = self.structure.sites, self.space.budget
-            return spectral_ranks(sites, spectra, budget, multiple, relative=not method.comparable), []
+            if self.recipe.search.space == "welore":
+                return welore_ranks(sites, spectra, budget, multiple, self.recipe.search.min_ratio), []
+            return spectral_ranks(sites, spectra, budget, multiple, relative=not self.method.comparable), []
         if not self.recipe.searches:
             if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
                 return warm, []
@@ -326,16 +324,15 @@ class _Run:
         """Every block as it will be, in the work folder."""
         fingerprint = hashlib.sha256(json.dumps(ranks, sort_keys=True).encode()).hexdigest()
         self.folder.same("refined", fingerprint, "the ranks have changed")
-        method = get_method(self.recipe.factorization.method)
         refiner = Refiner(
             self.model,
             self.structure,
             self.store,
             ranks,
             self.texts.calibration,
-            method,
+            self.method,
             self.recipe,
-            self._gradients() if method.gradients and self.recipe.refinement.fit else None,
+            self._losses() if self.recipe.refinement.fit else None,
             self.folder.path if self.recipe.calibration.cache == "disk" else None,
         )
         refiner.run(self.refined, self.reporter)
@@ -404,7 +401,7 @@ class _Run:
             ],
             "seconds": {},
             "recipe": self.recipe.model_dump(mode="json"),
-            "versions": versions(),
+            "versions": versions(self.method.package),
         }
 
     def _ranks_by_type(self, levels: Sequence[int]) -> dict[str, list[int | None]]:

@@ -69,10 +69,10 @@ class Factorization(_Section):
 class Search(_Section):
     """Space, budget slack and optimiser of the rank allocation."""
 
-    space: Literal["spectral", "5x1", "5x4", "uniform", "none"] = Field(
+    space: Literal["spectral", "5x1", "5x4", "uniform", "welore", "none"] = Field(
         "spectral",
         description="spectral: closed form, from the errors of all matrices; uniform: one ratio for all; "
-        "none: the hand allocation",
+        "welore: one threshold on all singular values; none: the hand allocation",
     )
     trials: int = Field(50, gt=0)
     initial: int = Field(5, ge=0, description="random allocations between the hand allocation and the model-based ones")
@@ -83,7 +83,11 @@ class Search(_Section):
     fill: bool = Field(True, description="raise ranks until no affordable multiple is left")
     rank_multiple: int = Field(8, gt=0)
     dense_types: tuple[str, ...] | None = Field(
-        None, description="matrix types that are never factored; default: v, but none for spectral and uniform"
+        None,
+        description="matrix types that are never factored; default: v, but none for spectral, uniform and welore",
+    )
+    min_ratio: float = Field(
+        0.0, ge=0, lt=1, description="welore: a matrix that would lose no more of its rank than this share stays dense"
     )
     objective: Literal["ppl+kl", "ppl"] = "ppl+kl"
     kl_weight: float = Field(1e-3, ge=0)
@@ -137,7 +141,7 @@ class Recipe(_Section):
         """Matrix types that are never factored."""
         if self.search.dense_types is not None:
             return self.search.dense_types
-        return () if self.search.space in ("spectral", "uniform") else ("v",)
+        return () if self.search.space in ("spectral", "uniform", "welore") else ("v",)
 
     @property
     def refines(self) -> bool:
@@ -185,21 +189,27 @@ PAPER: dict[str, Any] = {
 _PLAIN = {"fit": False, "steps": 0}
 # Other published recipes, on the default's text. Where they deviate from their papers is said in docs/methods.md.
 _BOLACO: dict[str, Any] = {"factorization": {"method": "afm", "storage": "two-factor"}, "refinement": _PLAIN}
+
+
+def _one_shot(method: str, space: str = "uniform") -> dict[str, Any]:
+    """A method as its paper has it: two factors, one ratio for all unless it says otherwise, nothing afterwards."""
+    return {
+        "factorization": {"method": method, "storage": "two-factor"},
+        "search": {"space": space},
+        "refinement": _PLAIN,
+    }
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": PAPER,
     "bolaco-5x1": _BOLACO | {"search": {"space": "5x1"}},
     "bolaco-5x4": _BOLACO | {"search": {"space": "5x4"}},
-    "svd-llm": {
-        "factorization": {"method": "svd-llm", "storage": "two-factor"},
-        "search": {"space": "uniform"},
-        "refinement": _PLAIN,
-    },
-    "kfac-svd": {
-        "factorization": {"method": "kfac", "storage": "two-factor"},
-        "search": {"space": "spectral"},
-        "refinement": _PLAIN,
-    },
+    "svd-llm": _one_shot("svd-llm"),
+    "kfac-svd": _one_shot("kfac", "spectral"),
+    "asvd": _one_shot("asvd"),
+    "fwsvd": _one_shot("fwsvd"),
+    "welore": _one_shot("svd", "welore"),
     "aa-svd": {
         "factorization": {"method": "svd-llm", "storage": "two-factor"},
         "search": {"space": "uniform"},

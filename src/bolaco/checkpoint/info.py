@@ -14,9 +14,9 @@ INFO_FILE = "bolaco.json"
 _PACKAGES = ("bolaco", "torch", "transformers", "safetensors", "botorch", "optuna")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what produced a result."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what produced a result; ``more`` names further packages."""
+    return {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, *more)}
 
 
 def write_info(folder: Path, info: dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ of the input, so one input covariance serves every matrix that shares the input.
 
 from torch import Tensor
 
+from bolaco.factorize.method import Method
 from bolaco.factorize.solver import Factors, InputMetric, low_rank
 from bolaco.statistics.moments import Moments
+from bolaco.statistics.site import SiteStatistics
 
 
 def metric(moments: Moments) -> InputMetric:
@@ -15,6 +17,16 @@ def metric(moments: Moments) -> InputMetric:
     return InputMetric(moments.covariance)
 
 
-def prepare(weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int) -> Factors:
+def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
     """Factors with the mean output restored by a bias."""
-    return low_rank(weight, metric, max_rank, mean=moments.mean)
+    return low_rank(weight, metric, max_rank, mean=statistics.moments.mean)
+
+
+METHOD = Method(
+    name="afm",
+    paper="arXiv 2405.10616",
+    summary="feature PCA: pooled output covariance, with bias (Bolaco, AFM, LoRD)",
+    prepare=prepare,
+    metric=metric,
+    centred=True,
+)

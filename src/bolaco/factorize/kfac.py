@@ -8,8 +8,10 @@ A is centred and the mean output restored by a bias.
 
 from torch import Tensor
 
+from bolaco.factorize.method import Method
 from bolaco.factorize.solver import Factors, InputMetric, OutputMetric, low_rank
 from bolaco.statistics.moments import Moments
+from bolaco.statistics.site import SiteStatistics
 
 # Share of the mean eigenvalue mixed into G: its small eigenvalues are estimated from few tokens, and G is inverted.
 SHRINKAGE = 0.1
@@ -20,9 +22,19 @@ def metric(moments: Moments) -> InputMetric:
     return InputMetric(moments.covariance)
 
 
-def prepare(
-    weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int, gradient: Tensor | None = None
-) -> Factors:
+def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
     """Factors under both metrics, with the mean output restored by a bias."""
-    output = OutputMetric(gradient, SHRINKAGE)
-    return low_rank(weight, metric, max_rank, mean=moments.mean, output=output)
+    output = OutputMetric(statistics.gradient, SHRINKAGE)
+    return low_rank(weight, metric, max_rank, mean=statistics.moments.mean, output=output)
+
+
+METHOD = Method(
+    name="kfac",
+    paper="arXiv 2505.17974",
+    summary="two-sided: feature PCA weighted by the Kronecker-factored Fisher of the output, with bias",
+    prepare=prepare,
+    metric=metric,
+    gradients=True,
+    comparable=True,
+    centred=True,
+)

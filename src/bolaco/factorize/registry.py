@@ -1,87 +1,111 @@
-"""The factorization methods by name. A method is one small file with one registered function."""
+"""The factorization methods by name: those in this package, and those that installed packages bring.
+
+A package brings a method through an entry point of the group ``bolaco.methods``, which has the method's name and
+resolves to a :class:`Method`. An entry point that cannot be used is named and stands in nobody's way.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
 
 from bolaco.errors import RecipeError
-from bolaco.factorize.solver import Factors, InputMetric
-from bolaco.statistics.moments import Moments
+from bolaco.factorize.method import Method
 
-# prepare(weight [out, in], metric, moments, max_rank) -> factors; methods that use gradients take a fifth argument, the
-# second moment of the loss gradient at the output [out, out].
-Prepare = Callable[..., Factors]
+GROUP = "bolaco.methods"
 
-
-@dataclass(frozen=True)
-class Method:
-    """A registered method.
-
-    Attributes:
-        metric: the input metric, from the input's moments; computed once for matrices that share an input.
-        prepare: factors of one matrix under that metric.
-        gradients: whether it needs the loss gradients.
-        comparable: whether squared errors of different matrices are in one unit.
-        centred: whether inputs are centred and the mean output restored by a bias.
-    """
-
-    name: str
-    paper: str
-    summary: str
-    metric: Callable[[Moments], InputMetric]
-    prepare: Prepare
-    gradients: bool = False
-    comparable: bool = False
-    centred: bool = False
-
-
-@dataclass(frozen=True)
-class _Entry:
-    module: str
-    paper: str
-    summary: str
-    gradients: bool = False
-    comparable: bool = False
-    centred: bool = False
-
-
-# Listed here with what `bolaco methods` prints; the code is imported when a method is used.
-METHODS: dict[str, _Entry] = {
-    "afm": _Entry(
-        "bolaco.factorize.afm",
-        "arXiv 2405.10616",
-        "feature PCA: pooled output covariance, with bias (Bolaco, AFM, LoRD)",
-        centred=True,
-    ),
-    "kfac": _Entry(
-        "bolaco.factorize.kfac",
-        "arXiv 2505.17974",
-        "two-sided: feature PCA weighted by the Kronecker-factored Fisher of the output, with bias",
-        gradients=True,
-        comparable=True,
-        centred=True,
-    ),
-    "svd-llm": _Entry(
-        "bolaco.factorize.svd_llm", "arXiv 2403.07378", "second moment of the input, no bias (SVD-LLM, DRONE)"
-    ),
-    "svd": _Entry("bolaco.factorize.svd", "Eckart-Young 1936", "plain truncated SVD of the weight"),
+# Name -> the module with its METHOD, imported when it is used.
+METHODS: dict[str, str] = {
+    "afm": "bolaco.factorize.afm",
+    "kfac": "bolaco.factorize.kfac",
+    "svd-llm": "bolaco.factorize.svd_llm",
+    "asvd": "bolaco.factorize.asvd",
+    "fwsvd": "bolaco.factorize.fwsvd",
+    "svd": "bolaco.factorize.svd",
 }
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Everything that ``--method`` takes, and one line for each entry point that cannot be used."""
+
+    methods: Mapping[str, Method]
+    refused: tuple[str, ...]
+
+
+def _built_in(name: str) -> Method:
+    method: Method = importlib.import_module(METHODS[name]).METHOD
+    return method
+
+
+def _package(point: EntryPoint) -> str:
+    """The distribution an entry point is of, with its version."""
+    assert point.dist is not None  # entry_points() reads distributions
+    return f"{point.dist.name} {point.dist.version}"
+
+
+def _points() -> dict[str, list[EntryPoint]]:
+    """Entry points of the group by name, in an order that does not depend on the file system."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda p: (p.name, _package(p))):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _brought(name: str, points: list[EntryPoint]) -> Method:
+    """The method of the entry points called ``name``, of which there must be one.
+
+    Raises:
+        RecipeError: it cannot be used, in one line with the package's name.
+    """
+    packages = " and ".join(_package(point) for point in points)
+    if name in METHODS:
+        raise RecipeError(f"method {name!r} of {packages} is refused: bolaco has one of that name")
+    if len(points) > 1:
+        raise RecipeError(f"method {name!r} is refused: {packages} bring one of that name each")
+    point = points[0]
+    try:
+        method = point.load()
+    except (Exception, SystemExit) as error:  # the code of others
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RecipeError(f"method {name!r} of {packages} cannot be loaded from {point.value}: {why}") from error
+    if not isinstance(method, Method):
+        raise RecipeError(
+            f"method {name!r} of {packages}: {point.value} is a {type(method).__name__}, not a bolaco.factorize.Method"
+        )
+    if method.name != name:
+        raise RecipeError(f"method {name!r} of {packages} calls itself {method.name!r}")
+    assert point.dist is not None
+    return replace(method, package=point.dist.name)
+
+
+def list_methods() -> Listing:
+    """All methods, our own first; imports the packages that bring some."""
+    methods = {name: _built_in(name) for name in METHODS}
+    refused = []
+    for name, points in _points().items():
+        try:
+            methods[name] = _brought(name, points)
+        except RecipeError as error:
+            refused.append(str(error))
+    return Listing(methods, tuple(refused))
 
 
 def get_method(name: str) -> Method:
     """The method called ``name``.
 
     Raises:
-        RecipeError: unknown; says which was probably meant.
+        RecipeError: unknown, with what was probably meant; or brought by a package in a way that cannot be used.
     """
-    if name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(METHODS)}"
-        raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")
-    entry = METHODS[name]
-    module = importlib.import_module(entry.module)
-    flags = (entry.gradients, entry.comparable, entry.centred)
-    return Method(name, entry.paper, entry.summary, module.metric, module.prepare, *flags)
+    if name in METHODS:
+        return _built_in(name)
+    points = _points()
+    if name in points:
+        return _brought(name, points[name])
+    known = [*METHODS, *(other for other in points if other not in METHODS)]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")

@@ -21,9 +21,10 @@ _FLOOR = 1e-10
 
 
 class InputMetric:
-    """A symmetric positive semi-definite matrix C over a layer's inputs, ``[in, in]``; its root is computed once.
+    """A symmetric positive semi-definite matrix C over a layer's inputs; its root is computed once.
 
-    One instance serves every matrix that shares the input. ``InputMetric(None)`` is the identity.
+    ``[in, in]``, or ``[in]`` for a diagonal one. One instance serves every matrix that shares the input.
+    ``InputMetric(None)`` is the identity.
     """
 
     def __init__(self, matrix: Tensor | None) -> None:
@@ -31,13 +32,23 @@ class InputMetric:
 
     @cached_property
     def root(self) -> Tensor | None:
-        """``[in, in]`` R with R R^T = C, or None for the identity."""
+        """R with R R^T = C, of the shape of C, or None for the identity."""
         if self.matrix is None:
             return None
-        values, vectors = torch.linalg.eigh(self.matrix)
+        diagonal = self.matrix.ndim == 1
+        values, vectors = (self.matrix, None) if diagonal else torch.linalg.eigh(self.matrix)
         # Inputs that are always zero have no mean to take a share of: all directions count alike then.
         floor = _FLOOR * float(values.clamp(min=0).mean()) or 1.0
-        return vectors * values.clamp(min=floor).sqrt()
+        lifted = values.clamp(min=floor).sqrt()
+        return lifted if vectors is None else vectors * lifted
+
+    def times(self, w: Tensor) -> Tensor:
+        """``w @ C`` for float64 ``w`` ``[n, in]``."""
+        return _times(w, self.matrix)
+
+    def times_root(self, w: Tensor) -> Tensor:
+        """``w @ R`` for float64 ``w`` ``[n, in]``."""
+        return _times(w, self.root)
 
 
 class OutputMetric:
@@ -123,8 +134,7 @@ def low_rank(
         values, basis = _tall(w, metric, curvature, max_rank)
     else:
         sided = w if output is None or curvature is None else output.roots[0] @ w
-        weighted = sided if metric.matrix is None else sided @ metric.matrix
-        values, vectors = torch.linalg.eigh(_symmetric(weighted @ sided.T))
+        values, vectors = torch.linalg.eigh(_symmetric(metric.times(sided) @ sided.T))
         basis = vectors.flip(1)[:, :max_rank]
         if output is not None and curvature is not None:
             basis = output.roots[1] @ basis
@@ -154,7 +164,7 @@ def _tall(w: Tensor, metric: InputMetric, curvature: Tensor | None, max_rank: in
     No root of the output metric is taken: the basis is made orthonormal in it by a Cholesky factor, which keeps the
     span of every leading part.
     """
-    tall = w if metric.root is None else w @ metric.root
+    tall = metric.times_root(w)
     values, right = torch.linalg.eigh(_symmetric(tall.T @ (tall if curvature is None else curvature @ tall)))
     # QR rather than a division by singular values: orthonormal even where those vanish, and the leading subspaces stay.
     basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
@@ -177,6 +187,13 @@ def corrected(weight: Tensor, drift: Tensor, inputs: Tensor, damping: float = 0.
     metric.diagonal().add_(max(damping, _FLOOR) * float(metric.diagonal().mean()) or 1.0)
     shift = torch.linalg.solve(metric, drift.double().T).T
     return (weight.double() + weight.double() @ shift).to(weight.dtype)
+
+
+def _times(w: Tensor, matrix: Tensor | None) -> Tensor:
+    """``w @ matrix``, of a whole matrix, a diagonal or (None) the identity."""
+    if matrix is None:
+        return w
+    return w * matrix if matrix.ndim == 1 else w @ matrix
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

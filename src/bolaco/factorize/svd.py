@@ -2,15 +2,14 @@
 
 from torch import Tensor
 
+from bolaco.factorize.method import Method
 from bolaco.factorize.solver import Factors, InputMetric, low_rank
-from bolaco.statistics.moments import Moments
+from bolaco.statistics.site import SiteStatistics
 
 
-def metric(moments: Moments) -> InputMetric:
-    """The identity."""
-    return InputMetric(None)
-
-
-def prepare(weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int) -> Factors:
-    """Factors without a bias."""
+def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
+    """Factors without a bias; the metric is the identity."""
     return low_rank(weight, metric, max_rank)
+
+
+METHOD = Method(name="svd", paper="Eckart-Young 1936", summary="plain truncated SVD of the weight", prepare=prepare)

@@ -7,8 +7,10 @@ Deviation from the paper: no Cholesky factor and no inverse are taken (see solve
 
 from torch import Tensor
 
+from bolaco.factorize.method import Method
 from bolaco.factorize.solver import Factors, InputMetric, low_rank
 from bolaco.statistics.moments import Moments
+from bolaco.statistics.site import SiteStatistics
 
 
 def metric(moments: Moments) -> InputMetric:
@@ -16,6 +18,15 @@ def metric(moments: Moments) -> InputMetric:
     return InputMetric(moments.second_moment)
 
 
-def prepare(weight: Tensor, metric: InputMetric, moments: Moments, max_rank: int) -> Factors:
+def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
     """Factors without a bias."""
     return low_rank(weight, metric, max_rank)
+
+
+METHOD = Method(
+    name="svd-llm",
+    paper="arXiv 2403.07378",
+    summary="second moment of the input, no bias (SVD-LLM, DRONE)",
+    prepare=prepare,
+    metric=metric,
+)

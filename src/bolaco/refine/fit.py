@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from bolaco.allocate.budget import Ranks
 from bolaco.compressed import linear, low_rank_linear, place
 from bolaco.errors import NonFiniteError
-from bolaco.factorize.registry import Method
+from bolaco.factorize.method import Method
 from bolaco.factorize.solver import InputMetric, corrected
 from bolaco.models.structure import Site, Structure
 from bolaco.statistics.blocks import BlockRunner
 from bolaco.statistics.moments import Drift, DriftMoments
+from bolaco.statistics.site import SiteStatistics
 
 
 class BlockFit:
@@ -54,7 +55,7 @@ class BlockFit:
         block: nn.Module,
         original: Tensor,
         compressed: Tensor,
-        gradients: Mapping[str, Tensor] | None,
+        losses: Mapping[str, Mapping[str, Tensor]] | None = None,
         tick: Callable[[int], Any] | None = None,
     ) -> None:
         """Replaces the matrices of ``block`` by fitted ones.
@@ -64,7 +65,7 @@ class BlockFit:
             block: the compressed block, as :func:`bolaco.compressed.compressed_block` makes it.
             original: ``[sequences, length, d]``, the original block's inputs.
             compressed: the compressed block's.
-            gradients: second moment of the loss gradient of each matrix, for methods that use it.
+            losses: by matrix, the fields of its :class:`SiteStatistics` that come from loss gradients.
             tick: called with the sequences done, once per shared input.
         """
         groups: dict[str, list[Site]] = {}
@@ -74,8 +75,8 @@ class BlockFit:
             drift = self._drift(sites[0], block, original, compressed, tick)
             metric = self.method.metric(drift.inputs)
             for site in sites:
-                gradient = None if gradients is None else gradients[site.name]
-                place(self.structure, block, site, self._fitted(site, drift, metric, gradient))
+                statistics = SiteStatistics(drift.inputs, **(losses or {}).get(site.name, {}))
+                place(self.structure, block, site, self._fitted(site, drift, metric, statistics))
 
     def _drift(
         self,
@@ -85,7 +86,7 @@ class BlockFit:
         compressed: Tensor,
         tick: Callable[[int], Any] | None,
     ) -> Drift:
-        moments = DriftMoments(site.in_features, self.groups, self.runner.model.device)
+        moments = DriftMoments(site.in_features, self.groups, self.runner.model.device, self.method.magnitudes)
         total = len(original)
         for rows in self.runner.slices:
             left = self.runner.input_of(site, original[rows])
@@ -101,7 +102,7 @@ class BlockFit:
                 tick(rows.stop - rows.start)
         return moments.finalize()
 
-    def _fitted(self, site: Site, drift: Drift, metric: InputMetric, gradient: Tensor | None) -> nn.Module:
+    def _fitted(self, site: Site, drift: Drift, metric: InputMetric, statistics: SiteStatistics) -> nn.Module:
         model, method = self.runner.model, self.method
         weight, bias = self.structure.weight(model, site), self.structure.bias(model, site)
         shift, second = (
@@ -118,6 +119,5 @@ class BlockFit:
         rank = self.ranks.get(site.name)
         if rank is None:
             return linear(target, bias)
-        extra = () if gradient is None else (gradient,)
-        factors = method.prepare(target, metric, drift.inputs, rank, *extra)
+        factors = method.prepare(target, metric, statistics, rank)
         return low_rank_linear(factors.expand_t.T, factors.reduce, factors.bias(rank, bias))

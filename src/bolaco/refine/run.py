@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,14 @@ from bolaco.allocate.budget import Ranks
 from bolaco.blockstore import BlockStore
 from bolaco.compressed import compressed_block, restored_block, trainable_copy
 from bolaco.errors import NonFiniteError
-from bolaco.factorize.registry import Method
+from bolaco.factorize.method import Method
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Structure
 from bolaco.progress import Reporter
 from bolaco.refine.fit import BlockFit
 from bolaco.refine.train import train_block
 from bolaco.statistics.blocks import BlockRunner, cache_tensor
+from bolaco.statistics.site import LossStatistics
 
 if TYPE_CHECKING:
     from bolaco.recipe import Recipe
@@ -37,7 +38,7 @@ class Refiner:
         tokens: ``[sequences, length]``, the calibration text.
         method: the method that made the factors.
         recipe: its sections ``refinement`` and ``calibration`` say what to do.
-        gradients: second moments of the loss gradients by block, for methods that use them.
+        losses: what the method needs of the loss gradients; only used for fitting.
         cache: folder for the two sets of hidden states; None holds them in memory.
     """
 
@@ -50,11 +51,11 @@ class Refiner:
         tokens: Tensor,
         method: Method,
         recipe: Recipe,
-        gradients: BlockStore | None = None,
+        losses: LossStatistics | None = None,
         cache: Path | None = None,
     ) -> None:
         self.model, self.structure, self.factors, self.ranks = model, structure, factors, ranks
-        self.recipe, self.gradients, self.cache = recipe, gradients, cache
+        self.recipe, self.losses, self.cache = recipe, losses, cache
         settings = recipe.refinement
         self.runner = BlockRunner(model, structure, tokens[: settings.sequences], recipe.calibration.batch)
         self.fit = BlockFit(
@@ -103,8 +104,8 @@ class Refiner:
         block = trainable_copy(self.model, self.structure, layer, block)
         settings = self.recipe.refinement
         if settings.fit:
-            gradients: Mapping[str, Tensor] | None = None if self.gradients is None else self.gradients.read(layer)
-            self.fit.run(layer, block, original, compressed, gradients, tick)
+            losses = None if self.losses is None else self.losses.of_layer(layer, self.model.device)
+            self.fit.run(layer, block, original, compressed, losses, tick)
         self._advance(layer, original)
         tick(len(original))
         if settings.steps:

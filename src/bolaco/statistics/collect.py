@@ -113,10 +113,13 @@ class BlockWalk:
             self._cache_file.unlink(missing_ok=True)
 
 
-def collect(walk: BlockWalk, groups: int, tick: Callable[[int], Any] | None = None) -> dict[str, Moments]:
+def collect(
+    walk: BlockWalk, groups: int, tick: Callable[[int], Any] | None = None, magnitudes: bool = False
+) -> dict[str, Moments]:
     """Runs the next block of ``walk``; returns the pooled moments of each of its shared inputs.
 
     Sequence ``i`` of ``n`` belongs to group ``i * groups // n``, so groups are runs of consecutive sequences.
+    ``magnitudes`` adds the mean absolute values.
 
     Raises:
         NonFiniteError: naming the block and the input.
@@ -127,7 +130,7 @@ def collect(walk: BlockWalk, groups: int, tick: Callable[[int], Any] | None = No
 
     def observe(name: str, x: Tensor, start: int) -> None:
         if name not in estimators:
-            estimators[name] = PooledMoments(x.shape[-1], groups, x.device)
+            estimators[name] = PooledMoments(x.shape[-1], groups, x.device, magnitudes)
         owner = [(start + i) * groups // walk.sequences for i in range(len(x))]
         for group in sorted(set(owner)):
             rows = [i for i, g in enumerate(owner) if g == group]

@@ -1,9 +1,14 @@
-"""Second moments of the loss gradient at the outputs of linear layers: the output side of a Kronecker-factored Fisher.
+"""Statistics of loss gradients, of the outputs of linear layers or of their weights.
 
-``G = E[g g^T]`` with ``g`` the gradient of a token's loss summed over the sequence, at the layer's output. Labels are
-sampled from the model itself, so this is the Fisher information, not the empirical one. One forward pass records the
-inputs of every block; then the blocks are run again one at a time, last to first, with autograd inside one block
-only. Memory is the model, one block's graph and statistics, and the recorded block inputs (on disk if asked).
+Of the outputs, ``G = E[g g^T]`` with ``g`` the gradient of a token's loss summed over the sequence, at the layer's
+output: the output side of a Kronecker-factored Fisher. Labels are sampled from the model itself, so this is the Fisher
+information, not the empirical one. Of the weights, the diagonal of the empirical Fisher (arXiv 2207.00112) added up
+over the outputs: labels are the text's own, and the gradient of one sequence is ``g^T x`` summed over its positions, so
+no parameter needs one of autograd's.
+
+One forward pass records the inputs of every block; then the blocks are run again one at a time, last to first, with
+autograd inside one block only. Memory is the model, one block's graph and statistics, and the recorded block inputs
+(on disk if asked).
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from bolaco.objective import SLAB, Head
 from bolaco.statistics.blocks import Arguments, BlockRunner, cache_tensor, split_arguments
 from bolaco.statistics.moments import PooledMoments
 
+_NO_LABEL = -100
+
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
@@ -38,8 +45,56 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One label ``[n]`` from each row of ``logits`` ``[n, vocabulary]``."""
+    with torch.no_grad():
+        # Inverse of the distribution function; torch.multinomial takes ten times as long on large vocabularies.
+        cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+        drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, drawn)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class _OutputMoment:
+    """``E[g g^T]`` ``[out, out]`` at the output of one matrix, over all positions."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self._pooled = PooledMoments(site.out_features, device=device)
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Adds a batch's gradients ``[..., out]``; the inputs are not used."""
+        self._pooled.update(gradient)
+
+    def result(self) -> Tensor:
+        """In float64."""
+        return self._pooled.finalize().second_moment
+
+
+class _WeightFisher:
+    """Mean over sequences of the squared weight gradient of one matrix, added up over its outputs: ``[in]``."""
+
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self._sums = torch.zeros(site.in_features, dtype=torch.float64, device=device)
+        self._sequences = 0
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Adds inputs ``[sequences, length, in]`` and gradients ``[sequences, length, out]``."""
+        for inputs, outputs in zip(x, gradient, strict=True):
+            # In float32 at least: squares of half-precision gradients underflow.
+            exact = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+            weight = outputs.to(exact).T @ inputs.to(exact)
+            columns = weight.square_().sum(dim=0, dtype=torch.float64)
+            if not torch.isfinite(columns).all():
+                raise NonFiniteError("NaN or infinity")
+            self._sums += columns
+            self._sequences += 1
+
+    def result(self) -> Tensor:
+        """In float64."""
+        return self._sums / self._sequences
+
+
 class GradientWalk:
-    """Output-gradient second moments of a model, block by block from the last to the first.
+    """Gradient statistics of a model, block by block from the last to the first.
 
     Args:
         model: the model, in evaluation mode; its parameters are frozen while it is used.
@@ -48,6 +103,8 @@ class GradientWalk:
         batch: sequences per pass.
         seed: of the sampled labels.
         folder: record block inputs in memory-mapped files here instead of in memory.
+        weights: the empirical Fisher of the weights by input ``[in]``, instead of the outputs' second moments
+            ``[out, out]``.
     """
 
     def __init__(
@@ -58,8 +115,10 @@ class GradientWalk:
         batch: int,
         seed: int = 0,
         folder: Path | None = None,
+        weights: bool = False,
     ) -> None:
         self.model, self.structure, self.tokens = model, structure, tokens
+        self._weights = weights
         self.runner = BlockRunner(model, structure, tokens, batch)
         self.head = Head(model)
         self._seed, self._folder = seed, folder
@@ -67,7 +126,7 @@ class GradientWalk:
         self._gradient = torch.empty(0)
 
     def run(self, tick: Callable[[int], Any] | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yields ``(layer, {site name: G [out, out] float64})``, last block first.
+        """Yields ``(layer, {site name: statistic in float64})``, last block first.
 
         ``tick`` is called with the sequences done, ``num_layers + 1`` times each sequence in all.
 
@@ -116,7 +175,7 @@ class GradientWalk:
                 with torch.enable_grad():
                     tokens = self.tokens[rows].to(self.model.device)
                     final = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-                    upstream = self._label_gradient(final.detach(), generator)
+                    upstream = self._label_gradient(final.detach(), generator, tokens if self._weights else None)
                     (gradient,) = torch.autograd.grad(final, leaves[0], upstream)
                 for index, (_, state) in enumerate(seen):
                     if len(self._inputs) <= index:
@@ -132,23 +191,21 @@ class GradientWalk:
             for handle in handles:
                 handle.remove()
 
-    def _label_gradient(self, final: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradient of the summed loss of sampled labels with respect to final hidden states ``[b, length, d]``.
+    def _label_gradient(self, final: Tensor, generator: torch.Generator, tokens: Tensor | None = None) -> Tensor:
+        """Gradient of the summed loss with respect to final hidden states ``[b, length, d]``.
 
+        Labels are sampled from the model, or the next ones of ``tokens`` ``[b, length]`` (the last position has none).
         Computed a slab of positions at a time, as everywhere.
         """
         flat = final.flatten(0, 1)
+        known = None if tokens is None else F.pad(tokens[:, 1:], (0, 1), value=_NO_LABEL).flatten()
         result = torch.empty_like(flat)
         chunk = max(1, SLAB // (4 * self.head.linear.weight.shape[0]))
         for start in range(0, len(flat), chunk):
             states = flat[start : start + chunk].requires_grad_()
             logits = self.head(states)
-            with torch.no_grad():
-                # Inverse of the distribution function; torch.multinomial takes ten times as long on large vocabularies.
-                cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-                drawn = torch.rand(len(states), 1, generator=generator, device=states.device) * cumulative[:, -1:]
-                labels = torch.searchsorted(cumulative, drawn)[:, 0].clamp(max=logits.shape[-1] - 1)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            labels = _sampled(logits, generator) if known is None else known[start : start + chunk]
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=_NO_LABEL)
             (result[start : start + chunk],) = torch.autograd.grad(loss, states)
         return result.view_as(final)
 
@@ -157,21 +214,23 @@ class GradientWalk:
         sites: dict[str, list[Site]] = {}
         for site in self.structure.of_layer(layer):
             sites.setdefault(site.module, []).append(site)
-        moments = {
-            site.name: PooledMoments(site.out_features, device=self.model.device)
-            for members in sites.values()
-            for site in members
-        }
+        kind = _WeightFisher if self._weights else _OutputMoment
+        statistics = {site.name: kind(site, self.model.device) for members in sites.values() for site in members}
+        size = 0
 
         def observe(members: list[Site]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-            def take(gradient: Tensor) -> None:
-                for site in members:
-                    try:
-                        moments[site.name].update(gradient[..., slice(*site.rows)])
-                    except NonFiniteError as error:
-                        raise NonFiniteError(f"{site.name}, gradient: {error}; try --dtype float32") from None
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+                x = args[0].detach()
 
-            def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+                def take(gradient: Tensor) -> None:
+                    # OPT flattens sequences and positions before its feed-forward matrices.
+                    inputs, outputs = (t.reshape(size, -1, t.shape[-1]) for t in (x, gradient))
+                    for site in members:
+                        try:
+                            statistics[site.name].update(inputs, outputs[..., slice(*site.rows)])
+                        except NonFiniteError as error:
+                            raise NonFiniteError(f"{site.name}, gradient: {error}; try --dtype float32") from None
+
                 output.register_hook(take)
 
             return hook
@@ -180,6 +239,7 @@ class GradientWalk:
         handles = [base.get_submodule(name).register_forward_hook(observe(m)) for name, m in sites.items()]
         try:
             for rows in self.runner.slices:
+                size = rows.stop - rows.start
                 with torch.enable_grad():
                     state = self._inputs[layer][rows].to(self.model.device).requires_grad_()
                     output = self.runner.run(layer, state)
@@ -191,4 +251,4 @@ class GradientWalk:
             for handle in handles:
                 handle.remove()
         self._inputs[layer] = torch.empty(0)
-        return {name: item.finalize().second_moment for name, item in moments.items()}
+        return {name: item.result() for name, item in statistics.items()}

@@ -35,12 +35,14 @@ class Moments:
         covariance: ``[d, d]``, pooled within groups.
         group_means: ``[groups with vectors, d]``.
         group_counts: ``[groups with vectors]``, vectors in each, float64.
+        magnitude: ``[d]``, E|x|, not centred; None unless it was asked for.
     """
 
     mean: Tensor
     covariance: Tensor
     group_means: Tensor
     group_counts: Tensor
+    magnitude: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -62,13 +64,15 @@ class PooledMoments:
         dim: length d of the vectors.
         groups: number of groups m; ``groups=1`` gives the ordinary sample covariance.
         device: where to accumulate; the total is float64 (a GPU keeps it too).
+        magnitudes: whether absolute values are summed too.
     """
 
-    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu", magnitudes: bool = False) -> None:
         self.dim, self.groups = dim, groups
         self.shift: Tensor | None = None
         self.counts = torch.zeros(groups, dtype=torch.int64)
         self.sums = torch.zeros(groups, dim, dtype=torch.float64, device=device)
+        self._absolute = torch.zeros(dim, dtype=torch.float64, device=device) if magnitudes else None
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._pending: Tensor | None = None
         self._pending_rows = 0
@@ -86,11 +90,13 @@ class PooledMoments:
             return
         # Rounded to float32, the shift is the same number whichever precision it is subtracted in.
         shift = x.mean(dim=0).float().double() if self.shift is None else self.shift
-        x = x - shift.to(x.dtype)
+        plain, x = x, x - shift.to(x.dtype)
         total = x.sum(dim=0, dtype=torch.float64)
         if not torch.isfinite(total).all():
             raise NonFiniteError(f"NaN or infinity in input {int((~torch.isfinite(total)).nonzero()[0])} of {self.dim}")
         self.shift = shift
+        if self._absolute is not None:
+            self._absolute += plain.abs().sum(dim=0, dtype=torch.float64)
         self.sums[group] += total
         self.counts[group] += len(x)
         if self._pending is None or self._pending.dtype != x.dtype:
@@ -113,10 +119,12 @@ class PooledMoments:
         """Adds the state of another shard (its groups are the same groups); ``other`` is left as it is.
 
         Raises:
-            ValueError: different dimension or number of groups.
+            ValueError: different dimension or number of groups, or one of them without magnitudes.
         """
         if (self.dim, self.groups) != (other.dim, other.groups):
             raise ValueError(f"cannot merge {other.groups} groups of {other.dim} into {self.groups} of {self.dim}")
+        if (self._absolute is None) != (other._absolute is None):
+            raise ValueError("cannot merge moments with and without magnitudes")
         if other.shift is None:
             return
         self._flush()
@@ -130,6 +138,8 @@ class PooledMoments:
         self._scatter += other._scatter + cross + cross.T + int(other.counts.sum()) * torch.outer(delta, delta)
         self.sums += other.sums + other.counts.to(delta)[:, None] * delta
         self.counts += other.counts
+        if self._absolute is not None and other._absolute is not None:
+            self._absolute += other._absolute
 
     def finalize(self) -> Moments:
         """The statistics so far; the accumulator can go on afterwards.
@@ -152,7 +162,8 @@ class PooledMoments:
             within[panel, panel] = corner.triu() + corner.triu(diagonal=1).T
             within[start + _PANEL :, panel] = within[panel, start + _PANEL :].T
         mean = self.shift + self.sums.sum(dim=0) / counts.sum()
-        return Moments(mean, within, self.shift + offsets, counts)
+        magnitude = None if self._absolute is None else self._absolute / counts.sum()
+        return Moments(mean, within, self.shift + offsets, counts, magnitude)
 
 
 @dataclass(frozen=True)
@@ -181,8 +192,8 @@ class Drift:
 class DriftMoments:
     """Accumulates :class:`Drift` from pairs of inputs that arrive in batches; groups as in :class:`PooledMoments`."""
 
-    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
-        self.inputs = PooledMoments(dim, groups, device)
+    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu", magnitudes: bool = False) -> None:
+        self.inputs = PooledMoments(dim, groups, device, magnitudes)
         self.sums = torch.zeros(groups, dim, dtype=torch.float64, device=device)
         self._cross = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 

@@ -1,0 +1,96 @@
+"""What a factorization method gets to know about one matrix, and the store of the part that comes from the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bolaco.blockstore import BlockStore
+from bolaco.models.structure import Structure
+from bolaco.progress import Reporter
+from bolaco.statistics.gradients import GradientWalk
+from bolaco.statistics.moments import Moments
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """Statistics of one matrix ``[out, in]``. What the method did not ask for is None.
+
+    Attributes:
+        moments: of its input; one object for all matrices that share the input.
+        gradient: ``[out, out]``, E[g g^T] with g a token's loss gradient at the output (nats per unit of output),
+            labels sampled from the model.
+        fisher: ``[in]``, the mean over sequences of (dL/dW)^2, L the loss of the sequence's own next tokens summed over
+            the sequence (nats), added up over the outputs.
+    """
+
+    moments: Moments
+    gradient: Tensor | None = None
+    fisher: Tensor | None = None
+
+
+# Field of SiteStatistics -> folder of its blocks.
+_FOLDERS = {"gradient": "gradients", "fisher": "fisher"}
+
+
+class LossStatistics:
+    """The fields of :class:`SiteStatistics` that come from loss gradients, block by block on disk.
+
+    Args:
+        folder: a folder for each field is made in it.
+        wanted: names of the fields; may be empty.
+    """
+
+    def __init__(self, folder: Path, wanted: Iterable[str] = ()) -> None:
+        self._stores = {field: BlockStore(folder / _FOLDERS[field]) for field in wanted}
+
+    def estimate(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        tokens: Tensor,
+        batch: int,
+        reporter: Reporter,
+        seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        """Estimates every field that is not there yet.
+
+        Args:
+            model: the model, in evaluation mode.
+            structure: its structure.
+            tokens: ``[sequences, length]``.
+            batch: sequences per pass.
+            reporter: where progress goes.
+            seed: of sampled labels.
+            cache: keep block inputs in files beside the result instead of in memory.
+
+        Raises:
+            NonFiniteError: a gradient with NaN or infinity; names the matrix.
+        """
+        layers = structure.num_layers
+        for field, store in self._stores.items():
+            if all(store.has(layer) for layer in range(layers)):
+                continue
+            folder = store.folder / "inputs" if cache else None
+            walk = GradientWalk(model, structure, tokens, batch, seed, folder, weights=field == "fisher")
+            with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
+                for layer, found in walk.run(tick):
+                    store.write(layer, {name: value.float() for name, value in found.items()})
+
+    def of_layer(self, layer: int, device: torch.device) -> Mapping[str, Mapping[str, Tensor]]:
+        """Fields of one block's matrices on ``device``, by site name and field; empty where no field is wanted.
+
+        Raises:
+            ResumeError: missing or damaged; names the file.
+        """
+        result: dict[str, dict[str, Tensor]] = {}
+        for field, store in self._stores.items():
+            for name, value in store.read(layer).items():
+                result.setdefault(name, {})[field] = value.to(device)
+        return result

@@ -1,0 +1,103 @@
+"""The presets of other one-shot methods, from a model to a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bolaco.blockstore import BlockStore
+from bolaco.factorize import SiteStatistics, get_method
+from bolaco.factorize.store import FactorStore
+from bolaco.models import inspect_structure
+from bolaco.models.load import load_model
+from bolaco.statistics.site import LossStatistics
+from tests.models import FAMILIES, compress_tiny, text_file, tiny_llama, token_blocks
+
+ONE_SHOT = {"asvd": "asvd", "fwsvd": "fwsvd", "svd-llm": "svd-llm"}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("preset", ONE_SHOT)
+def test_one_ratio_two_factors_and_no_bias(preset: str, family: str, tmp_path: Path) -> None:
+    run = compress_tiny(FAMILIES[family](), tmp_path / "out", preset=preset, search=None, keep=0.6)
+    assert run.info["method"] == ONE_SHOT[preset]
+    assert run.info["storage"] == "two-factor"
+    assert run.info["keep_linears"] <= 0.6
+    assert run.recipe.dense_types == ()
+    assert run.recipe.search.space == "uniform"
+    by_type = {}
+    for site in inspect_structure(run.original).sites:
+        by_type.setdefault(site.type, set()).add(run.info["ranks"][site.name])
+    assert all(len(ranks) == 1 for ranks in by_type.values())
+    biases = sum(name.endswith("bias") for name, _ in run.original.named_parameters())
+    model = load_model(str(run.path))
+    if family != "phi3" and family != "gpt2":  # their fused projections become three, of a bias each
+        assert sum(name.endswith("bias") for name, _ in model.named_parameters()) == biases
+    with torch.no_grad():
+        logits = model(token_blocks(2, 24), use_cache=False).logits
+    assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("method", ["asvd", "fwsvd"])
+def test_factors_are_those_of_the_statistics(method: str, tmp_path: Path) -> None:
+    """The pipeline gives every matrix its own statistics: each in its own metric is nearer than plain SVD."""
+    run = compress_tiny(tiny_llama(), tmp_path / "out", preset=method, search=None, keep=0.6)
+    structure, store = inspect_structure(run.original), FactorStore(run.work / "factors")
+    plain = get_method("svd")
+    different = 0
+    for layer in range(structure.num_layers):
+        fisher = BlockStore(run.work / "fisher").read(layer) if method == "fwsvd" else {}
+        for name, factors in store.load(layer).items():
+            (site,) = (site for site in structure.sites if site.name == name)
+            weight = structure.weight(run.original, site)
+            other = plain.prepare(weight, plain.metric(None), SiteStatistics(None), 8).product(8)
+            different += not torch.allclose(other, factors.product(8), atol=1e-3)
+            if fisher:
+                scale = (fisher[name] / fisher[name].mean()).sqrt()
+                left, right = ((weight - p) * scale for p in (factors.product(8), other))
+                assert factors.error(8) == pytest.approx(float(left.square().sum()), rel=1e-3)
+                assert left.norm() <= right.norm() * (1 + 1e-5)
+    assert different == len(structure.sites)
+
+
+@pytest.mark.parametrize("method", ["asvd", "fwsvd"])
+def test_with_closed_form_ranks_pivoted_storage_and_refinement(method: str, tmp_path: Path) -> None:
+    """Every part goes with every method, the hidden states on disk too."""
+    options = {"refinement.fit": True, "refinement.steps": 2, "calibration.cache": "disk"}
+    run = compress_tiny(
+        tiny_llama(), tmp_path / "out", preset="default", search="spectral", method=method, options=options
+    )
+    assert run.info["keep_linears"] <= 0.7
+    assert run.info["perplexity"]["compressed"] < 2 * run.info["perplexity"]["dense"]
+    assert not list(run.work.rglob("*.cache"))
+
+
+def test_the_same_with_statistics_that_were_there(tmp_path: Path) -> None:
+    """Interrupted after the statistics, a run ends with the same ranks and weights."""
+    values = {"preset": "fwsvd", "search": "spectral", "keep": 0.7, "calibration": str(text_file())}
+    whole = compress_tiny(tiny_llama(), tmp_path / "whole", **values)
+    again = tmp_path / "again"
+    (tmp_path / "again.work").mkdir()
+    for name in ("recipe.json", "seconds.json"):
+        (tmp_path / "again.work" / name).write_bytes((whole.work / name).read_bytes())
+    (whole.work / "fisher").rename(tmp_path / "again.work" / "fisher")
+    after = compress_tiny(tiny_llama(), again, **values)
+    assert after.info["ranks"] == whole.info["ranks"]
+    assert (again / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
+
+
+def test_both_kinds_of_gradients_for_a_method_that_asks_for_both(tmp_path: Path) -> None:
+    from bolaco.progress import Reporter
+
+    model = tiny_llama()
+    structure = inspect_structure(model)
+    losses = LossStatistics(tmp_path, ("gradient", "fisher"))
+    losses.estimate(model, structure, token_blocks(3, 12), 2, Reporter(quiet=True))
+    found = losses.of_layer(1, torch.device("cpu"))
+    assert set(found) == {site.name for site in structure.of_layer(1)}
+    for site in structure.of_layer(1):
+        assert found[site.name]["gradient"].shape == (site.out_features,) * 2
+        assert found[site.name]["fisher"].shape == (site.in_features,)
+    assert LossStatistics(tmp_path / "nothing").of_layer(0, torch.device("cpu")) == {}
