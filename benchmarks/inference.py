@@ -30,13 +30,14 @@ PREFILL, DECODE = 256, 16
 
 
 def config_of(args: argparse.Namespace):
-    """SmolLM2-135M, or one of the given width and few layers."""
+    """SmolLM2-135M, or a model of the given width with few layers and hardly a vocabulary."""
     config = load_config(args.model)
     if args.hidden:
         config.hidden_size, config.intermediate_size = args.hidden, args.intermediate
         config.num_attention_heads, config.num_key_value_heads = args.heads, args.kv_heads
         config.head_dim = args.hidden // args.heads
         config.layer_types = None
+        config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 128, None, None, None
     if args.layers:
         config.num_hidden_layers = args.layers
     return config
@@ -117,7 +118,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     }
     with torch.inference_mode():
         for batch in (1, 8):
-            tokens = torch.randint(0, 1000, (batch, PREFILL), generator=torch.Generator().manual_seed(0))
+            tokens = torch.randint(0, 100, (batch, PREFILL), generator=torch.Generator().manual_seed(0))
             run = lambda t=tokens: model.base_model(input_ids=t, use_cache=False)  # noqa: E731
             result[f"prefill {batch}"] = batch * PREFILL / seconds(run, args.repeats)
             result[f"decode {batch}"] = batch / decode(model, tokens)
