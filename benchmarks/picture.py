@@ -1,36 +1,52 @@
-"""Draws the search of a result: objective of every trial, and the best so far.
+"""Draws what frontier.py has measured: the gap to the dense model over the keep ratio.
 
-    python benchmarks/picture.py OUT docs/search.svg
-
-OUT is a folder that `bolaco compress` wrote.
+python benchmarks/picture.py CACHE/frontier-....json docs/frontier.svg
 """
 
 from __future__ import annotations
 
 import argparse
-from itertools import accumulate
+import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bolaco.checkpoint.info import read_info
+from common import gap
+
+# Shown at every keep ratio that has been measured, in this order.
+LINES = {
+    "base: feature PCA, uniform": ("feature PCA, one ratio for all", "#95a5a6"),
+    "SVD-LLM": ("SVD-LLM", "#7f8c8d"),
+    "AA-SVD": ("AA-SVD", "#d68910"),
+    "MPIFA": ("MPIFA", "#8e44ad"),
+    "Bolaco, 5x1 search": ("Bolaco 5x1", "#16a085"),
+    "K-FAC SVD, closed-form ranks": ("K-FAC SVD", "#2471a3"),
+    "all (the default)": ("bolaco, default", "#c0392b"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out")
+    parser.add_argument("results", type=Path)
     parser.add_argument("picture")
     args = parser.parse_args()
-    info = read_info(args.out)
-    values = [trial["objective"] for trial in info["trials"]]
+    measured = {name: entry["value"] for name, entry in json.loads(args.results.read_text()).items()}
+    dense = measured.pop("dense")
     # The same bytes for the same data: no date, no random ids.
     plt.rcParams["svg.hashsalt"] = "bolaco"
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    axes.plot(values, "o", color="#8aa4c8", label="trial")
-    axes.step(range(len(values)), list(accumulate(values, min)), where="post", color="#c0392b", label="best so far")
-    axes.plot(0, values[0], "s", color="#2c3e50", label="hand allocation")
-    axes.set(xlabel="trial", ylabel="objective (log scale)", yscale="log")
-    axes.set_title(f"{info['model']}, keep {info['keep']}, {info['recipe']['search']['space']} search", fontsize=10)
-    axes.legend(frameon=False)
+    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharex=True, sharey=True)
+    for axes, (text, title) in zip(panels, (("wikitext", "WikiText-2"), ("c4", "C4, held out")), strict=True):
+        for label, (name, color) in LINES.items():
+            found = [
+                (v["keep"], gap(v[text], dense[text])) for k, v in measured.items() if k.partition(" ")[2] == label
+            ]
+            if found:
+                axes.plot(*zip(*sorted(found), strict=True), "o-", color=color, label=name, markersize=4)
+        axes.set(title=title, xlabel="share of the decoder linears kept", yscale="log")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("log-perplexity gap to dense (nats)")
+    panels[1].invert_xaxis()
+    panels[1].legend(frameon=False, fontsize=8)
     figure.savefig(args.picture, metadata={"Date": None})
 
 

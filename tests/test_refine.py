@@ -263,6 +263,8 @@ def test_checkpoint_is_the_refined_model(family, storage, tmp_path):
         stack[layer] = restored_block(run.original, structure, layer, store.read(layer))
     torch.testing.assert_close(logits(load_model(str(run.path))), logits(built), rtol=1e-3, atol=1e-3)
     assert run.info["keep_linears"] <= 0.7
+    card = (run.path / "README.md").read_text(encoding="utf-8")
+    assert "compressed model and trained for 4 steps towards the original block's output" in card
     assert (set(run.info["pivot_growth"]) != set()) == (storage == "pivoted")
 
 

@@ -31,6 +31,12 @@ MOMENTS = {
     "after the checkpoint's weights": ("bolaco.pipeline.write_model", 1, "after"),
     "before the last evaluation": ("bolaco.pipeline._Run.measure", 1, "before"),
 }
+# Of the default method, which has stages of its own.
+DEFAULT_MOMENTS = {
+    "between two blocks of gradients": ("bolaco.blockstore.BlockStore.write", 1, "after"),
+    "between two refined blocks": ("bolaco.refine.run.train_block", 2, "before"),
+    "while a refined block is written": ("bolaco.blockstore.save_file", 6, "after"),
+}
 # Starts processes that run the command line and kill themselves, with no handler and no clean-up. They are forked, so
 # that everything is imported once.
 STARTER = """
@@ -127,7 +133,7 @@ def kill(starter: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactor
     def run(moment: str, words: list[str]) -> None:
         assert starter.stdin is not None
         assert starter.stdout is not None
-        starter.stdin.write(json.dumps([str(Path.cwd()), str(log), *MOMENTS[moment], words]) + "\n")
+        starter.stdin.write(json.dumps([str(Path.cwd()), str(log), *(MOMENTS | DEFAULT_MOMENTS)[moment], words]) + "\n")
         starter.stdin.flush()
         code = starter.stdout.readline()
         said = log.read_text(encoding="utf-8")
@@ -189,6 +195,36 @@ def test_killed_again_and_again(kill: Kill, place: Path, shared: Path) -> None:
     ok(*words)
     assert what_counts("out") == what_counts(shared / "out")
     assert {path.name for path in Path().iterdir()} == {"model", "text.txt", "other.txt", "out"}
+
+
+def default_words(out: str) -> list[str]:
+    options = {"refinement_steps": 2, "refinement_fit": True, "calibration_gradient_sequences": 4}
+    return compress(out, "--preset", "default", **options)
+
+
+@pytest.fixture(scope="module")
+def default(shared: Path) -> Path:
+    """An undisturbed result of the default method, in the shared folder."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shared)
+        ok(*default_words("default"))
+    torch.set_num_threads(before)
+    return shared / "default"
+
+
+@pytest.mark.parametrize("moment", DEFAULT_MOMENTS)
+def test_the_default_method_killed(moment: str, kill: Kill, place: Path, default: Path) -> None:
+    kill(moment, default_words("out"))
+    refined = list(Path("out.work/refined").glob("*.safetensors"))
+    assert len(refined) == (0 if "gradients" in moment else 1)
+    times = {file: file.stat().st_mtime_ns for file in refined}
+    ok(*default_words("out"), "--keep-work")
+    assert what_counts("out") == what_counts(default)
+    assert all(file.stat().st_mtime_ns == time for file, time in times.items())
+    assert len(list(Path("out.work/refined").glob("*.safetensors"))) == 2
+    assert list(Path("out.work").rglob("*.partial")) == []
 
 
 def test_half_a_line_in_the_journal(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,18 @@ from bolaco.recipe import Recipe
 from bolaco.report.tables import seconds_line, summary_rows
 
 
+def _refinement(recipe: Recipe) -> str:
+    """What was done to the blocks after the ranks were known."""
+    settings, done = recipe.refinement, []
+    if settings.fit:
+        done.append("fitted on the inputs it has in the compressed model")
+    if settings.steps:
+        done.append(
+            f"trained for {settings.steps} steps towards the original block's output (no labels, nothing end to end)"
+        )
+    return f"Every block was then {' and '.join(done)}.\n" if done else ""
+
+
 def model_card(info: dict[str, Any], name: str) -> str:
     """Markdown with the measured numbers and the recipe that reproduces them."""
     front: dict[str, Any] = {
@@ -21,15 +33,15 @@ def model_card(info: dict[str, Any], name: str) -> str:
         front["base_model"] = info["model"]
     ppl = info["perplexity"]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
-    recipe = Recipe.model_validate(info["recipe"]).to_yaml()
+    recipe = Recipe.model_validate(info["recipe"])
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 # {name}
 
 `{info["model"]}` with its decoder matrices replaced by low-rank products, made by bolaco
-(method {info["method"]}, keep ratio {info["keep"]}).
-
+(method {info["method"]}, {info["storage"]} storage, keep ratio {info["keep"]}).
+{_refinement(recipe)}
 | | dense | compressed | ratio / gap |
 |---|---:|---:|---:|
 {rows}
@@ -52,5 +64,5 @@ With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and
 ## Recipe
 
 ```yaml
-{recipe}```
+{recipe.to_yaml()}```
 """
