@@ -170,18 +170,23 @@ def main() -> None:
     parser.add_argument("--refine-sequences", type=int, default=32, help="of these, sequences fitted and trained on")
     parser.add_argument("--trials", type=int, default=30, help="of the searches")
     parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--measured", action="store_true", help="print what has been measured, compute nothing")
     args = parser.parse_args()
-    bench = Bench(args)
     sizes = (f"{args.calibration}x{args.length}", args.gradients, args.refine_sequences, args.steps, args.windows)
     name = f"frontier-{'-'.join(map(str, sizes))}.json"
     ledger = Ledger(args.cache / name)
     wanted = {n: v for n, v in VARIANTS.items() if not args.only or n.startswith(tuple(args.only))}
-    first = next(iter(wanted.values())).method
-    dense = ledger.get("dense", lambda: bench.perplexities(bench.prepared(first)))
+    bench = None if args.measured else Bench(args)
+    if bench is not None:
+        first = next(iter(wanted.values())).method
+        ledger.get("dense", lambda: bench.perplexities(bench.prepared(first)))
+    dense = ledger.values["dense"]["value"]
     header = ["variant", "keep (linears)", "WikiText-2", "gap", "C4 held out", "gap", "seconds", "peak, MB"]
     for keep in args.keep:
         rows: list[list[object]] = [["dense", 1.0, dense["wikitext"], 0.0, dense["c4"], 0.0, "", ""]]
         for label, variant in wanted.items():
+            if bench is None and f"{keep} {label}" not in ledger.values:
+                continue
             found = ledger.get(f"{keep} {label}", lambda v=variant, n=label, k=keep: bench.run(n, v, k))
             measured = [
                 value for text in ("wikitext", "c4") for value in (found[text], round(gap(found[text], dense[text]), 3))

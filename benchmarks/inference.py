@@ -15,16 +15,16 @@ import json
 import resource
 import subprocess
 import sys
-import time
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bolaco.allocate.budget import rank_for
+from bolaco.evaluation.speed import decode_seconds, median_seconds
 from bolaco.layers import PivotedLinear, install_layers
 from bolaco.models.load import load_config
 from bolaco.models.structure import inspect_structure, meta_model
-from common import median, print_table
+from common import print_table
 
 PREFILL, DECODE = 256, 16
 
@@ -71,36 +71,14 @@ def build(config, kind: str, keep: float, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def seconds(action, repeats: int) -> float:
-    """Median time of one call, after one that is not counted."""
-    action()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return median(times)
-
-
-def decode(model: nn.Module, tokens: Tensor) -> float:
-    """Seconds of one token after a short prompt, with the cache."""
-    state = model(input_ids=tokens[:, :32], use_cache=True)
-    cache, token = state.past_key_values, tokens[:, 32:33]
-
-    def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
-
-    return seconds(step, DECODE)
-
-
 def limits(dtype: torch.dtype) -> dict[str, float]:
     """Operations per second of a large product, and bytes per second of reading weights that no cache holds."""
     a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    flops = 2 * 2048**3 / seconds(lambda: a @ b, 5)
+    flops = 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
     big, vector = torch.randn(8192, 16384).to(dtype), torch.randn(16384).to(dtype)
-    read = big.numel() * big.element_size() / seconds(lambda: big @ vector, 5)
+    read = big.numel() * big.element_size() / median_seconds(lambda: big @ vector, 5)
     total = big.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    streamed = big.numel() * big.element_size() / seconds(lambda: total.max(), 5)
+    streamed = big.numel() * big.element_size() / median_seconds(lambda: total.max(), 5)
     return {"flops": flops, "bytes": max(read, streamed)}
 
 
@@ -120,8 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         for batch in (1, 8):
             tokens = torch.randint(0, 100, (batch, PREFILL), generator=torch.Generator().manual_seed(0))
             run = lambda t=tokens: model.base_model(input_ids=t, use_cache=False)  # noqa: E731
-            result[f"prefill {batch}"] = batch * PREFILL / seconds(run, args.repeats)
-            result[f"decode {batch}"] = batch / decode(model, tokens)
+            result[f"prefill {batch}"] = batch * PREFILL / median_seconds(run, args.repeats)
+            result[f"decode {batch}"] = batch / decode_seconds(model, tokens[:, :32], DECODE)
     result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
     return result
 

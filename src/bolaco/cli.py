@@ -26,6 +26,7 @@ examples:
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
+  bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
 
@@ -137,6 +138,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
     )
+
+    bench = commands.add_parser("bench", help="speed and memory of models, side by side")
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
+    bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
+    bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
+    bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
+    bench.add_argument("--json", metavar="FILE", help="write the result there too")
+    bench.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    bench.add_argument("--device", default="auto")
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
     inspect.add_argument("folder", metavar="OUT")
@@ -268,6 +278,30 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def _bench(args: argparse.Namespace, console: Console) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise RecipeError(f"--json {args.json}: there is no such folder")
+    batches = [int(word) if word.strip().isdigit() else 0 for word in args.batch.split(",")]
+    if min(batches) < 1:
+        raise RecipeError(f"--batch {args.batch}: expected numbers from 1 up with commas between, such as 1,8")
+    for option, count in (("--prompt", args.prompt), ("--new-tokens", args.new_tokens)):
+        if count < 1:
+            raise RecipeError(f"{option} {count}: must be at least 1")
+    from bolaco.evaluation.speed import measure_apart
+    from bolaco.progress import Reporter
+    from bolaco.report.tables import speed_table
+
+    found = []
+    with Reporter().stage("measure", len(args.models)) as tick:
+        for model in args.models:
+            settings = {"batches": batches, "prompt": args.prompt, "new": args.new_tokens}
+            found.append(measure_apart(model, **settings, dtype=args.dtype, device=args.device))
+            tick(1)
+    console.print(speed_table(found))
+    if args.json:
+        Path(args.json).write_text(json.dumps([asdict(speed) for speed in found], indent=1) + "\n", encoding="utf-8")
+
+
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import read_info
     from bolaco.report.tables import ranks_table, seconds_line, summary_table, trials_table
@@ -311,6 +345,7 @@ _COMMANDS = {
     "compress": _compress,
     "run": _compress,
     "eval": _eval,
+    "bench": _bench,
     "inspect": _inspect,
     "export": _export,
     "methods": _methods,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
 from bolaco.allocate import Budget, Ranks
+from bolaco.evaluation.speed import Speed
 from bolaco.evaluation.tasks import TaskResult
 from bolaco.models.structure import TYPES, Structure
 
@@ -147,4 +150,33 @@ def tasks_table(results: list[TaskResult]) -> Table:
         cells = [cell(result, name) if name in result.metrics else "" for name in usual]
         rest = [f"{name} {cell(result, name)}" for name in result.metrics if name not in usual]
         table.add_row(result.task, f"{result.examples:,}", *cells, *(["\n".join(rest)] if other else []))
+    return table
+
+
+def _at(what: str, batch: int, result: Speed) -> float:
+    rates: dict[int, float] = getattr(result, what)
+    return rates[batch]
+
+
+def speed_table(results: list[Speed]) -> Table:
+    """Models side by side; in brackets the ratio to the first one."""
+    table = Table("", title="ratios are to the first model", title_justify="left")
+    for result in results:
+        table.add_column(result.model, justify="right")
+    first = results[0]
+
+    def row(label: str, shown: Callable[[float], str], value: Callable[[Speed], float]) -> None:
+        cells = [shown(value(first))]
+        cells += [f"{shown(value(r))} ({value(r) / value(first):.2f})" for r in results[1:]]
+        table.add_row(label, *cells)
+
+    table.add_row("weights in", *[result.dtype for result in results])
+    row("parameters", lambda v: _millions(int(v)), lambda r: r.parameters)
+    row("weights", _mib, lambda r: r.bytes)
+    row("multiplications a token", lambda v: _millions(int(v)), lambda r: r.macs)
+    row("peak memory", _mib, lambda r: r.peak_bytes)
+    row("seconds to load", lambda v: f"{v:.2f}", lambda r: r.load_seconds)
+    for batch in first.prefill:
+        row(f"prompt tokens/s, batch {batch}", "{:,.1f}".format, partial(_at, "prefill", batch))
+        row(f"new tokens/s, batch {batch}", "{:,.1f}".format, partial(_at, "decode", batch))
     return table

@@ -1,0 +1,87 @@
+"""Speed and memory of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bolaco.checkpoint.info import read_info
+from bolaco.errors import DataError
+from bolaco.evaluation.speed import linear_macs, measure, median_seconds
+from bolaco.models import load_model
+from bolaco.report.tables import speed_table
+from tests.command import bolaco, ok
+from tests.models import compressed, save_tiny, tiny_llama
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_what_is_counted(family: str) -> None:
+    run = compressed(family)
+    found = measure(str(run.path), (1, 3), prompt=8, new=2, repeats=1)
+    assert found.parameters == run.info["parameters"]
+    assert found.bytes == 4 * found.parameters
+    assert found.dtype == "float32"
+    assert found.macs == linear_macs(load_model(str(run.path)))
+    assert found.prefill.keys() == found.decode.keys() == {1, 3}
+    assert min(*found.prefill.values(), *found.decode.values(), found.load_seconds) > 0
+    assert found.peak_bytes > found.bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_operations_are_those_of_the_matrices(family: str) -> None:
+    """Two-factor layers multiply once for each parameter; the dense rest is the decoder linears and the head."""
+    run = compressed(family)
+    head = run.original.get_output_embeddings().weight.numel()
+    assert linear_macs(run.original) == run.info["parameters_linears_dense"] + head
+    assert linear_macs(load_model(str(run.path))) == run.info["parameters_linears"] + head
+
+
+def test_the_median_leaves_out_the_first_call() -> None:
+    calls: list[int] = []
+    assert median_seconds(lambda: calls.append(1), 3) < 0.1
+    assert len(calls) == 4
+
+
+def test_a_prompt_longer_than_the_model(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    with pytest.raises(DataError, match="has 128 positions; lower --prompt"):
+        measure(str(tmp_path / "model"), prompt=126, new=2)
+
+
+def test_side_by_side_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "model")
+    small = compressed("llama").path
+    done = ok("bench", "model", small, "--batch", "2", "--prompt", "8", "--new-tokens", "2", "--json", "speed.json")
+    dense, found = json.loads(Path("speed.json").read_text())
+    assert dense["parameters"] == sum(p.numel() for p in tiny_llama().parameters())
+    assert found["parameters"] == read_info(small)["parameters"]
+    assert found["prefill"].keys() == found["decode"].keys() == {"2"}
+    assert f"({found['parameters'] / dense['parameters']:.2f})" in done.out
+    assert "new tokens/s, batch 2" in done.out
+
+
+def test_the_table_compares_with_the_first() -> None:
+    path = str(compressed("llama").path)
+    speed = measure(path, (1,), prompt=4, new=1, repeats=1)
+    table = speed_table([speed, speed])
+    assert all("(1.00)" in cell for cell in list(table.columns[2].cells)[1:])
+
+
+def test_what_cannot_be_measured_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for words, said in (
+        (("bench", "./model"), "model"),
+        (("bench", "m", "--batch", "0"), "--batch 0: expected numbers from 1 up"),
+        (("bench", "m", "--batch", "x"), "--batch x"),
+        (("bench", "m", "--prompt", "0"), "--prompt 0: must be at least 1"),
+        (("bench", "m", "--json", "no/f.json"), "no/f.json: there is no such folder"),
+    ):
+        done = bolaco(*words)
+        assert done.code == 1
+        line = done.err.splitlines()[-1]
+        assert said in line
+        assert "Traceback" not in done.err
