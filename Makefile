@@ -24,8 +24,8 @@ $(VENV)/.model: $(VENV)/.installed
 demo: $(VENV)/.model
 	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
 	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration pydoc --seq-len 512 \
-	  --set calibration.sequences=48 --set calibration.gradient_sequences=24 \
-	  --set refinement.steps=$(DEMO_STEPS) --set evaluation.windows=12 -o $(DEMO_OUT)
+	  --set calibration.sequences=32 --set calibration.gradient_sequences=16 \
+	  --set refinement.steps=$(DEMO_STEPS) --set refinement.sequences=16 --set evaluation.windows=12 -o $(DEMO_OUT)
 	$(BIN)/bolaco inspect $(DEMO_OUT)
 	$(BIN)/python examples/generate.py $(DEMO_OUT)
 
