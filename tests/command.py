@@ -24,7 +24,10 @@ SMALL = {
     "evaluation.windows": 4,
 }
 # What a run says on its way, one line each, when there is no terminal.
-PROGRESS = re.compile(r"^loading \S+$|^search: \d+ trials are in the ledger already$|^[a-z ]+: \d+/\d+ in \d+:\d\d$")
+PROGRESS = re.compile(
+    r"^loading \S+$|^search: \d+ trials are in the ledger already$"
+    r"|^[a-z ]+: \d+/\d+( in \d+:\d\d|, \d+:\d\d gone, about \d+:\d\d left)$"
+)
 
 
 @dataclass(frozen=True)

@@ -487,7 +487,8 @@ def masked(text: str) -> str:
 def test_eval_of_tasks(place: Path) -> None:
     done = ok("eval", "model", "--tasks", "questions.jsonl,tasks", "--json", "it.json", "--batch", "3")
     assert masked(done.out) == TABLE
-    assert re.fullmatch(r"score the answers: (\d+)/\1 in 0:\d\d\n", done.err)
+    # A slow machine says how far it is every ten seconds.
+    assert re.fullmatch(r"(score the answers: \d+/\d+, .* left\n)*score the answers: (\d+)/\2 in \d+:\d\d\n", done.err)
     model = AutoModelForCausalLM.from_pretrained("model")
     record = json.loads(Path("it.json").read_text())
     assert list(record) == ["model", "tasks"]
