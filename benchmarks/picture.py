@@ -34,7 +34,7 @@ def main() -> None:
     dense = measured.pop("dense")
     # The same bytes for the same data: no date, no random ids.
     plt.rcParams["svg.hashsalt"] = "bolaco"
-    figure, panels = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained", sharex=True, sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9.4, 3.2), layout="constrained", sharex=True, sharey=True)
     for axes, (text, title) in zip(panels, (("wikitext", "WikiText-2"), ("c4", "C4, held out")), strict=True):
         for label, (name, color) in LINES.items():
             found = [
@@ -46,7 +46,7 @@ def main() -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("log-perplexity gap to dense (nats)")
     panels[1].invert_xaxis()
-    panels[1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(args.picture, metadata={"Date": None})
 
 
