@@ -19,7 +19,7 @@ from bolaco.factorize.method import Method
 from bolaco.factorize.solver import InputMetric, corrected
 from bolaco.models.structure import Site, Structure
 from bolaco.statistics.blocks import BlockRunner
-from bolaco.statistics.moments import Drift, DriftMoments
+from bolaco.statistics.moments import Drift, DriftMoments, group_runs
 from bolaco.statistics.site import SiteStatistics
 
 
@@ -87,13 +87,10 @@ class BlockFit:
         tick: Callable[[int], Any] | None,
     ) -> Drift:
         moments = DriftMoments(site.in_features, self.groups, self.runner.model.device, self.method.magnitudes)
-        total = len(original)
         for rows in self.runner.slices:
             left = self.runner.input_of(site, original[rows])
             right = self.runner.input_of(site, compressed[rows], block)
-            owner = [i * self.groups // total for i in range(rows.start, rows.stop)]
-            for group in sorted(set(owner)):
-                chosen = slice(owner.index(group), len(owner) - owner[::-1].index(group))
+            for group, chosen in group_runs(rows, self.groups, len(original)):
                 try:
                     moments.update(left[chosen], right[chosen], group)
                 except NonFiniteError as error:

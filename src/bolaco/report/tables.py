@@ -6,14 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from bolaco.allocate import Budget, Ranks
-from bolaco.evaluation.speed import Speed
-from bolaco.evaluation.tasks import TaskResult
 from bolaco.models.structure import TYPES, Structure
+
+if TYPE_CHECKING:
+    from bolaco.evaluation.speed import Speed
+    from bolaco.evaluation.tasks import TaskResult
 
 
 def _millions(count: int) -> str:

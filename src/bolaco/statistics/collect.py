@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from bolaco.errors import NonFiniteError, UnsupportedModelError
 from bolaco.models.structure import Site, Structure
 from bolaco.statistics.blocks import BlockRunner
-from bolaco.statistics.moments import Moments, PooledMoments
+from bolaco.statistics.moments import Moments, PooledMoments, group_runs
 
 # Called with (input group, the input [batch, length, d], index of the batch's first sequence).
 Observer = Callable[[str, Tensor, int], None]
@@ -131,11 +131,9 @@ def collect(
     def observe(name: str, x: Tensor, start: int) -> None:
         if name not in estimators:
             estimators[name] = PooledMoments(x.shape[-1], groups, x.device, magnitudes)
-        owner = [(start + i) * groups // walk.sequences for i in range(len(x))]
-        for group in sorted(set(owner)):
-            rows = [i for i, g in enumerate(owner) if g == group]
+        for group, run in group_runs(slice(start, start + len(x)), groups, walk.sequences):
             try:
-                estimators[name].update(x[rows[0] : rows[-1] + 1], group)
+                estimators[name].update(x[run], group)
             except NonFiniteError as error:
                 raise NonFiniteError(f"block {layer}, input of {name}: {error}") from None
 

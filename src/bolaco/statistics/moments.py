@@ -12,6 +12,7 @@ degrees of freedom. The shift, taken from the first batch, keeps the subtraction
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,6 +25,16 @@ from bolaco.errors import NonFiniteError
 _PANEL = 256
 # Rows accumulated in the inputs' precision before they are added to the float64 total.
 _FLUSH_ROWS = 16384
+
+
+def group_runs(rows: slice, groups: int, sequences: int) -> Iterator[tuple[int, slice]]:
+    """The groups of a batch of sequences, each with its run inside the batch.
+
+    Sequence ``i`` of ``n`` belongs to group ``i * groups // n``, so groups are runs of consecutive sequences.
+    """
+    owner = [i * groups // sequences for i in range(rows.start, rows.stop)]
+    for group in sorted(set(owner)):
+        yield group, slice(owner.index(group), len(owner) - owner[::-1].index(group))
 
 
 @dataclass(frozen=True)
