@@ -20,14 +20,14 @@ from bolaco.allocate import Budget, Ranks, max_rank
 from bolaco.data import TokenStream
 from bolaco.elastic import ElasticModel
 from bolaco.factorize import get_method
+from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import load_model
 from bolaco.models.structure import Structure, inspect_structure
 from bolaco.objective import Head, score
 from bolaco.progress import Reporter
-from bolaco.statistics import collect
-from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.site import LossStatistics, SiteStatistics
+from bolaco.recipe import Calibration
+from bolaco.statistics.site import LossStatistics
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -71,7 +71,7 @@ class Prepared:
     model: PreTrainedModel
     structure: Structure
     store: FactorStore
-    losses: LossStatistics | None = None
+    losses: LossStatistics
 
     def perplexity(self, ranks: Ranks, blocks: Tensor) -> float:
         """Perplexity of an allocation, through the elastic model."""
@@ -91,27 +91,13 @@ def prepare(
     """Loads the model and computes (or finds) the factors for these calibration blocks."""
     model = load_model(args.model)
     structure = inspect_structure(model)
-    layers = range(structure.num_layers)
     store = FactorStore(args.cache / f"factors-{_key(blocks, args.model, method, groups, storage, gradients)}")
     chosen = get_method(method)
-    losses = None
-    if gradients:
-        losses = LossStatistics(args.cache / f"losses-{_key(blocks[:gradients], args.model)}", chosen.losses)
-        losses.estimate(model, structure, blocks[:gradients], 4, Reporter())
-    if all(store.has(layer) for layer in layers):
-        return Prepared(model, structure, store, losses)
-    states = BlockWalk(model, structure, blocks, batch=4)
-    with Reporter().stage(f"factors ({method})", len(layers) * len(blocks)) as tick:
-        for layer in layers:
-            moments = collect(states, groups, tick, chosen.magnitudes)
-            of_loss = {} if losses is None else losses.of_layer(layer, model.device)
-            metrics = {name: chosen.metric(value) for name, value in moments.items()}
-            factors = {}
-            for site in structure.of_layer(layer):
-                group, weight = site.input_group, structure.weight(model, site)
-                statistics = SiteStatistics(moments[group], **of_loss.get(site.name, {}))
-                factors[site.name] = chosen.prepare(weight, metrics[group], statistics, max_rank(site, 8, storage))
-            store.save(layer, factors)
+    losses = LossStatistics(args.cache / f"losses-{_key(blocks[:gradients], args.model)}", chosen.losses)
+    losses.estimate(model, structure, blocks[:gradients], 4, Reporter())
+    top = {site.name: max_rank(site, 8, storage) for site in structure.sites}
+    settings = Calibration(groups=groups)
+    factorize(model, structure, blocks, [FactorJob(chosen, store, top, losses)], settings, Reporter())
     return Prepared(model, structure, store, losses)
 
 

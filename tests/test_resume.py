@@ -17,6 +17,7 @@ import torch
 
 from bolaco import pipeline
 from bolaco.blockstore import BlockStore
+from bolaco.factorize import run
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
 
 TRIALS = "4"
@@ -171,7 +172,7 @@ def test_killed(moment: str, kill: Kill, place: Path, shared: Path, monkeypatch:
     assert len(finished) == {stages[0]: 1, stages[1]: 0}.get(moment, 2)
     assert bool(list(Path().glob(".out.partial*"))) == in_write
 
-    collected = counted(monkeypatch, pipeline, "collect")
+    collected = counted(monkeypatch, run, "collect")
     selected = counted(monkeypatch, pipeline._Evaluator, "_select")
     scored = counted(monkeypatch, pipeline._Evaluator, "scores")
     done = ok(*words, "--keep-work")

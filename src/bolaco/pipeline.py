@@ -34,7 +34,7 @@ from bolaco.elastic import ElasticModel
 from bolaco.errors import RecipeError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.factorize import get_method
-from bolaco.factorize.solver import Factors, InputMetric
+from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, quiet, resolve_device
 from bolaco.models.structure import Structure, inspect_structure
@@ -44,9 +44,7 @@ from bolaco.recipe import Recipe
 from bolaco.refine import Refiner
 from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
-from bolaco.statistics import collect
-from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.site import LossStatistics, SiteStatistics
+from bolaco.statistics.site import LossStatistics
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -218,35 +216,16 @@ class _Run:
         """Statistics and factors of every block that has none yet."""
         if self._factorized:
             return
-        layers = range(self.structure.num_layers)
+        multiple, storage = self.recipe.search.rank_multiple, self.space.budget.storage
+        top = {
+            site.name: max_rank(site, multiple, storage)
+            for site in self.structure.sites
+            if site.type not in self.recipe.dense_types
+        }
         settings = self.recipe.calibration
-        tokens = self.texts.calibration
-        method, losses = self.method, self._losses()
+        job = FactorJob(self.method, self.store, top, self._losses())
         cache_file = self.folder.path / "hidden.cache" if settings.cache == "disk" else None
-        walk = BlockWalk(self.model, self.structure, tokens, settings.batch, cache_file)
-        try:
-            with self.reporter.stage("calibrate and factorize", len(layers) * len(tokens)) as tick:
-                for layer in layers:
-                    if self.store.has(layer):
-                        walk.advance(tick=tick)
-                        continue
-                    moments = collect(walk, settings.groups, tick, method.magnitudes)
-                    of_loss = losses.of_layer(layer, self.model.device)
-                    metrics: dict[str, InputMetric] = {}
-                    factors: dict[str, Factors] = {}
-                    for site in self.structure.of_layer(layer):
-                        top = max_rank(site, self.recipe.search.rank_multiple, self.space.budget.storage)
-                        if top == 0 or site.type in self.recipe.dense_types:
-                            continue
-                        group = site.input_group
-                        if group not in metrics:
-                            metrics[group] = method.metric(moments[group])
-                        weight = self.structure.weight(self.model, site)
-                        statistics = SiteStatistics(moments[group], **of_loss.get(site.name, {}))
-                        factors[site.name] = method.prepare(weight, metrics[group], statistics, top)
-                    self.store.save(layer, factors)
-        finally:
-            walk.close()
+        factorize(self.model, self.structure, self.texts.calibration, [job], settings, self.reporter, cache_file)
 
     def _losses(self) -> LossStatistics:
         """What the method needs of the loss gradients, in the work folder."""
