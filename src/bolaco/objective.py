@@ -39,8 +39,10 @@ class Head:
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[n, d]`` to float32 logits ``[n, vocabulary]``."""
-        logits = self.linear(hidden).float()
+        """``[n, d]`` to logits ``[n, vocabulary]``, float32 (float64 of a float64 model)."""
+        logits = self.linear(hidden)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
