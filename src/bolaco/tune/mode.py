@@ -151,7 +151,7 @@ class Mode:
         options: pydantic class of its options.
         exact_start: outputs before the first step are the input's.
         same_ranks: the result has the ranks and the parameter count of the input.
-        load: how the result is loaded to measure it; default: as any model.
+        attach: puts on the loaded result what else is in its folder, before it is measured.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Mode:
     options: type[Options] = Options
     exact_start: bool = True
     same_ranks: bool = True
-    load: Callable[[str, str, str], PreTrainedModel] | None = None
+    attach: Callable[[PreTrainedModel, Path], None] | None = None
 
 
 def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:

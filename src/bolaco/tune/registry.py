@@ -10,7 +10,10 @@ from bolaco.tune.mode import Mode
 
 # Name -> the module with its MODE, imported when it is used.
 MODES: dict[str, str] = {
+    "diagonal": "bolaco.tune.modes.diagonal",
     "factors": "bolaco.tune.modes.factors",
+    "lora": "bolaco.tune.modes.lora",
+    "continued": "bolaco.tune.modes.continued",
 }
 
 

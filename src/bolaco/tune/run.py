@@ -276,12 +276,14 @@ class _Run:
     def measure(self, folder: Path, before: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, compares and measures it, and returns the content of ``bolaco.json``."""
         assert self.prepared is not None
-        load = self.mode.load or load_model
-        model = load(str(folder), "auto", str(self.model.device))
+        model = load_model(str(folder), device=str(self.model.device))
         self._as_trained(model)
         unchanged = self._unchanged(model, self.prepared.touched)
-        after = self._measured(model, "evaluate the result")
         parameters = sum(p.numel() for p in model.parameters())
+        pivots = growth(model)
+        if self.mode.attach is not None:
+            self.mode.attach(model, folder)
+        after = self._measured(model, "evaluate the result")
         record = {
             "mode": self.mode.name,
             "paper": self.mode.paper,
@@ -311,7 +313,6 @@ class _Run:
         if "tuning" in self.info:
             record["earlier"] = self.info["tuning"]
         if info:
-            pivots = growth(model)
             info |= {"parameters": parameters, "bytes": weight_bytes(folder)} | (
                 {"pivot_growth": pivots} if pivots else {}
             )
