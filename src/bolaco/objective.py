@@ -55,7 +55,7 @@ class Head:
         tokens = torch.arange(4, device=model.device)[None] % model.config.vocab_size
         with torch.inference_mode():
             expected = model(input_ids=tokens, use_cache=False).logits[0].float()
-            actual = self(final_hidden(model, tokens)[0])
+            actual = self(final_hidden(model, tokens)[0]).float()
         # In units of the largest logit: half precision rounds less than this, and small logits are checked too.
         tolerance = 1e-2 * float(expected.abs().max())
         if torch.isfinite(expected).all() and not torch.allclose(actual, expected, rtol=0, atol=tolerance):

@@ -67,9 +67,10 @@ def stored(model: nn.Module, matrices: Iterable[Matrix]) -> None:
             continue
         expand, reduce, bias = factors_of(layer)
         form = pivot(expand.cpu(), reduce.cpu())
-        made = PivotedLinear(layer.in_features, layer.out_features, layer.rank, bias is not None, form.side)
-        made.load_state_dict(form.state(None if bias is None else bias.cpu()))
-        matrix.put(model, made.to(expand.device, expand.dtype).requires_grad_(False))
+        with torch.device("meta"):
+            made = PivotedLinear(layer.in_features, layer.out_features, layer.rank, bias is not None, form.side)
+        made.load_state_dict(form.state(None if bias is None else bias.cpu()), assign=True)
+        matrix.put(model, made.to(expand.device).requires_grad_(False))
         entry["side"] = form.side
 
 
