@@ -306,7 +306,7 @@ def test_instructions_without_a_response_in_reach_are_left_out(tmp_path: Path) -
     data = data_of(jsonl(tmp_path / "d.jsonl", ROWS["prompt"], long, ROWS["messages"]))
     assert len(data.train) == 1
     with pytest.raises(
-        DataError, match="too short for evaluation: 1 instructions .* within 32 tokens are needed, 0 are left"
+        DataError, match=r"too short for evaluation: 1 instructions .* within 32 tokens are needed, 0 are left"
     ):
         data_of(jsonl(tmp_path / "d.jsonl", long))
 

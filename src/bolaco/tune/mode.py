@@ -146,8 +146,9 @@ class Mode:
         summary: one line.
         defaults: of training.
         prepare: changes the model of a context in place so that it can be trained. Its outputs stay the same up to
-            rounding, unless ``exact_start`` is false. It depends on nothing but the context: a run that goes on after
-            an interruption prepares again, then loads what was trained by name.
+            rounding, unless ``exact_start`` is false. It depends on nothing but the context and torch's generator,
+            which is seeded: a run that goes on after an interruption prepares again, then loads what was trained by
+            name.
         options: pydantic class of its options.
         exact_start: outputs before the first step are the input's.
         same_ranks: the result has the ranks and the parameter count of the input.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 
 from bolaco.checkpoint.info import INFO_FILE, read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import new_folder, refuse_existing, refuse_nested
@@ -196,6 +196,7 @@ class _Run:
         """Trains, or takes what an earlier call has trained; returns steps, curve and whether time ran out."""
         settings, data = self.settings, self.data
         context = Context(self.model, settings, self.options, self.info, data.tokens, self._original)
+        set_seed(settings.seed)
         self.prepared = self.mode.prepare(context)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.trainable = sum(p.numel() for p in trained.values())

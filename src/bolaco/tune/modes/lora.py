@@ -7,6 +7,7 @@ rank of the product, and the size of the model, as they are. Kept apart they are
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,9 @@ def prepare(context: Context) -> Prepared:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        # GPT-2's Conv1D stores the transpose; PEFT sees that by itself, and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
         adapted: Any = peft.get_peft_model(context.model, config)
     if options.merge:
         return Prepared(adapted.merge_and_unload, frozenset(f"{name}.weight" for name in names))
