@@ -1,7 +1,8 @@
 """Factored matrices in the form in which they are trained, and back in the form in which they are stored.
 
-Whatever a matrix is stored as, it is trained as two factors of one size: pivoted storage has directions that gradients
-move far too much and others they hardly move. The rank stays, so the way back is exact (:mod:`bolaco.factorize.pivot`).
+Whatever a matrix is stored as, it is trained as two factors of one size. Modes then know one form only, and pivoting
+again afterwards keeps the coefficients of pivoted storage small, which training them directly does not. The rank
+stays, so the way back is exact (:mod:`bolaco.factorize.pivot`).
 """
 
 from __future__ import annotations

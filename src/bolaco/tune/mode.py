@@ -152,6 +152,7 @@ class Mode:
         options: pydantic class of its options.
         exact_start: outputs before the first step are the input's.
         same_ranks: the result has the ranks and the parameter count of the input.
+        check: raises what is wrong with the options for this model, before anything long is done.
         attach: puts on the loaded result what else is in its folder, before it is measured.
     """
 
@@ -163,6 +164,7 @@ class Mode:
     options: type[Options] = Options
     exact_start: bool = True
     same_ranks: bool = True
+    check: Callable[[Context], Any] | None = None
     attach: Callable[[PreTrainedModel, Path], None] | None = None
 
 

@@ -96,7 +96,7 @@ class _Run:
         folder: WorkFolder | None,
         reporter: Reporter,
     ) -> None:
-        self.settings, self.mode, self.options = settings, mode, options
+        self.settings, self.mode = settings, mode
         self.work, self.folder, self.reporter = work, folder, reporter
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         with self._timed("load"):
@@ -110,6 +110,12 @@ class _Run:
             self.dtype = self.model.dtype
             self._as_trained(self.model)
             check_finite(self.model)
+            self.context = Context(self.model, settings, options, self.info, self.data.tokens, self._original)
+            if mode.check is not None:
+                mode.check(self.context)
+            steps = total_steps(settings, len(self.data.train), self.world)
+            with quiet():
+                self.arguments = training_arguments(settings, steps, work / "checkpoints", self.model.device)
             if folder is not None:
                 folder.same("model", weights_fingerprint(self.model), "the model's weights have changed")
                 folder.same("texts", self.data.fingerprint, "the data or its tokens have changed")
@@ -195,9 +201,8 @@ class _Run:
     def train(self) -> dict[str, Any]:
         """Trains, or takes what an earlier call has trained; returns steps, curve and whether time ran out."""
         settings, data = self.settings, self.data
-        context = Context(self.model, settings, self.options, self.info, data.tokens, self._original)
         set_seed(settings.seed)
-        self.prepared = self.mode.prepare(context)
+        self.prepared = self.mode.prepare(self.context)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.trainable = sum(p.numel() for p in trained.values())
         if self.trainable == 0:
@@ -207,8 +212,6 @@ class _Run:
             size = sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
             needs = [(self.work, 3 * 3 * 4 * self.trainable), (self.work.parent, size)]
             require_space(needs, "checkpoints and the result")
-        steps = total_steps(settings, len(data.train), self.world)
-        checkpoints = self.work / "checkpoints"
         done = None if self.folder is None else self.folder.read("trained", dict)
         teacher = None
         if settings.distillation.weight > 0 and done is None:
@@ -221,9 +224,9 @@ class _Run:
             load_trained(self.model, self.work / TRAINED)
             return dict(done)
         with quiet():
-            arguments = training_arguments(settings, steps, checkpoints, self.model.device)
-            _wait(arguments)
-            last = last_checkpoint(checkpoints)
+            _wait(self.arguments)
+            steps = self.arguments.max_steps
+            last = last_checkpoint(self.work / "checkpoints")
             begun = 0 if last is None else int(last[1]["global_step"])
             if last is not None:
                 self.reporter.say(f"training: {begun} of {steps} steps are done already")
@@ -233,7 +236,7 @@ class _Run:
                     self.prepared,
                     settings.training.minutes,
                     tick,
-                    args=arguments,
+                    args=self.arguments,
                     train_dataset=data.train,
                     data_collator=data.collate,
                 )

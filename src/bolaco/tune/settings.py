@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -159,8 +160,7 @@ def resolve(settings: TuneSettings, mode: Mode) -> tuple[TuneSettings, Any]:
     filled = {name: value for name, value in filled.items() if getattr(given, name) is None}
     training = given.model_copy(update=filled)
     values = options.model_dump(mode="json")
-    trainer = {"adam_beta1": defaults.betas[0], "adam_beta2": defaults.betas[1]} | settings.trainer
-    check_trainer_fields(trainer)
+    trainer = {"adam_beta1": defaults.betas[0], "adam_beta2": defaults.betas[1]} | trainer_fields(settings.trainer)
     return settings.model_copy(update={"training": training, "options": values, "trainer": trainer}), options
 
 
@@ -190,19 +190,30 @@ OWNED = {
 }
 
 
-def check_trainer_fields(fields: dict[str, Any]) -> None:
-    """Raises RecipeError if one of these is no field of TrainingArguments, or not to be set there."""
+def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """These fields of TrainingArguments, numbers that YAML takes for text (``1e-7``) as numbers.
+
+    Raises:
+        RecipeError: one of them is no field, or not to be set there.
+    """
     from dataclasses import fields as fields_of
 
     from transformers import TrainingArguments
 
-    known = [field.name for field in fields_of(TrainingArguments) if field.name not in OWNED]
-    for name in fields:
+    known = {field.name: str(field.type) for field in fields_of(TrainingArguments) if field.name not in OWNED}
+    found = {}
+    for name, value in values.items():
         if name in OWNED:
             instead = f"use {OWNED[name]}" if OWNED[name] else "it has to be as it is"
             raise RecipeError(f"trainer.{name}: cannot be set there; {instead}")
         if name not in known:
-            raise RecipeError(f"trainer.{name}: transformers.TrainingArguments has no such field{_meant(name, known)}")
+            meant = _meant(name, list(known))
+            raise RecipeError(f"trainer.{name}: transformers.TrainingArguments has no such field{meant}")
+        found[name] = value
+        if isinstance(value, str) and "float" in known[name]:
+            with suppress(ValueError):
+                found[name] = float(value)
+    return found
 
 
 def _meant(name: str, known: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def training_arguments(settings: TuneSettings, steps: int, folder: Path, device:
             **(more | settings.trainer),
         )
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise RecipeError(f"trainer: transformers refuses these settings: {' '.join(str(error).split())}") from error
+        why = textwrap.shorten(str(error), 300)
+        raise RecipeError(f"trainer: transformers refuses these settings: {why}") from error
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,11 +14,15 @@ from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Defaults, Mode, Prepared
 
 
+def check(context: Context) -> None:
+    """Raises RecipeError where only some matrices are to be tuned."""
+    if context.settings.types is not None:
+        raise RecipeError("types: mode 'continued' trains all parameters; leave it out, or use --mode factors")
+
+
 def prepare(context: Context) -> Prepared:
     """Everything requires a gradient."""
     model = context.model
-    if context.settings.types is not None:
-        raise RecipeError("types: mode 'continued' trains all parameters; leave it out, or use --mode factors")
     touched = frozenset(model.state_dict())
     matrices = context.factored if model.config.model_type.startswith(PREFIX) else ()
     two_factors(model, matrices)
@@ -39,4 +43,5 @@ MODE = Mode(
         learning_rate=3e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95)
     ),
     prepare=prepare,
+    check=check,
 )

@@ -90,5 +90,6 @@ MODE = Mode(
     summary="two vectors a factored matrix, folded into it afterwards (Bolaco's post-training)",
     defaults=Defaults(learning_rate=2e-3, epochs=2.0, schedule="linear"),
     prepare=prepare,
+    check=lambda context: context.factored,
     options=DiagonalOptions,
 )

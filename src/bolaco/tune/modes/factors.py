@@ -59,5 +59,6 @@ MODE = Mode(
         learning_rate=5e-5, distill_rate=2e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.0
     ),
     prepare=prepare,
+    check=lambda context: context.factored,
     options=FactorOptions,
 )

@@ -33,14 +33,21 @@ class LoraOptions(Options):
     merge: bool = Field(True, description="false: the adapters are kept in a folder of their own")
 
 
-def prepare(context: Context) -> Prepared:
-    """Adapters, which alone require gradients."""
+def check(context: Context) -> None:
+    """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
             f"--mode lora needs PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
         ) from error
+    _linears(context, context.options.on)
+
+
+def prepare(context: Context) -> Prepared:
+    """Adapters, which alone require gradients."""
+    import peft
+
     options: LoraOptions = context.options
     names = _linears(context, options.on)
     config = peft.LoraConfig(
@@ -104,6 +111,7 @@ MODE = Mode(
     summary="adapters on the factors and on dense matrices, merged or kept apart (LoRA, by PEFT)",
     defaults=Defaults(learning_rate=2e-4, warmup=0.05, schedule="linear"),
     prepare=prepare,
+    check=check,
     options=LoraOptions,
     attach=attach,
 )
