@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +346,44 @@ def test_a_mode_that_changes_more_than_it_says_is_an_error(tmp_path: Path, monke
     with pytest.raises(CheckpointError, match="changed by mode 'factors', which does not train it"):
         tune(folder_of("llama").path, tmp_path / "out", "factors")
     assert not (tmp_path / "out").exists()
+
+
+LOAD = """
+import sys
+
+sys.modules["bolaco"] = None  # as where it is not installed
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
+save_file({"logits": logits}, sys.argv[2])
+"""
+
+
+def test_a_result_loads_where_bolaco_is_not(tmp_path: Path) -> None:
+    result = tune(folder_of("phi3").path, tmp_path / "out", "factors")
+    command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, capture_output=True)
+    with torch.no_grad():
+        ours = load_model(str(result.path))(input_ids=torch.arange(12)[None], use_cache=False).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], ours)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    model = folder_of("llama").path
+    one = tune(model, tmp_path / "one", "factors", batch=4)
+    words = ["tune", str(model), "--mode", "factors", "--data", str(text_file()), "--max-steps", "3", "--batch", "2"]
+    words += ["--seq-len", "32", "--learning-rate", "1e-3", "-o", str(tmp_path / "two")]
+    for key, value in SMALL.items():
+        words += ["--set", f"{key}={str(value).lower()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bolaco.cli", *words]
+    subprocess.run(command, check=True, capture_output=True)
+    two = json.loads((tmp_path / "two" / "bolaco.json").read_text())["tuning"]
+    losses = [[point["loss"] for point in record["curve"]] for record in (one.info["tuning"], two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert two["perplexity"]["after"] == pytest.approx(one.info["tuning"]["perplexity"]["after"], rel=1e-4)
