@@ -27,6 +27,7 @@ from bolaco.checkpoint.write import (
     new_folder,
     refuse_compressed,
     refuse_existing,
+    refuse_nested,
     write_model,
 )
 from bolaco.compressed import compressed_block
@@ -82,7 +83,7 @@ def compress(
     """
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
-    _refuse_nested(out, work)
+    refuse_nested(out, work)
     get_method(recipe.factorization.method)
     resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
@@ -123,13 +124,6 @@ def compress(
         if not keep_work:
             folder.remove()
     return Result(out, info)
-
-
-def _refuse_nested(out: Path, work: Path) -> None:
-    """The work folder is removed at the end, and the output must not exist before: neither may hold the other."""
-    a, b = out.resolve(), work.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
 
 
 def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:

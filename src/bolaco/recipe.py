@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from bolaco.errors import RecipeError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
 
     @field_validator("*", mode="before")
@@ -26,7 +28,7 @@ class _Section(BaseModel):
         return value
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """Text and estimator of the input statistics."""
 
     source: str = Field("allenai/c4", description="text the covariances are estimated on")
@@ -40,7 +42,7 @@ class Calibration(_Section):
     cache: Literal["memory", "disk"] = Field("memory", description="where the hidden states between blocks live")
 
 
-class Validation(_Section):
+class Validation(Section):
     """Text on which allocations are compared."""
 
     source: str | None = Field(None, description="default: the calibration source, after the calibration text")
@@ -57,7 +59,7 @@ class Validation(_Section):
         return self
 
 
-class Factorization(_Section):
+class Factorization(Section):
     """Which low-rank approximation is computed for each matrix."""
 
     method: str = Field("kfac", description="a name that `bolaco methods` lists")
@@ -66,7 +68,7 @@ class Factorization(_Section):
     )
 
 
-class Search(_Section):
+class Search(Section):
     """Space, budget slack and optimiser of the rank allocation."""
 
     space: Literal["spectral", "5x1", "5x4", "uniform", "welore", "none"] = Field(
@@ -98,7 +100,7 @@ class Search(_Section):
     warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is tried first")
 
 
-class Refinement(_Section):
+class Refinement(Section):
     """What is done after the ranks are known."""
 
     fit: bool = Field(False, description="fit every matrix again, on the inputs it has in the compressed model")
@@ -111,7 +113,7 @@ class Refinement(_Section):
     weight_decay: float = Field(0.01, ge=0)
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Text of the final before/after perplexity."""
 
     source: str | None = Field(None, description="default: the validation source, after the validation text")
@@ -119,7 +121,7 @@ class Evaluation(_Section):
     windows: int | None = Field(16, gt=0, description="null: all of the source")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything `bolaco compress` does, as data."""
 
     version: Literal[1] = 1
@@ -268,14 +270,29 @@ def recipe_values(
         "dtype": dtype,
         "device": device,
     }
-    values: dict[str, Any] = {}
     given = {name: value for name, value in flat.items() if value is not None}
-    for name, value in (given | (options or {})).items():
+    return unflatten(given | (options or {}))
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested values from dotted names: ``{"search.trials": 3}`` is ``{"search": {"trials": 3}}``."""
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = merge(values, nested)
     return values
+
+
+def problems(error: ValidationError, whole: str = "recipe", prefix: str = "") -> str:
+    """What is wrong, in one line: the dotted name of each field and the value it got."""
+    found = []
+    for item in error.errors():
+        name = prefix + ".".join(str(part) for part in item["loc"]) if item["loc"] else whole
+        given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+        found.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(found)
 
 
 def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
@@ -289,12 +306,7 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
     try:
         return Recipe.model_validate(merge(PRESETS[preset], values))
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"]) or "recipe"
-            given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-            problems.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
-        raise RecipeError("; ".join(problems)) from None
+        raise RecipeError(problems(error)) from None
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -22,6 +22,39 @@ def _refinement(recipe: Recipe) -> str:
     return f"Every block was then {' and '.join(done)}.\n" if done else ""
 
 
+def _use(name: str, argument: str) -> str:
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
+```"""
+
+
+def _tuning(info: dict[str, Any]) -> str:
+    """What was trained afterwards; the table above is of the model before."""
+    record = info.get("tuning")
+    if record is None:
+        return ""
+    ppl, settings = record["perplexity"], record["settings"]
+    table = "The table above is of the model before that.\n" if "ranks" in info else ""
+    return f"""
+## Tuned
+
+`{record["model"]}` was tuned by `bolaco tune --mode {record["mode"]}` ({record["paper"]}): {record["steps"]} steps on
+`{settings["data"]["source"]}`, {record["trainable_parameters"]:,} trained parameters.
+Perplexity on {ppl["tokens"]:,} tokens of `{ppl["data"]}`: {ppl["before"]:.3f} before, {ppl["after"]:.3f} after.
+{table}"""
+
+
+def tuned_card(info: dict[str, Any], name: str) -> str:
+    """Markdown of a tuned folder: that of the compression it goes back to, if there was one, and the tuning."""
+    if "ranks" in info:
+        return model_card(info, name)
+    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
+    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{_use(name, '')}\n"
+
+
 def model_card(info: dict[str, Any], name: str) -> str:
     """Markdown with the measured numbers and the recipe that reproduces them."""
     front: dict[str, Any] = {
@@ -49,15 +82,10 @@ def model_card(info: dict[str, Any], name: str) -> str:
 Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl["seq_len"]} tokens,
 {ppl["tokens"]:,} predicted tokens.
 {seconds_line(info)}.
-
+{_tuning(info)}
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-```
+{_use(name, ", trust_remote_code=True")}
 
 With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`.
 
