@@ -59,7 +59,8 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`.
+With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`;
+[report.html](report.html) shows them, with spectra and seconds, in one page for a browser.
 
 ## Recipe
 
