@@ -23,10 +23,10 @@ def labels(sources: Sequence[str]) -> list[str]:
 
 def columns_of(record: Mapping[str, Any]) -> list[str]:
     """Headings of the table."""
-    found = ["method", "keep", "linears kept", "model kept", "linears", "whole model", "on disk"]
+    found = ["method", "keep"]
     for label in labels([text["source"] for text in record["texts"]]):
         found += [label, "gap"]
-    return [*found, "seconds", "peak memory"]
+    return [*found, "linears kept", "model kept", "linears", "whole model", "on disk", "seconds", "peak memory"]
 
 
 def seconds_of(row: Mapping[str, Any]) -> float:
@@ -46,7 +46,7 @@ def dense_cells(record: Mapping[str, Any]) -> list[str]:
     dense = record["dense"]
     sizes = [f"{dense['parameters_linears']:,}", f"{dense['parameters']:,}", mib(dense["bytes"])]
     gaps = [0.0 for _ in dense["perplexity"]]
-    return ["dense", "1", "1", "1", *sizes, *_quality(dense["perplexity"], gaps), "", ""]
+    return ["dense", "1", *_quality(dense["perplexity"], gaps), "1", "1", *sizes, "", ""]
 
 
 def cells_of(row: Mapping[str, Any]) -> list[str]:
@@ -57,7 +57,7 @@ def cells_of(row: Mapping[str, Any]) -> list[str]:
     sizes = [f"{row['parameters_linears']:,}", f"{row['parameters']:,}", mib(row["bytes"])]
     kept = [f"{row['keep_linears']:.4f}", f"{row['keep_model']:.4f}"]
     peak = "" if row["peak_bytes"] is None else mib(row["peak_bytes"])
-    return [*head, *kept, *sizes, *_quality(row["perplexity"], row["gap"]), f"{seconds_of(row):.1f}", peak]
+    return [*head, *_quality(row["perplexity"], row["gap"]), *kept, *sizes, f"{seconds_of(row):.1f}", peak]
 
 
 def leaders(record: Mapping[str, Any]) -> set[tuple[str, int]]:

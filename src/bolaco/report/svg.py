@@ -14,8 +14,8 @@ from markupsafe import Markup, escape
 
 COLOURS = 8
 WIDTH = 480
-_LEFT, _RIGHT, _TOP = 56, 14, 12
-_LETTER = 6.6  # width of a letter of the legend, on average
+_LEFT, _RIGHT, _TOP = 62, 14, 12
+_LETTER = 7.2  # width of a letter of the legend, on average
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,21 @@ def standalone(chart: Markup) -> str:
     return f"{head}{arrow}<style>{style}svg {{ background: var(--paper); }}</style>{rest}\n"
 
 
-def ticks(low: float, high: float, logarithmic: bool = False) -> list[float]:
-    """About five round numbers within ``[low, high]``."""
+def ticks(low: float, high: float, logarithmic: bool = False, whole: bool = False) -> list[float]:
+    """About five round numbers within ``[low, high]``; ``whole`` has no fractions."""
     if logarithmic:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1, 2, 5), (1,)):
             found = [m * 10.0**e for e in decades for m in steps if low * 0.999 <= m * 10.0**e <= high * 1.001]
             if len(found) <= 8:
                 break
-        return found
+        if len(found) > 2:
+            return found
     span = high - low or 1.0
     base = 10.0 ** math.floor(math.log10(span / 4))
     step = next(base * m for m in (1, 2, 2.5, 5, 10) if span / (base * m) <= 5)
+    if whole:
+        step = max(math.ceil(step), 1)
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -88,14 +91,15 @@ def _group(index: int, body: str) -> str:
     return f'<g class="s{index % COLOURS}{dash}">{body}</g>'
 
 
-def _legend(names: Sequence[str], top: float) -> tuple[str, float]:
+def _legend(series: Sequence[Series], top: float) -> tuple[str, float]:
     """Entries side by side, wrapped; and the height they take."""
-    parts, x, y = [], float(_LEFT), top + 8
-    for index, name in enumerate(names):
-        width = 30 + _LETTER * len(name)
+    parts, x, y = [], float(_LEFT), top + 12
+    for index, item in enumerate(series):
+        name, width = item.name, 30 + _LETTER * len(item.name)
         if x > _LEFT and x + width > WIDTH - 4:
             x, y = float(_LEFT), y + 20
-        line = f'<path class="line" d="M{_n(x)} {_n(y)}h18"/>' + _marker(x + 9, y, index, name)
+        line = "" if item.kind == "dots" else f'<path class="line" d="M{_n(x)} {_n(y)}h18"/>'
+        line += "" if item.kind == "step" else _marker(x + 9, y, index, name)
         parts.append(
             _group(index, line) + f'<text class="label" x="{_n(x + 24)}" y="{_n(y + 4)}">{escape(name)}</text>'
         )
@@ -142,9 +146,10 @@ def chart(
     parts = []
     for tick in ticks(y_low, y_high, logarithmic):
         y = y_of(tick)
-        parts.append(f'<path class="grid" d="M{_LEFT} {_n(y)}H{right}"/>')
+        kind = "zero" if tick == 0 and y_low < 0 else "grid"
+        parts.append(f'<path class="{kind}" d="M{_LEFT} {_n(y)}H{right}"/>')
         parts.append(f'<text class="tick end" x="{_LEFT - 7}" y="{_n(y + 4)}">{tick:g}</text>')
-    for tick in ticks(x_low, x_high):
+    for tick in ticks(x_low, x_high, whole=all(float(x).is_integer() for x in xs)):
         parts.append(f'<path class="axis" d="M{_n(x_of(tick))} {bottom}v5"/>')
         parts.append(f'<text class="tick middle" x="{_n(x_of(tick))}" y="{bottom + 18}">{tick:g}</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
@@ -166,7 +171,7 @@ def chart(
             notes = [f"{item.name}: {x:.4g}, {y:.4g}" for x, y in points]
             inside += "".join(_marker(x, y, index, note) for (x, y), note in zip(spots, notes, strict=True))
         parts.append(_group(index, inside))
-    legend, more = _legend([item.name for item in series], height) if len(series) > 1 else ("", 0.0)
+    legend, more = _legend(series, height) if len(series) > 1 else ("", 0.0)
     return figure(WIDTH, height + more, ident, title, text, "".join(parts) + legend)
 
 
@@ -243,7 +248,7 @@ def band(
 
     The curves have the same x, ascending.
     """
-    width, height, left, bottom = 200.0, 150.0, 36.0, 122.0
+    width, height, left, bottom = 200.0, 150.0, 52.0, 122.0
     x_of = _scale(0.0, 1.0, left, width - 8)
     y_of = _scale(floor, 1.0, bottom, 8, True)
     parts = []
