@@ -13,6 +13,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bolaco.factorize import fwsvd, run
 from bolaco.models import load_model
 from bolaco.models.structure import inspect_structure
 from bolaco.recipe import PRESETS, load_recipe, recipe_of
-from bolaco.statistics import site
+from bolaco.statistics import gradients, site
 from tests.command import SMALL, bolaco, furnish, info, ok, snapshot
 from tests.models import tiny_llama, tiny_tokenizer
 from tests.test_resume import STARTER, counted
@@ -299,9 +300,7 @@ def test_a_method_that_fails_does_not_stop_the_others(place: Path, monkeypatch: 
     def broken(*_: Any) -> Any:
         raise NonFiniteError("NaN in\nthe weights")
 
-    monkeypatch.setattr(
-        fwsvd, "METHOD", comparison.get_method("fwsvd").__class__(**vars(fwsvd.METHOD) | {"prepare": broken})
-    )
+    monkeypatch.setattr(fwsvd, "METHOD", replace(fwsvd.METHOD, prepare=broken))
     done = ok(*words("out", "fwsvd,svd", "0.8"))
     assert "fwsvd at keep 0.8 failed: NaN in the weights" in done.out
     rows = {row["method"]: row for row in results("out")["rows"]}
@@ -312,6 +311,18 @@ def test_a_method_that_fails_does_not_stop_the_others(place: Path, monkeypatch: 
     alone = ok(*words("alone", "svd", "0.8"))
     assert "failed" not in alone.out
     assert results("alone")["rows"][0]["perplexity"] == rows["svd"]["perplexity"]
+
+
+def test_a_statistic_that_fails_stops_only_who_needs_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise NonFiniteError("a gradient is NaN")
+
+    monkeypatch.setattr(gradients._WeightFisher, "update", broken)
+    ok(*words("out", "fwsvd,kfac-svd", "0.8,0.7"))
+    errors = {row["name"]: row.get("error") for row in results("out")["rows"]}
+    assert "a gradient is NaN" in errors["fwsvd-0.8"]
+    assert errors["fwsvd-0.7"] == errors["fwsvd-0.8"]
+    assert errors["kfac-svd-0.8"] is errors["kfac-svd-0.7"] is None
 
 
 def test_a_budget_that_cannot_be_met_is_a_row(place: Path) -> None:

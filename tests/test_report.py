@@ -43,19 +43,19 @@ def comparison(folder: Path) -> dict:
     """A comparison's record around one result, with a failed row and one whose perplexity is not finite."""
     info, curves = read_info(folder), read_curves(folder)
     fields = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
-    row = {field: info[field] for field in fields} | {
-        "tasks": {"piqa.jsonl": {"examples": 9, "acc": 0.5, "acc_stderr": 0.1}}
-    }
+    scores = {"piqa.jsonl": {"examples": 9, "acc": 0.5, "acc_stderr": 0.1}}
+    row = {field: info[field] for field in fields} | {"tasks": scores}
     row |= {"seconds": info["seconds"], "peak_bytes": 2**20, "curves": curves, "recipe_yaml": "keep: 0.7\n"}
     names = ["default", "a-method-with-a-long-name", "svd-llm", "kfac-svd", HOSTILE]
     rows = [
-        row | {"name": f"{m}-{k}", "method": m, "keep": k, "perplexity": [30.0 + i], "gap": [0.1 + i / 3 + 1 - k]}
+        row
+        | {"name": f"{m}-{k}", "method": m, "keep": k, "perplexity": [30.0 + i] * 2, "gap": [0.1 + i / 3 + 1 - k] * 2}
         for k in (0.8, 0.7)
         for i, m in enumerate(names)
     ]
-    rows[1] |= {"perplexity": [None], "gap": [None]}
+    rows[1] |= {"perplexity": [None, 41.0], "gap": [None, 0.5]}
     rows.append({"name": "x-0.7", "method": "x", "keep": 0.7, "error": f"no {HOSTILE}", "recipe_yaml": ""})
-    dense = {"perplexity": [28.0], "tasks": {"piqa.jsonl": {"examples": 9, "acc": 0.6, "acc_stderr": None}}}
+    dense = {"perplexity": [28.0, 39.0], "tasks": {"piqa.jsonl": {"examples": 9, "acc": 0.6, "acc_stderr": None}}}
     dense |= {"parameters": 21_664, "parameters_linears": 15_360, "bytes": 86_656}
     return {
         "model": HOSTILE,
@@ -63,7 +63,13 @@ def comparison(folder: Path) -> dict:
         "keep": [0.8, 0.7],
         "task_keep": 0.8,
         "calibration": [f"8 x 32 tokens of {HOSTILE}"],
-        "texts": [{"source": f"wiki-{HOSTILE}.txt", "windows": 4, "seq_len": 32, "tokens": 124}],
+        "texts": [
+            {"source": source, "windows": 4, "seq_len": 32, "tokens": 124}
+            for source in (
+                f"wiki-{HOSTILE}.txt",
+                "a/folder/with_a_very_long_name_that_cannot_be_broken/at/all/text.txt",
+            )
+        ],
         "dense": dense,
         "rows": rows,
         "seconds": {"load": 1.5},
@@ -253,7 +259,7 @@ def test_a_comparison_shows_every_row(searched: Compressed) -> None:
     text = comparison_page(record)
     assert check(text).tags["tr"] > len(record["rows"])
     assert "smallest of each keep ratio" in text
-    assert text.count('class="best"') == 2
+    assert text.count('class="best"') == 4
     assert 'class="failed"' in text
     assert "0.6000" in text
     assert "0.5000 ± 0.1000" in text
@@ -334,9 +340,9 @@ document.querySelectorAll('details').forEach(d => d.open = true);
 const boxes = [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect());
 const page = document.documentElement;
 return {
-  overflow: page.scrollWidth - window.innerWidth,
+  across: page.scrollWidth,
   charts: boxes.map(b => [b.width, b.height]),
-  outside: boxes.filter(b => b.right > window.innerWidth || b.left < 0).length,
+  right: Math.max(...boxes.map(b => b.right)),
   wide: [...document.querySelectorAll('.scroll')].some(s => s.scrollWidth > s.clientWidth),
   paper: getComputedStyle(document.body).backgroundColor,
 };
@@ -355,8 +361,9 @@ def test_in_a_browser(
         page.write_text(comparison_page(comparison(searched.path)), encoding="utf-8")
     session.open(page, width, dark=dark)
     found = session.run(MEASURE)
-    assert found["overflow"] <= 0
-    assert found["outside"] == 0
+    # Not the window's own width: a phone makes it as wide as what overflows.
+    assert found["across"] <= width
+    assert found["right"] <= width
     assert len(found["charts"]) == page.read_text(encoding="utf-8").count("<svg ")
     assert all(w > 100 and h > 60 for w, h in found["charts"])
     assert found["paper"] == ("rgb(20, 25, 31)" if dark else "rgb(255, 255, 255)")

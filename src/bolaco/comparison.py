@@ -83,7 +83,7 @@ class ComparisonResult:
 
 def row_name(method: str, keep: float) -> str:
     """Name of a row, of its recipe and its model."""
-    return f"{method}-{keep:g}"
+    return f"{method}-{keep}"
 
 
 def make_comparison(
@@ -116,7 +116,7 @@ def make_comparison(
     Raises:
         RecipeError: in one line.
     """
-    methods, keep = tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(keep))
+    methods, keep = tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(map(float, keep)))
     if not methods or not keep:
         raise RecipeError("a comparison needs at least one method and one keep ratio")
     if task_keep is not None and task_keep not in keep:
@@ -231,13 +231,13 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
             try:
                 known[key] = prepare_texts(recipe, tokenizer, config, comparison.others)
             except DataError as error:
-                raise DataError(f"{name}: {error}") from None
+                raise error if name == first else DataError(f"{name}: {error}") from None
         found[name] = known[key]
         if _measured(found[name]) != _measured(found[first]):
             raise DataError(
-                f"{first} and {name} would be measured on different tokens: what one of them calibrates or searches on "
-                "is missing from the evaluation text, or its windows differ; give --eval a source of its own, and "
-                "evaluation.seq_len and evaluation.windows for all"
+                f"{first} and {name} would be measured on different tokens, because one of them searches on a part of "
+                "the evaluation text or has other windows; give --eval a source of its own, and evaluation.seq_len and "
+                "evaluation.windows for all"
             )
     return found
 
@@ -258,6 +258,10 @@ def _expected(error: BaseException) -> bool:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _log_ratio(after: float, before: float) -> float | None:
+    return math.log(after) - math.log(before) if math.isfinite(after) and math.isfinite(before) else None
 
 
 class PeakMemory:
@@ -465,7 +469,7 @@ class _Run:
             seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
             tasks = self._accuracies(compressed) if with_tasks else {}
         before = [text["perplexity"] for text in dense["texts"]]
-        gaps = [math.log(b) - math.log(a) if math.isfinite(b) else None for a, b in zip(before, results, strict=True)]
+        gaps = [_log_ratio(after, dense) for after, dense in zip(results, before, strict=True)]
         fields = (
             *("keep_linears", "keep_model", "parameters", "parameters_linears"),
             "bytes",

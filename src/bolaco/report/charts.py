@@ -138,5 +138,6 @@ def frontier_chart(ident: str, rows: Sequence[Mapping[str, Any]], text_name: str
         "gap to dense (nats)",
         logarithmic=wide,
         descending=True,
+        span=0.1,
         height=330,
     )

@@ -76,9 +76,7 @@ def leaders(record: Mapping[str, Any]) -> set[tuple[str, int]]:
 def memory_note(record: Mapping[str, Any]) -> str:
     """What the column of memory means."""
     since = "while the row ran" if record["memory"] == "row" else "up to the row's end, earlier rows included"
-    return (
-        f"Peak memory is the largest resident memory of the process {since}: the original model and mapped files count."
-    )
+    return f"Peak memory is the resident memory of the process {since}: the original and mapped files count."
 
 
 def task_table(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -106,10 +104,14 @@ def _score(values: Mapping[str, Any], metric: str) -> str:
 def rich_table(record: Mapping[str, Any]) -> Table:
     """For the terminal: the columns that matter there."""
     columns = columns_of(record)
-    wanted = [i for i, name in enumerate(columns) if name not in ("model kept", "linears", "whole model", "on disk")]
+    wanted = [
+        i
+        for i, name in enumerate(columns)
+        if name not in ("model kept", "linears", "whole model", "on disk", "peak memory")
+    ]
     table = Table(title=f"{record['model']}: methods compared", title_justify="left")
     for i in wanted:
-        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     keep = None
     for cells in (dense_cells(record), *map(cells_of, record["rows"])):
         if keep is not None and cells[1] != keep:

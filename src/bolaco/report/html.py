@@ -21,7 +21,7 @@ from bolaco.report.charts import (
     spectrum_charts,
     types_of,
 )
-from bolaco.report.comparison import cells_of, columns_of, dense_cells, leaders, memory_note, task_table
+from bolaco.report.comparison import cells_of, columns_of, dense_cells, labels, leaders, memory_note, task_table
 from bolaco.report.tables import layer_of, mib, millions, type_of
 
 REPORT_FILE = "report.html"
@@ -137,9 +137,9 @@ def comparison_page(record: Mapping[str, Any]) -> str:
             task_columns=task_columns,
             task_rows=task_rows,
             charts=[
-                (text["source"], chart)
-                for i, text in enumerate(record["texts"])
-                if (chart := frontier_chart(f"frontier-{i}", rows, text["source"], i)) is not None
+                (name, drawn)
+                for i, name in enumerate(labels([text["source"] for text in record["texts"]]))
+                if (drawn := frontier_chart(f"frontier-{i}", rows, name, i)) is not None
             ],
             details=[
                 (row, None if "error" in row else _result(f"row-{i}", row, row["curves"])) for i, row in enumerate(rows)

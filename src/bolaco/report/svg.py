@@ -117,6 +117,7 @@ def chart(
     *,
     logarithmic: bool = False,
     descending: bool = False,
+    span: float = 0.0,
     height: float = 270,
 ) -> Markup:
     """Lines over common axes, with a legend below.
@@ -128,12 +129,13 @@ def chart(
         x_label, y_label: of the axes.
         logarithmic: the vertical axis.
         descending: the horizontal axis runs from high to low.
+        span: the horizontal axis is at least this long.
         height: of the plot without the legend.
     """
     shown = [[(x, y) for x, y in item.points if math.isfinite(y) and (y > 0 or not logarithmic)] for item in series]
     xs = [x for points in shown for x, _ in points] or [0.0, 1.0]
     ys = [y for points in shown for _, y in points] or [1.0, 2.0]
-    margin = (max(xs) - min(xs)) * 0.04 or 0.05
+    margin = max((max(xs) - min(xs)) * 0.04, (span - max(xs) + min(xs)) / 2) or 0.05
     x_low, x_high = min(xs) - margin, max(xs) + margin
     if logarithmic:
         y_low, y_high = min(ys) / 1.2, max(ys) * 1.2
