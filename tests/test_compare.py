@@ -152,6 +152,17 @@ def test_a_row_is_what_a_single_run_gives(name: str, shared: Path, place: Path) 
     assert info(shared / f"out/models/{name}")["ranks"] == row["ranks"]
 
 
+def test_a_row_that_computes_its_own_factors(shared: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "shares_factors", lambda recipe: recipe.factorization.method != "fwsvd")
+    own = counted(monkeypatch, pipeline._Run, "_losses")
+    ok(*words("out", "svd,fwsvd", "0.8"))
+    known = {row["name"]: row for row in results(shared / "out")["rows"]}
+    for row in results("out")["rows"]:
+        assert row["ranks"] == known[row["name"]]["ranks"]
+        assert row["perplexity"] == pytest.approx(known[row["name"]]["perplexity"], rel=1e-4)
+    assert len(own) == 1  # of fwsvd, in its own run
+
+
 def test_what_is_shared_is_computed_once(shared: Path, calls: dict[str, int]) -> None:
     assert calls["blocks"] == 2  # of the model, for four methods at two sizes
     assert calls["gradients"] == 2  # one for each kind of statistic

@@ -254,6 +254,12 @@ def test_a_model_that_broke(searched: Compressed) -> None:
     assert text.count("not finite") == 4
 
 
+def test_a_result_without_ranks(searched: Compressed) -> None:
+    text = result_page(searched.info | {"ranks": {}, "trials": []}, {"matrices": {}, "refinement": {}}, "x")
+    assert check(text).tags["svg"] == 0
+    assert "<h2>Ranks</h2>" not in text
+
+
 def test_a_comparison_shows_every_row(searched: Compressed) -> None:
     record = comparison(searched.path)
     text = comparison_page(record)

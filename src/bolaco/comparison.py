@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -203,6 +203,14 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def shares_factors(recipe: Recipe) -> bool:
+    """Whether the factors of a recipe are those of its matrices at all ranks, which others can use.
+
+    A row for which they are not computes its own.
+    """
+    return recipe.factorization.storage in ("two-factor", "pivoted")
+
+
 def statistics_key(recipe: Recipe) -> str:
     """The same for recipes whose statistics of text and loss are the same."""
     return _hash({k: v for k, v in recipe.model_dump(mode="json").items() if k not in (*_LATER, "factorization")})
@@ -347,6 +355,8 @@ class _Run:
         top: dict[str, dict[str, int]] = {}
         waiting: dict[str, dict[str, Recipe]] = {}
         for name, recipe in self.comparison.recipes.items():
+            if not shares_factors(recipe):
+                continue
             key = factors_key(recipe)
             ranks = top.setdefault(key, {})
             for site, rank in pipeline.top_ranks(recipe, self.structure).items():
@@ -455,7 +465,9 @@ class _Run:
             info = read_info(out)
         else:
             headline = {k: v for k, v in dense["texts"][0].items() if k != "source"}
-            shared = pipeline.Shared(texts, self._store(recipe), self._losses(recipe), headline)
+            shared = pipeline.Shared(texts, headline)
+            if shares_factors(recipe):
+                shared = replace(shared, factors=self._store(recipe), losses=self._losses(recipe))
             info = pipeline.compress(
                 recipe, out, self.reporter, model=self.model, tokenizer=self.tokenizer, shared=shared
             ).info
@@ -470,15 +482,9 @@ class _Run:
             tasks = self._accuracies(compressed) if with_tasks else {}
         before = [text["perplexity"] for text in dense["texts"]]
         gaps = [_log_ratio(after, dense) for after, dense in zip(results, before, strict=True)]
-        fields = (
-            *("keep_linears", "keep_model", "parameters", "parameters_linears"),
-            "bytes",
-            "storage",
-            "ranks",
-            "trials",
-        )
+        sizes = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes")
         return {
-            **{field: info[field] for field in fields},
+            **{field: info[field] for field in (*sizes, "storage", "ranks", "trials", "versions")},
             "perplexity": [_finite(value) for value in results],
             "gap": gaps,
             "tasks": tasks,
@@ -493,7 +499,6 @@ class _Run:
         calibrations = [
             f"{r.calibration.sequences} x {r.calibration.seq_len} tokens of {r.calibration.source}" for r in recipes
         ]
-        packages = dict.fromkeys(get_method(r.factorization.method).package for r in recipes)
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             "format": 1,
@@ -513,7 +518,7 @@ class _Run:
             "rows": list(rows),
             "seconds": dict(self.folder.seconds),
             "memory": "row" if self.memory.reset else "process",
-            "versions": versions(*(package for package in packages if package != "bolaco")),
+            "versions": versions() | {k: v for row in rows for k, v in row.get("versions", {}).items()},
         }
 
 

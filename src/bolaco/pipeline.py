@@ -72,16 +72,16 @@ class Shared:
 
     Attributes:
         texts: the recipe's texts.
-        factors: of this recipe's factorization, of all its matrices; up to higher ranks, and of more matrices, where
-            others need them.
-        losses: folder of the loss statistics that they were computed from.
         dense: perplexity of the original on ``texts.evaluation``, the fields of :class:`PerplexityResult`.
+        factors: of this recipe's factorization, of all its matrices; up to higher ranks, and of more matrices, where
+            others need them. None if the run has to compute its own.
+        losses: folder of the loss statistics that they were computed from; None as with ``factors``.
     """
 
     texts: Texts
-    factors: FactorStore
-    losses: Path
     dense: dict[str, Any]
+    factors: FactorStore | None = None
+    losses: Path | None = None
 
 
 def compress(
@@ -218,7 +218,7 @@ class _Run:
     ) -> None:
         self.recipe, self.model, self.structure, self.space = recipe, model, structure, space
         self.texts, self.folder, self.reporter, self.shared = texts, folder, reporter, shared
-        self.store = FactorStore(folder.path / "factors") if shared is None else shared.factors
+        self.store = (shared.factors if shared else None) or FactorStore(folder.path / "factors")
         self.top = top_ranks(recipe, structure)
         self.refined = BlockStore(folder.path / "refined")
         self.method = get_method(recipe.factorization.method)
@@ -256,7 +256,7 @@ class _Run:
 
     def _losses(self) -> LossStatistics:
         """What the method needs of the loss gradients, in the work folder or the shared one."""
-        losses = LossStatistics(self.folder.path if self.shared is None else self.shared.losses, self.method.losses)
+        losses = LossStatistics((self.shared.losses if self.shared else None) or self.folder.path, self.method.losses)
         settings = self.recipe.calibration
         tokens = self.texts.calibration[: settings.gradient_sequences]
         on_disk = settings.cache == "disk"

@@ -17,15 +17,17 @@ from bolaco.report.tables import layer_of, type_of
 
 def types_of(ranks: Ranks) -> list[str]:
     """Matrix types of a model, in their usual order."""
-    found = {type_of(name) for name in ranks}
-    return [kind for kind in TYPES if kind in found]
+    found = dict.fromkeys(map(type_of, ranks))
+    return sorted(found, key=lambda kind: TYPES.index(kind) if kind in TYPES else len(TYPES))
 
 
-def rank_map(ident: str, ranks: Ranks, storage: str, curves: Curves) -> Markup:
-    """Layer by matrix type: the share of each matrix's parameters that is kept.
+def rank_map(ident: str, ranks: Ranks, storage: str, curves: Curves) -> Markup | None:
+    """Layer by matrix type: the share of each matrix's parameters that is kept; None where there are no ranks.
 
     Without shapes, in results of before, the share of the largest rank of its type.
     """
+    if not ranks:
+        return None
     rows = types_of(ranks)
     shapes = {name: entry["shape"] for name, entry in curves["matrices"].items()}
     largest: dict[str, int] = {}
@@ -43,7 +45,7 @@ def rank_map(ident: str, ranks: Ranks, storage: str, curves: Curves) -> Markup:
     text = f"{len(cells)} matrices, {dense} of them dense. " + " ".join(
         f"{kind}: {_range(cells, row)}." for row, kind in enumerate(rows)
     )
-    columns = 1 + max((layer for _, layer in cells), default=0)
+    columns = 1 + max(layer for _, layer in cells)
     return heat_map(ident, "Rank of every matrix", text, rows, columns, cells, "layer", what)
 
 
