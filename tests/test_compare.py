@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 
-from bolaco import api, comparison, pipeline
+from bolaco import api, pipeline
 from bolaco.allocate import Budget
-from bolaco.comparison import factors_key, make_comparison, statistics_key
+from bolaco.comparison import make_comparison
+from bolaco.comparison import run as comparing
+from bolaco.comparison.plan import factors_key, statistics_key
 from bolaco.errors import NonFiniteError, RecipeError
 from bolaco.factorize import fwsvd, run
 from bolaco.models import load_model
@@ -101,7 +103,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, calls: dict[str, int]) -> P
         seen = {
             "blocks": counted(patch, run, "collect"),
             "gradients": counted(patch, site, "GradientWalk"),
-            "dense": counted(patch, comparison, "perplexity"),
+            "dense": counted(patch, comparing, "perplexity"),
             "again": counted(patch, pipeline._Run, "_losses"),
         }
         tasks = ("--tasks", "questions.jsonl", "--task-limit", "3", "--task-keep", "0.6", "--keep-models")
@@ -153,7 +155,7 @@ def test_a_row_is_what_a_single_run_gives(name: str, shared: Path, place: Path) 
 
 
 def test_a_row_that_computes_its_own_factors(shared: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "shares_factors", lambda recipe: recipe.factorization.method != "fwsvd")
+    monkeypatch.setattr(comparing, "shares_factors", lambda recipe: recipe.factorization.method != "fwsvd")
     own = counted(monkeypatch, pipeline._Run, "_losses")
     ok(*words("out", "svd,fwsvd", "0.8"))
     known = {row["name"]: row for row in results(shared / "out")["rows"]}
@@ -370,9 +372,9 @@ def test_a_defect_is_not_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # moment -> (function, in which call of it, "before" or "after" it does its work)
 MOMENTS = {
     "in the pass over the text": ("bolaco.factorize.store.FactorStore.save", 3, "after"),
-    "between two rows": ("bolaco.comparison._Run._row", 2, "before"),
-    "before a row is in the ledger": ("bolaco.comparison._Run._row", 2, "after"),
-    "while the result is written": ("bolaco.comparison.comparison_page", 1, "before"),
+    "between two rows": ("bolaco.comparison.run._Run._row", 2, "before"),
+    "before a row is in the ledger": ("bolaco.comparison.run._Run._row", 2, "after"),
+    "while the result is written": ("bolaco.comparison.run.comparison_page", 1, "before"),
 }
 
 
@@ -412,7 +414,7 @@ def test_killed(
     assert starter.stdout.readline() == f"{-signal.SIGKILL}\n", (place / "log").read_text(encoding="utf-8")
     (place / "log").unlink()
     assert not Path("out").exists()
-    rows = counted(monkeypatch, comparison._Run, "_row")
+    rows = counted(monkeypatch, comparing._Run, "_row")
     runs = counted(monkeypatch, pipeline, "compress")
     collected = counted(monkeypatch, run, "collect")
     ok(*given)
@@ -428,7 +430,7 @@ def test_killed(
 
 def test_another_comparison_does_not_take_over(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(comparing, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert bolaco(*words("out", "svd", "0.8")).code == 130
     done = bolaco(*words("out", "svd", "0.7"))
     assert done.code == 1

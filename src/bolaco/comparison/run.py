@@ -1,4 +1,4 @@
-"""Several methods at several sizes on one model and one text, side by side.
+"""The rows of a comparison, and what they share.
 
 What the methods have in common is computed once: loss gradients, the pass over the calibration text, factors of each
 factorization up to the largest rank that any row needs, the dense model's evaluation. Each row is then an ordinary run
@@ -8,7 +8,6 @@ that was killed goes on with the next row.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,16 +17,23 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
 from bolaco import pipeline
 from bolaco.checkpoint.info import read_curves, read_info, versions
 from bolaco.checkpoint.write import new_folder, refuse_compressed, refuse_existing
+from bolaco.comparison.plan import (
+    Comparison,
+    factors_key,
+    row_name,
+    shares_factors,
+    short_hash,
+    statistics_key,
+)
 from bolaco.data import fingerprint
-from bolaco.errors import BolacoError, DataError, RecipeError, ResumeError, no_space
+from bolaco.errors import BolacoError, DataError, ResumeError, no_space
 from bolaco.evaluation.perplexity import perplexity
 from bolaco.evaluation.tasks import TaskSet, evaluate_tasks, read_tasks
 from bolaco.factorize import Method, get_method
@@ -36,7 +42,7 @@ from bolaco.factorize.store import FactorStore
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, resolve_device
 from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
-from bolaco.recipe import Recipe, merge, recipe_of, recipe_values
+from bolaco.recipe import Recipe
 from bolaco.report.charts import frontier_chart
 from bolaco.report.comparison import comma_separated, labels, markdown
 from bolaco.report.html import REPORT_FILE, comparison_page
@@ -47,25 +53,6 @@ from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
 # What a method can stumble over at one point; anything else is a defect and stops the comparison.
 _FAILURES = (BolacoError, ArithmeticError, RuntimeError)
-# Sections of a recipe that neither statistics nor factors depend on. What is not named here is taken to matter.
-_LATER = ("version", "keep", "search", "validation", "refinement", "evaluation")
-
-
-class Comparison(BaseModel):
-    """What a comparison depends on: a recipe for each row, by name, and what is measured beside perplexity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    version: Literal[1] = 1
-    model: str
-    methods: tuple[str, ...]
-    keep: tuple[float, ...]
-    recipes: dict[str, Recipe]
-    others: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_limit: int | None = None
-    task_keep: float | None = None
-    keep_models: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,77 +66,6 @@ class ComparisonResult:
     def failed(self) -> list[dict[str, Any]]:
         """Rows without a result; each has an ``error``."""
         return [row for row in self.record["rows"] if "error" in row]
-
-
-def row_name(method: str, keep: float) -> str:
-    """Name of a row, of its recipe and its model."""
-    return f"{method}-{keep}"
-
-
-def make_comparison(
-    model: str,
-    methods: Sequence[str],
-    keep: Sequence[float],
-    *,
-    evaluation: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    task_limit: int | None = None,
-    task_keep: float | None = None,
-    keep_models: bool = False,
-    options: Mapping[str, Any] | None = None,
-    **words: Any,
-) -> Comparison:
-    """The comparison that the words of the command line ask for.
-
-    Args:
-        model: as for :func:`bolaco.compress`.
-        methods: presets and factorization methods (see :func:`bolaco.recipe.recipe_of`).
-        keep: keep ratios.
-        evaluation: sources perplexity is reported on; the first one is the recipes'.
-        tasks: see :func:`bolaco.evaluation.tasks.read_tasks`.
-        task_limit: examples of each task.
-        task_keep: the keep ratio tasks are run at; the first one by default.
-        keep_models: the checkpoints are part of the result.
-        options: further fields of all recipes by dotted name, or of one method as ``method:field``.
-        words: further fields of all recipes, see :func:`bolaco.recipe.recipe_values`.
-
-    Raises:
-        RecipeError: in one line.
-    """
-    methods, keep = tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(map(float, keep)))
-    if not methods or not keep:
-        raise RecipeError("a comparison needs at least one method and one keep ratio")
-    if task_keep is not None and task_keep not in keep:
-        raise RecipeError(f"--task-keep {task_keep:g}: not one of the keep ratios {', '.join(f'{k:g}' for k in keep)}")
-    if task_limit is not None and task_limit < 1:
-        raise RecipeError(f"--task-limit {task_limit}: must be at least 1")
-    general: dict[str, Any] = {}
-    special: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    for field, value in (options or {}).items():
-        method, colon, name = field.partition(":")
-        if colon and method not in special:
-            raise RecipeError(f"--set {field}: {method!r} is not one of the methods compared")
-        (special[method] if colon else general)[name if colon else field] = value
-    first = evaluation[0] if evaluation else None
-    common = merge({"model": model}, recipe_values(evaluation=first, **words, options=general))
-    recipes = {}
-    for ratio in keep:
-        for method in methods:
-            values = merge(merge(common, recipe_values(options=special[method])), {"keep": ratio})
-            recipes[row_name(method, ratio)] = recipe_of(method, values)
-    if len({(recipe.model, recipe.dtype, recipe.device) for recipe in recipes.values()}) > 1:
-        raise RecipeError("model, dtype and device must be the same for all methods compared")
-    return Comparison(
-        model=model,
-        methods=methods,
-        keep=keep,
-        recipes=recipes,
-        others=tuple(dict.fromkeys(evaluation[1:])),
-        tasks=tuple(tasks),
-        task_limit=task_limit,
-        task_keep=(keep[0] if task_keep is None else task_keep) if tasks else None,
-        keep_models=keep_models,
-    )
 
 
 def compare(
@@ -185,8 +101,9 @@ def compare(
             texts = _texts(comparison, tokenizer, config)
             model = model if model is not None else load_model(comparison.model, first.dtype, first.device)
             check_finite(model)
+            fingerprints = [found.fingerprint for found in texts.values()]
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
-            folder.same("texts", _hash([t.fingerprint for t in texts.values()]), "the text or its tokens have changed")
+            folder.same("texts", short_hash(fingerprints), "the text or its tokens have changed")
         run = _Run(comparison, model, tokenizer, texts, tasks, folder, reporter)
         dense = run.dense()
         run.prepare()
@@ -197,30 +114,6 @@ def compare(
         if not keep_work:
             folder.remove()
     return ComparisonResult(out, record)
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def shares_factors(recipe: Recipe) -> bool:
-    """Whether the factors of a recipe are those of its matrices at all ranks, which others can use.
-
-    A row for which they are not computes its own.
-    """
-    return recipe.factorization.storage in ("two-factor", "pivoted")
-
-
-def statistics_key(recipe: Recipe) -> str:
-    """The same for recipes whose statistics of text and loss are the same."""
-    return _hash({k: v for k, v in recipe.model_dump(mode="json").items() if k not in (*_LATER, "factorization")})
-
-
-def factors_key(recipe: Recipe) -> str:
-    """The same for recipes whose factors are the same, up to the largest rank."""
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _LATER}
-    del values["factorization"]["storage"]
-    return f"{recipe.factorization.method}-{_hash(values)}"
 
 
 def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Texts]:
@@ -234,7 +127,7 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
     first = next(iter(comparison.recipes))
     for name, recipe in comparison.recipes.items():
         sections = (recipe.calibration, recipe.validation, recipe.evaluation)
-        key = _hash([section.model_dump(mode="json") for section in sections] + [recipe.bos, recipe.searches])
+        key = short_hash([section.model_dump(mode="json") for section in sections] + [recipe.bos, recipe.searches])
         if key not in known:
             try:
                 known[key] = prepare_texts(recipe, tokenizer, config, comparison.others)
