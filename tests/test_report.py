@@ -158,6 +158,20 @@ def test_points_that_are_not_finite_are_left_out() -> None:
     assert len(re.findall(r"<title>[ab]: ", svg)) == 2
 
 
+def test_every_series_looks_different() -> None:
+    """By colour and shape, also without colours within each eight."""
+    series = [Series(f"series {i}", [(0.9, 1.0 + i), (0.8, 2.0 + i)]) for i in range(24)]
+    svg = ET.fromstring(str(chart("x", "t", "d", series, "x", "y")))
+    looks: dict[str, set[str]] = {}
+    for group in (e for e in svg if e.tag.endswith("}g")):
+        for mark in (e for e in group if e.get("class") == "mark"):
+            shape = mark.tag + (mark.get("d") or "").partition("l")[2]
+            looks.setdefault((mark[0].text or "").partition(":")[0], set()).add(f"{group.get('class')} {shape}")
+    assert len(looks) == 24
+    assert all(len(found) == 1 for found in looks.values())
+    assert len(set().union(*looks.values())) == 24
+
+
 def test_a_search_of_one_trial_and_equal_values() -> None:
     trials = [{"objective": 3.0}]
     assert "1 trials" in str(search_chart("x", trials))

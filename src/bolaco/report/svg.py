@@ -73,17 +73,15 @@ def _scale(low: float, high: float, a: float, b: float, logarithmic: bool = Fals
 
 
 def _marker(x: float, y: float, index: int, note: str) -> str:
-    shapes = (
-        lambda: f'<circle cx="{_n(x)}" cy="{_n(y)}" r="4"',
-        lambda: f'<rect x="{_n(x - 3.6)}" y="{_n(y - 3.6)}" width="7.2" height="7.2"',
-        lambda: f'<path d="M{_n(x)} {_n(y - 5)}l5 5-5 5-5-5z"',
-        lambda: f'<path d="M{_n(x)} {_n(y - 4.8)}l4.8 8.4h-9.6z"',
-    )
-    return f'{shapes[index % len(shapes)]()} class="mark"><title>{escape(note)}</title></{_tag(index)}>'
-
-
-def _tag(index: int) -> str:
-    return ("circle", "rect", "path", "path")[index % 4]
+    # Series of the same colour have another shape.
+    shape = (index + index // COLOURS) % 4
+    tag, drawn = (
+        ("circle", f'cx="{_n(x)}" cy="{_n(y)}" r="4"'),
+        ("rect", f'x="{_n(x - 3.6)}" y="{_n(y - 3.6)}" width="7.2" height="7.2"'),
+        ("path", f'd="M{_n(x)} {_n(y - 5)}l5 5-5 5-5-5z"'),
+        ("path", f'd="M{_n(x)} {_n(y - 4.8)}l4.8 8.4h-9.6z"'),
+    )[shape]
+    return f'<{tag} {drawn} class="mark"><title>{escape(note)}</title></{tag}>'
 
 
 def _group(index: int, body: str) -> str:
