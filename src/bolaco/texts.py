@@ -32,10 +32,10 @@ class Texts:
         return fingerprint(*[t for t in (self.calibration, self.candidates, self.evaluation) if t is not None])
 
 
-def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, others: Sequence[str] = ()) -> Texts:
+def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, *, more: Sequence[str] = ()) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
-    ``others`` are sources of further texts to report on, as long as the evaluation text.
+    ``more`` are sources of further texts to report on, as long as the evaluation text.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -64,5 +64,5 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, others: Sequence[
         )
     windows, window = recipe.evaluation.windows, recipe.evaluation.seq_len or length
     evaluation = take(evaluation_source, windows, window, "evaluation")
-    more = tuple((source, take(source, windows, window, "evaluation")) for source in others)
-    return Texts(calibration, candidates, evaluation, evaluation_source, more)
+    further = tuple((source, take(source, windows, window, "evaluation")) for source in more)
+    return Texts(calibration, candidates, evaluation, evaluation_source, further)

@@ -130,7 +130,7 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
         key = short_hash([section.model_dump(mode="json") for section in sections] + [recipe.bos, recipe.searches])
         if key not in known:
             try:
-                known[key] = prepare_texts(recipe, tokenizer, config, comparison.others)
+                known[key] = prepare_texts(recipe, tokenizer, config, more=comparison.others)
             except DataError as error:
                 raise error if name == first else DataError(f"{name}: {error}") from None
         found[name] = known[key]
