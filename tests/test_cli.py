@@ -24,7 +24,7 @@ from bolaco.progress import Reporter
 from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
 from tests.models import save_tiny, tiny_llama
 
-COMMANDS = ("compress", "run", "eval", "tune", "bench", "inspect", "export", "methods")
+COMMANDS = ("compress", "compare", "run", "eval", "tune", "bench", "inspect", "export", "methods")
 GOLDEN = Path(__file__).parent / "golden"
 LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
 

@@ -87,7 +87,8 @@ Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl[
 
 {_use(name, ", trust_remote_code=True")}
 
-With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`.
+With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`;
+[report.html](report.html) shows them, with spectra and seconds, in one page for a browser.
 
 ## Recipe
 
