@@ -242,6 +242,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def tiny_deep(family: str, layers: int = 6) -> PreTrainedModel:
+    """The tiny model of a family with more blocks; what differs from block to block goes on in its pattern."""
+    config = FAMILIES[family]().config
+    values = config.to_dict()
+    before = config.num_hidden_layers
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == before:
+            values[name] = [value[i % before] for i in range(layers)]
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in values:
+            values[name] = layers
+    for name in ("model_type", "architectures", "dtype", "transformers_version"):
+        values.pop(name, None)
+    return build(config.model_type, **values)
+
+
 def save_tiny(folder: Path, model: PreTrainedModel | None = None, tokenizer: Any = None) -> Path:
     """A Hugging Face folder with a model (Llama by default) and its tokenizer."""
     folder = Path(folder)

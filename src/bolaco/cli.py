@@ -57,6 +57,7 @@ PRESETS = (
     "welore",
     "aa-svd",
     "mpifa",
+    "chop",
 )
 
 
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (pivoted)")
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
-    compress.add_argument("--method", help="factorization, one of `bolaco methods` (kfac)")
+    compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
     compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
     compress.add_argument(
         "--validation",
@@ -212,18 +213,29 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(recipe: Any, console: Console) -> None:
-    from bolaco.allocate import hand_keeps
+    from bolaco.allocate import Budget, hand_keeps
     from bolaco.checkpoint.write import refuse_compressed
     from bolaco.factorize import get_method
     from bolaco.models.load import load_config
     from bolaco.models.structure import inspect_structure, meta_model
     from bolaco.pipeline import space_of
-    from bolaco.report.tables import plan_table
+    from bolaco.report.tables import blocks_line, plan_table
+    from bolaco.transform import get_transform
 
-    get_method(recipe.factorization.method)
+    if recipe.transform is None:
+        get_method(recipe.factorization.method)
     config = load_config(recipe.model)
     refuse_compressed(config)
     structure = inspect_structure(meta_model(config))
+    if recipe.transform is not None:
+        budget = Budget(structure.sites, recipe.keep)
+        kept = get_transform(recipe.transform).plan(structure, budget, recipe)
+        console.print(blocks_line(kept, structure.num_layers))
+        size = sum(site.size for site in structure.sites if site.layer in kept)
+        console.print(
+            f"{size:,} of {budget.total:,} parameters of the decoder linears stay ({size / budget.total:.4f})"
+        )
+        return
     space = space_of(recipe, structure)
     console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
@@ -304,11 +316,14 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import read_info
-    from bolaco.report.tables import ranks_table, seconds_line, summary_table, trials_table
+    from bolaco.report.tables import blocks_line, ranks_table, seconds_line, summary_table, trials_table
 
     info = read_info(args.folder)
     console.print(summary_table(info))
-    console.print(ranks_table(info["ranks"]))
+    if info["ranks"]:
+        console.print(ranks_table(info["ranks"]))
+    else:
+        console.print(blocks_line(info["layers"], info["layers_dense"]))
     if info["trials"]:
         console.print(trials_table(info["trials"]))
         best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]

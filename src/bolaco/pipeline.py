@@ -1,7 +1,8 @@
 """A run from model to checkpoint, readable top to bottom.
 
 load -> statistics and factors, block by block -> validation sequences -> search -> checkpoint -> evaluation of what was
-written. Each stage leaves its result in the work folder, and is skipped when it is there already.
+written. Each stage leaves its result in the work folder, and is skipped when it is there already. A transform (chop)
+has no factors and no ranks: load -> checkpoint -> evaluation.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
 from bolaco.statistics.site import LossStatistics
 from bolaco.texts import Texts, prepare_texts
+from bolaco.transform import get_transform
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
 if TYPE_CHECKING:
@@ -83,7 +85,8 @@ def compress(
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
     _refuse_nested(out, work)
-    get_method(recipe.factorization.method)
+    if recipe.transform is None:
+        get_method(recipe.factorization.method)
     resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
         with folder.timed("load"):
@@ -92,21 +95,21 @@ def compress(
             config = model.config if model is not None else load_config(recipe.model)
             refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
-            texts = prepare_texts(recipe, tokenizer, config)
+            texts = prepare_texts(recipe, tokenizer, config, _calibrates(recipe))
             model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
             check_finite(model)
             structure = inspect_structure(model)
-            space = space_of(recipe, structure)
-            warm = warm_ranks(recipe, space)
+            run = _Run(recipe, model, structure, texts, folder, reporter)
+            warm = None if recipe.transform else warm_ranks(recipe, run.space)
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
             folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
-        run = _Run(recipe, model, structure, space, texts, folder, reporter)
         run.require_space(out)
-        with folder.timed("factorize"):
-            run.factorize()
+        if recipe.transform is None:
+            with folder.timed("factorize"):
+                run.factorize()
         with folder.timed("dense evaluation"):
             dense = run.dense_perplexity()
-        ranks, trials = run.allocate(warm)
+        ranks, trials = run.allocate(warm) if recipe.transform is None else ({}, [])
         if recipe.refines:
             with folder.timed("refine"):
                 run.refine(ranks)
@@ -123,6 +126,11 @@ def compress(
         if not keep_work:
             folder.remove()
     return Result(out, info)
+
+
+def _calibrates(recipe: Recipe) -> bool:
+    """Whether any stage of a run reads the calibration text."""
+    return recipe.refines or (recipe.transform is None and not get_method(recipe.factorization.method).weights_only)
 
 
 def _refuse_nested(out: Path, work: Path) -> None:
@@ -177,18 +185,24 @@ class _Run:
         recipe: Recipe,
         model: PreTrainedModel,
         structure: Structure,
-        space: SearchSpace,
         texts: Texts,
         folder: WorkFolder,
         reporter: Reporter,
     ) -> None:
-        self.recipe, self.model, self.structure, self.space = recipe, model, structure, space
+        self.recipe, self.model, self.structure = recipe, model, structure
         self.texts, self.folder, self.reporter = texts, folder, reporter
+        self.growth: dict[str, float] = {}
+        self.parameters_dense = sum(p.numel() for p in model.parameters())
+        if recipe.transform is not None:
+            self.budget = Budget(structure.sites, recipe.keep)
+            self.kept = get_transform(recipe.transform).plan(structure, self.budget, recipe)
+            return
+        self.kept = tuple(range(structure.num_layers))
+        self.space = space_of(recipe, structure)
+        self.budget = self.space.budget
         self.store = FactorStore(folder.path / "factors")
         self.refined = BlockStore(folder.path / "refined")
         self.method = get_method(recipe.factorization.method)
-        self.growth: dict[str, float] = {}
-        self.parameters_dense = sum(p.numel() for p in model.parameters())
 
     @property
     def _factorized(self) -> bool:
@@ -198,7 +212,7 @@ class _Run:
         """Stops if what is still to be written (estimated from above) does not fit."""
         itemsize = self.model.dtype.itemsize
         factors = 0
-        if not self._factorized:
+        if self.recipe.transform is None and not self._factorized:
             multiple, storage = self.recipe.search.rank_multiple, self.space.budget.storage
             for site in self.structure.sites:
                 if site.type not in self.recipe.dense_types:
@@ -318,6 +332,11 @@ class _Run:
 
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Writes the compressed model."""
+        if self.recipe.transform is not None:
+            smaller = get_transform(self.recipe.transform).apply(self.model, self.structure, self.kept)
+            with quiet():
+                smaller.save_pretrained(folder)
+            return
 
         def blocks() -> Iterator[nn.Module]:
             for layer in range(self.structure.num_layers):
@@ -338,7 +357,9 @@ class _Run:
         blocks = self.texts.evaluation
         with self.reporter.stage("evaluate the result", len(blocks)) as tick:
             after = perplexity(compressed, blocks, self.recipe.validation.batch, tick)
-        budget = self.space.budget
+        budget = self.budget
+        removed = sum(site.size for site in self.structure.sites if site.layer not in self.kept)
+        linears = budget.cost(ranks) - removed
         parameters = sum(p.numel() for p in compressed.parameters())
         return {
             "format": 1,
@@ -347,15 +368,17 @@ class _Run:
             "method": self.recipe.factorization.method,
             "storage": self.recipe.factorization.storage,
             "keep": self.recipe.keep,
-            "keep_linears": budget.ratio(ranks),
+            "keep_linears": linears / budget.total,
             "keep_model": parameters / self.parameters_dense,
             "parameters": parameters,
             "parameters_dense": self.parameters_dense,
-            "parameters_linears": budget.cost(ranks),
+            "parameters_linears": linears,
             "parameters_linears_dense": budget.total,
             "bytes": weight_bytes(folder),
             "bytes_dense": self.parameters_dense * self.model.dtype.itemsize,
             "dtype": str(self.model.dtype).removeprefix("torch."),
+            "layers": list(self.kept),
+            "layers_dense": self.structure.num_layers,
             "ranks": ranks,
             "pivot_growth": self.growth,
             "perplexity": {
@@ -366,7 +389,7 @@ class _Run:
                 "windows": after.windows,
                 "tokens": after.tokens,
             },
-            "dimensions": self.space.names,
+            "dimensions": self.space.names if self.recipe.transform is None else [],
             "trials": [
                 {
                     "keep": dict(zip(self.space.names, t.keeps, strict=True)),
@@ -380,7 +403,7 @@ class _Run:
             ],
             "seconds": {},
             "recipe": self.recipe.model_dump(mode="json"),
-            "versions": versions(self.method.package),
+            "versions": versions(*([] if self.recipe.transform else [self.method.package])),
         }
 
     def _ranks_by_type(self, levels: Sequence[int]) -> dict[str, list[int | None]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bolaco.data import TokenStream, fingerprint
@@ -14,7 +15,11 @@ from bolaco.recipe import Recipe
 
 @dataclass(frozen=True)
 class Texts:
-    """Token blocks ``[sequences, length]``; ``candidates`` is None when nothing is searched."""
+    """Token blocks ``[sequences, length]``.
+
+    ``candidates`` is None when nothing is searched; ``calibration`` has no sequences where nothing reads any and
+    nothing else is taken from its source.
+    """
 
     calibration: Tensor
     candidates: Tensor | None
@@ -27,8 +32,11 @@ class Texts:
         return fingerprint(*[t for t in (self.calibration, self.candidates, self.evaluation) if t is not None])
 
 
-def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any) -> Texts:
+def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, calibrates: bool = True) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
+
+    Without ``calibrates`` the calibration source is left alone, unless other text comes from it: that is then the same
+    text as in a run that calibrates.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -49,7 +57,11 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any) -> Texts:
         return streams[source].take(count, length, purpose)
 
     length = recipe.calibration.seq_len
-    calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
+    others = {evaluation_source} | ({validation_source} if recipe.searches else set())
+    if calibrates or calibration_source in others:
+        calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
+    else:
+        calibration = torch.empty(0, length, dtype=torch.int64)
     candidates = None
     if recipe.searches:
         candidates = take(

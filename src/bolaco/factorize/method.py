@@ -33,6 +33,7 @@ class Method:
         magnitudes: asks for ``moments.magnitude``, the mean absolute inputs.
         gradients: asks for ``statistics.gradient``, the second moment of the loss gradient at the output.
         fisher: asks for ``statistics.fisher``, the empirical Fisher information of the weights by input.
+        weights_only: the weights alone decide: no text is read for it, and it gets no ``moments``.
         comparable: whether squared errors of different matrices are in one unit.
         centred: whether inputs are centred and the mean output restored by a bias.
         package: distribution it comes with; set when it is found.
@@ -46,6 +47,7 @@ class Method:
     magnitudes: bool = False
     gradients: bool = False
     fisher: bool = False
+    weights_only: bool = False
     comparable: bool = False
     centred: bool = False
     package: str = "bolaco"

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from bolaco.recipe import Recipe
-from bolaco.report.tables import seconds_line, summary_rows
+from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
 
 def _refinement(recipe: Recipe) -> str:
@@ -22,12 +22,41 @@ def _refinement(recipe: Recipe) -> str:
     return f"Every block was then {' and '.join(done)}.\n" if done else ""
 
 
+def _what(info: dict[str, Any]) -> str:
+    """What was done to the model, in a sentence."""
+    how = f"method {info['method']}, {info['storage']} storage, keep ratio {info['keep']}"
+    if info["storage"] == "dense":
+        return (
+            f"with fewer decoder blocks, made by bolaco\n({how}). {blocks_line(info['layers'], info['layers_dense'])}."
+        )
+    return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
+
+
+def _use(info: dict[str, Any], name: str) -> str:
+    """How to load it."""
+    stock = info["storage"] == "dense"
+    flag = "" if stock else ", trust_remote_code=True"
+    note = (
+        "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions"
+        if stock
+        else "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions"
+    )
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}"{flag})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{flag})
+```
+
+{note} are in `bolaco.json`."""
+
+
 def model_card(info: dict[str, Any], name: str) -> str:
     """Markdown with the measured numbers and the recipe that reproduces them."""
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["bolaco", "low-rank"],
+        "tags": ["bolaco", "layer-pruning" if info["storage"] == "dense" else "low-rank"],
     }
     if info["model"].count("/") == 1 and not info["model"].startswith((".", "/", "~")):
         front["base_model"] = info["model"]
@@ -39,8 +68,7 @@ def model_card(info: dict[str, Any], name: str) -> str:
 ---
 # {name}
 
-`{info["model"]}` with its decoder matrices replaced by low-rank products, made by bolaco
-(method {info["method"]}, {info["storage"]} storage, keep ratio {info["keep"]}).
+`{info["model"]}` {_what(info)}
 {_refinement(recipe)}
 | | dense | compressed | ratio / gap |
 |---|---:|---:|---:|
@@ -52,14 +80,7 @@ Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl[
 
 ## Use
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
-```
-
-With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`.
+{_use(info, name)}
 
 ## Recipe
 

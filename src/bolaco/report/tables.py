@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,18 @@ def seconds_line(info: dict[str, Any]) -> str:
     """Seconds per stage, in one line."""
     parts = [f"{stage} {seconds:.1f}" for stage, seconds in info["seconds"].items()]
     return f"seconds: {', '.join(parts)}; {sum(info['seconds'].values()):.1f} in all"
+
+
+def blocks_line(kept: Sequence[int], layers: int) -> str:
+    """Which decoder blocks of ``layers`` stay, in one line; runs of them as first-last."""
+    runs: list[list[int]] = []
+    for block in kept:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{len(kept)} of {layers} decoder blocks stay: {named}"
 
 
 def ranks_table(ranks: Ranks) -> Table:

@@ -22,14 +22,15 @@ class SiteStatistics:
     """Statistics of one matrix ``[out, in]``. What the method did not ask for is None.
 
     Attributes:
-        moments: of its input; one object for all matrices that share the input.
+        moments: of its input; one object for all matrices that share the input. None for methods that look at the
+            weights only.
         gradient: ``[out, out]``, E[g g^T] with g a token's loss gradient at the output (nats per unit of output),
             labels sampled from the model.
         fisher: ``[in]``, the mean over sequences of (dL/dW)^2, L the loss of the sequence's own next tokens summed over
             the sequence (nats), added up over the outputs.
     """
 
-    moments: Moments
+    moments: Moments | None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
 
