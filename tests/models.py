@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -335,4 +336,16 @@ def compressed(family: str, keep: float = 0.7, search: str = "none", method: str
     out = scratch() / f"{family}-{keep}-{search}-{method}"
     if out not in _finished:
         _finished[out] = compress_tiny(FAMILIES[family](), out, keep=keep, search=search, trials=3, method=method)
+    return _finished[out]
+
+
+def compressed_once(family: str, layers: int | None = None, **values: Any) -> Compressed:
+    """A family's tiny model through the pipeline with these values, once for all tests; leave the folder as it is.
+
+    ``layers`` takes :func:`tiny_deep` instead of the two to four blocks of the family.
+    """
+    key = hashlib.sha256(repr((family, layers, sorted(values.items()))).encode()).hexdigest()[:16]
+    out = scratch() / f"{family}-{key}"
+    if out not in _finished:
+        _finished[out] = compress_tiny(tiny_deep(family, layers) if layers else FAMILIES[family](), out, **values)
     return _finished[out]

@@ -57,6 +57,7 @@ PRESETS = (
     "welore",
     "aa-svd",
     "mpifa",
+    "joint",
     "chop",
 )
 
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("spectral", "5x1", "5x4", "uniform", "welore", "none"),
         help="how ranks are found (spectral)",
     )
-    compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (pivoted)")
+    compress.add_argument(
+        "--storage", choices=("two-factor", "pivoted", "shared"), help="of factored matrices (pivoted)"
+    )
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
     compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
     compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
@@ -218,7 +221,7 @@ def _plan(recipe: Any, console: Console) -> None:
     from bolaco.factorize import get_method
     from bolaco.models.load import load_config
     from bolaco.models.structure import inspect_structure, meta_model
-    from bolaco.pipeline import space_of
+    from bolaco.pipeline import space_of, units_of
     from bolaco.report.tables import blocks_line, plan_table
     from bolaco.transform import get_transform
 
@@ -226,7 +229,7 @@ def _plan(recipe: Any, console: Console) -> None:
         get_method(recipe.factorization.method)
     config = load_config(recipe.model)
     refuse_compressed(config)
-    structure = inspect_structure(meta_model(config))
+    structure = units_of(recipe, inspect_structure(meta_model(config)))
     if recipe.transform is not None:
         budget = Budget(structure.sites, recipe.keep)
         kept = get_transform(recipe.transform).plan(structure, budget, recipe)

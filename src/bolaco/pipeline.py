@@ -38,7 +38,7 @@ from bolaco.factorize import get_method
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, quiet, resolve_device
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.models.structure import Structure, inspect_structure, stacked
 from bolaco.objective import Head, Scores, hidden_states, score
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe
@@ -98,7 +98,7 @@ def compress(
             texts = prepare_texts(recipe, tokenizer, config, _calibrates(recipe))
             model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
             check_finite(model)
-            structure = inspect_structure(model)
+            structure = units_of(recipe, inspect_structure(model))
             run = _Run(recipe, model, structure, texts, folder, reporter)
             warm = None if recipe.transform else warm_ranks(recipe, run.space)
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
@@ -161,6 +161,11 @@ def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:
                 f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
             )
     return ranks
+
+
+def units_of(recipe: Recipe, structure: Structure) -> Structure:
+    """The structure with one site for each matrix, or stack of matrices, that is compressed as one."""
+    return stacked(structure, recipe.dense_types) if recipe.factorization.storage == "shared" else structure
 
 
 def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
@@ -379,7 +384,9 @@ class _Run:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "layers": list(self.kept),
             "layers_dense": self.structure.num_layers,
-            "ranks": ranks,
+            "ranks": {member.name: ranks[site.name] for site in self.structure.sites for member in site.members}
+            if ranks
+            else {},
             "pivot_growth": self.growth,
             "perplexity": {
                 "dense": dense["perplexity"],

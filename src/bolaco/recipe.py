@@ -272,6 +272,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"space": "uniform"},
         "refinement": {"fit": True, "drift": 0.25, "steps": 0},
     },
+    "joint": merge(_one_shot("svd"), {"factorization": {"storage": "shared"}}),
     "chop": merge(_one_shot("chop", "none"), {"factorization": {"storage": "dense"}}),
 }
 

@@ -44,6 +44,14 @@ SYSTEMS: dict[str, System] = {
         fixed={"search.space": ("welore",)},
         because="it is a rule for ranks itself",
     ),
+    "joint": System(
+        kind="factorization",
+        paper="arXiv 2402.16319",
+        summary="svd of q over k and of gate over up, one input factor for both; reads no text",
+        presets=("joint",),
+        fixed={"factorization.storage": ("shared",)},
+        because="its matrices share a factor",
+    ),
     "chop": System(
         kind="transform",
         paper="arXiv 2305.14864",

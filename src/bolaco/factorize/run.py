@@ -18,7 +18,7 @@ from bolaco.recipe import Calibration
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
 from bolaco.statistics.moments import Moments
-from bolaco.statistics.site import LossStatistics, SiteStatistics
+from bolaco.statistics.site import LossStatistics, SiteStatistics, of_members
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,6 @@ def _of_block(
         known = None if job.method.weights_only else moments[group]
         if group not in metrics:
             metrics[group] = InputMetric(None) if known is None else job.method.metric(known)
-        statistics = SiteStatistics(known, **of_loss.get(site.name, {}))
+        statistics = SiteStatistics(known, **of_members(site, of_loss))
         factors[site.name] = job.method.prepare(structure.weight(model, site), metrics[group], statistics, top)
     return factors

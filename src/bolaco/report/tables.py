@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from bolaco.allocate import Budget, Ranks
-from bolaco.models.structure import TYPES, Structure
+from bolaco.models.structure import STACKS, TYPES, Structure
 
 if TYPE_CHECKING:
     from bolaco.evaluation.speed import Speed
@@ -137,7 +137,7 @@ def plan_table(structure: Structure, budget: Budget, ranks: Ranks) -> Table:
         f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
         f"hand allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
     )
-    for kind in TYPES:
+    for kind in (*STACKS, *TYPES):
         sites = [site for site in structure.sites if site.type == kind]
         if sites:
             shapes = sorted({f"{s.out_features} x {s.in_features}" for s in sites})

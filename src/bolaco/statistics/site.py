@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.blockstore import BlockStore
-from bolaco.models.structure import Structure
+from bolaco.models.structure import Site, Structure
 from bolaco.progress import Reporter
 from bolaco.statistics.gradients import GradientWalk
 from bolaco.statistics.moments import Moments
@@ -33,6 +33,22 @@ class SiteStatistics:
     moments: Moments | None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+
+
+def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The fields of a site that come from loss gradients, from those of its members by name.
+
+    Of a stack: the gradients' moment is block-diagonal, its matrices' outputs count as uncorrelated; importances of
+    inputs add up.
+    """
+    parts = [found.get(member.name, {}) for member in site.members]
+    if len(parts) == 1:
+        return dict(parts[0])
+    joined: dict[str, Tensor] = {}
+    for field in parts[0]:
+        values = [part[field] for part in parts]
+        joined[field] = torch.block_diag(*values) if field == "gradient" else torch.stack(values).sum(dim=0)
+    return joined
 
 
 # Field of SiteStatistics -> folder of its blocks.
