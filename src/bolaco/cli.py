@@ -57,6 +57,7 @@ PRESETS = (
     "welore",
     "aa-svd",
     "mpifa",
+    "lpaf",
     "joint",
     "chop",
 )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,10 +49,15 @@ from bolaco.report.card import model_card
 from bolaco.statistics.site import LossStatistics
 from bolaco.texts import Texts, prepare_texts
 from bolaco.transform import get_transform
+from bolaco.transform.prune import prune, with_weights
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
 if TYPE_CHECKING:
     from bolaco.allocate.bayesian import Trial
+
+
+# The pruned matrices ``[out, in]`` by name, beside the checkpoint where `pruning.keep_sparse` asks for them.
+SPARSE_FILE = "sparse.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,9 @@ def compress(
     work = work or out.with_name(out.name + ".work")
     _refuse_nested(out, work)
     if recipe.transform is None:
-        get_method(recipe.factorization.method)
+        method = get_method(recipe.factorization.method)
+        if recipe.pruning.keep_sparse and not method.prunes:
+            raise RecipeError(f"pruning.keep_sparse: method {method.name} does not prune; lpaf does")
     resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
         with folder.timed("load"):
@@ -105,6 +113,9 @@ def compress(
             folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
         run.require_space(out)
         if recipe.transform is None:
+            if run.method.prunes:
+                with folder.timed("prune"):
+                    run.prune()
             with folder.timed("factorize"):
                 run.factorize()
         with folder.timed("dense evaluation"):
@@ -130,7 +141,7 @@ def compress(
 
 def _calibrates(recipe: Recipe) -> bool:
     """Whether any stage of a run reads the calibration text."""
-    return recipe.refines or (recipe.transform is None and not get_method(recipe.factorization.method).weights_only)
+    return recipe.refines or (recipe.transform is None and get_method(recipe.factorization.method).reads_text)
 
 
 def _refuse_nested(out: Path, work: Path) -> None:
@@ -194,9 +205,11 @@ class _Run:
         folder: WorkFolder,
         reporter: Reporter,
     ) -> None:
-        self.recipe, self.model, self.structure = recipe, model, structure
+        # `model` is what is factored, which pruning changes; `original` is what the result is compared with.
+        self.recipe, self.original, self.model, self.structure = recipe, model, model, structure
         self.texts, self.folder, self.reporter = texts, folder, reporter
         self.growth: dict[str, float] = {}
+        self.sparse: dict[str, Tensor] = {}
         self.parameters_dense = sum(p.numel() for p in model.parameters())
         if recipe.transform is not None:
             self.budget = Budget(structure.sites, recipe.keep)
@@ -222,6 +235,8 @@ class _Run:
             for site in self.structure.sites:
                 if site.type not in self.recipe.dense_types:
                     factors += max_rank(site, multiple, storage) * (site.out_features + site.in_features) * itemsize
+            if self.method.prunes:
+                factors += sum(site.size for site in self.structure.sites) * itemsize
             if self.method.gradients:
                 factors += sum(4 * site.out_features**2 for site in self.structure.sites)
             if self.recipe.calibration.cache == "disk":
@@ -230,6 +245,24 @@ class _Run:
             factors += sum(site.size for site in self.structure.sites) * itemsize
         needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]
         require_space(needs, "the factors and the checkpoint")
+
+    def prune(self) -> None:
+        """Prunes a copy of the model and goes on with it; its weights and their importances are in the work folder."""
+        layers, settings = range(self.structure.num_layers), self.recipe.pruning
+        store, losses = BlockStore(self.folder.path / "pruned"), LossStatistics(self.folder.path, self.method.losses)
+        if not all(store.has(layer) for layer in layers):
+            sparsity = 1 - self.recipe.keep if settings.sparsity is None else settings.sparsity
+            tokens = self.texts.calibration
+            with self.reporter.stage("prune", settings.steps) as tick:
+                found = prune(self.model, self.structure, tokens, sparsity, settings, self.recipe.seed, tick)
+            for layer in layers:
+                names = [site.name for unit in self.structure.of_layer(layer) for site in unit.members]
+                losses.put("outputs", layer, {name: found[name].outputs for name in names})
+                losses.put("inputs", layer, {name: found[name].inputs for name in names})
+                store.write(layer, {name: found[name].weight for name in names})
+        weights = {name: weight for layer in layers for name, weight in store.read(layer).items()}
+        self.model = with_weights(self.original, self.structure, weights)
+        self.sparse = weights
 
     def factorize(self) -> None:
         """Statistics and factors of every block that has none yet."""
@@ -261,7 +294,7 @@ class _Run:
         if known is None:
             blocks = self.texts.evaluation
             with self.reporter.stage("evaluate the original", len(blocks)) as tick:
-                known = asdict(perplexity(self.model, blocks, self.recipe.validation.batch, tick))
+                known = asdict(perplexity(self.original, blocks, self.recipe.validation.batch, tick))
             self.folder.write("dense", known)
         if known.keys() != {field.name for field in fields(PerplexityResult)}:
             raise self.folder.damaged("dense", "other fields than expected")
@@ -354,6 +387,8 @@ class _Run:
         state = compressed_state(self.model, self.structure, blocks(), self.recipe.factorization.storage)
         self.growth = state.growth
         write_model(folder, self.model, state)
+        if self.recipe.pruning.keep_sparse:
+            save_file(self.sparse, folder / SPARSE_FILE, metadata={"format": "pt"})
 
     def measure(self, folder: Path, ranks: Ranks, trials: Sequence[Trial], dense: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, measures it, and returns the content of ``bolaco.json``."""

@@ -124,6 +124,16 @@ class Chop(_Section):
     )
 
 
+class Pruning(_Section):
+    """Gradual pruning before the factorization, with ``--method lpaf``."""
+
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros at the end; default: 1 - keep")
+    steps: int = Field(64, gt=0, description="AdamW steps on the calibration text")
+    batch: int = Field(4, gt=0, description="sequences a step")
+    learning_rate: float = Field(2e-5, gt=0)
+    keep_sparse: bool = Field(False, description="write the pruned matrices to sparse.safetensors in the result")
+
+
 class Evaluation(_Section):
     """Text of the final before/after perplexity."""
 
@@ -148,6 +158,7 @@ class Recipe(_Section):
     search: Search = Search()
     refinement: Refinement = Refinement()
     chop: Chop = Chop()
+    pruning: Pruning = Pruning()
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -272,6 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"space": "uniform"},
         "refinement": {"fit": True, "drift": 0.25, "steps": 0},
     },
+    "lpaf": _one_shot("lpaf"),
     "joint": merge(_one_shot("svd"), {"factorization": {"storage": "shared"}}),
     "chop": merge(_one_shot("chop", "none"), {"factorization": {"storage": "dense"}}),
 }

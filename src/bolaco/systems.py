@@ -52,6 +52,14 @@ SYSTEMS: dict[str, System] = {
         fixed={"factorization.storage": ("shared",)},
         because="its matrices share a factor",
     ),
+    "lpaf": System(
+        kind="transform, factorization",
+        paper="arXiv 2306.14152",
+        summary="gradual first-order pruning, then SVD of the sparse weights by their importance (LPAF)",
+        presets=("lpaf",),
+        fixed={"search.space": ("uniform",)},
+        because="its matrices all keep one ratio",
+    ),
     "chop": System(
         kind="transform",
         paper="arXiv 2305.14864",

@@ -44,10 +44,15 @@ def make_statistics(method: Method, shape: tuple[int, int], kind: str = "regular
     g = 1e-4 * _noise(300, directions[1], seed=4) @ _noise(directions[1], out, seed=5)
     fisher = 1e-6 * _noise(inside, seed=6).square()
     fisher[inside if kind == "regular" else 3 * (kind == "singular") :] = 0.0
+    sizes = 1e-6 * _noise(out, seed=7).abs(), 1e-6 * _noise(inside, seed=8).abs()
+    for size in sizes:
+        size[len(size) if kind == "regular" else 3 * (kind == "singular") :] = 0.0
     return SiteStatistics(
-        None if method.weights_only else pooled.finalize(),
+        pooled.finalize() if method.moments else None,
         (g.T @ g / len(g)).float() if method.gradients else None,
         fisher.float() if method.fisher else None,
+        sizes[0].float() if method.prunes else None,
+        sizes[1].float() if method.prunes else None,
     )
 
 
@@ -175,7 +180,7 @@ class MethodConformance:
         for case, weight, statistics in self._cases():
             before = weight.clone()
             moments = statistics.moments
-            given = [statistics.gradient, statistics.fisher]
+            given = [statistics.gradient, statistics.fisher, statistics.outputs, statistics.inputs]
             given += [] if moments is None else [moments.mean, moments.covariance, moments.magnitude]
             kept = [None if value is None else value.clone() for value in given]
             first, second = (self._factors(weight, statistics, 4) for _ in range(2))

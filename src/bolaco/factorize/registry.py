@@ -25,6 +25,7 @@ METHODS: dict[str, str] = {
     "asvd": "bolaco.factorize.asvd",
     "fwsvd": "bolaco.factorize.fwsvd",
     "svd": "bolaco.factorize.svd",
+    "lpaf": "bolaco.factorize.lpaf",
 }
 
 

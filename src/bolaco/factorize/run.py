@@ -56,7 +56,7 @@ def factorize(
     Args:
         model: the model, in evaluation mode.
         structure: its structure.
-        tokens: ``[sequences, length]`` of calibration text; not looked at if no method needs any.
+        tokens: ``[sequences, length]`` of calibration text; not looked at if no method asks for moments.
         jobs: methods, and where their factors go.
         settings: batch and groups of the statistics.
         reporter: where progress goes.
@@ -69,7 +69,7 @@ def factorize(
     jobs = [job for job in jobs if not job.done(len(layers))]
     if not jobs:
         return
-    if all(job.method.weights_only for job in jobs):
+    if not any(job.method.moments for job in jobs):
         with reporter.stage("factorize", len(layers)) as tick:
             for layer in layers:
                 for job in jobs:
@@ -104,7 +104,7 @@ def _of_block(
         if top == 0:
             continue
         group = site.input_group
-        known = None if job.method.weights_only else moments[group]
+        known = moments[group] if job.method.moments else None
         if group not in metrics:
             metrics[group] = InputMetric(None) if known is None else job.method.metric(known)
         statistics = SiteStatistics(known, **of_members(site, of_loss))

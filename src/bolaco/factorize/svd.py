@@ -17,5 +17,5 @@ METHOD = Method(
     paper="Eckart-Young 1936",
     summary="plain truncated SVD of the weight; reads no text",
     prepare=prepare,
-    weights_only=True,
+    moments=False,
 )

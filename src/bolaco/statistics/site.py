@@ -28,11 +28,15 @@ class SiteStatistics:
             labels sampled from the model.
         fisher: ``[in]``, the mean over sequences of (dL/dW)^2, L the loss of the sequence's own next tokens summed over
             the sequence (nats), added up over the outputs.
+        outputs, inputs: ``[out]`` and ``[in]``, first-order importance of the elements during pruning, added up over a
+            row and over a column.
     """
 
     moments: Moments | None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -47,12 +51,15 @@ def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[st
     joined: dict[str, Tensor] = {}
     for field in parts[0]:
         values = [part[field] for part in parts]
-        joined[field] = torch.block_diag(*values) if field == "gradient" else torch.stack(values).sum(dim=0)
+        if field == "gradient":
+            joined[field] = torch.block_diag(*values)
+        else:
+            joined[field] = torch.cat(values) if field == "outputs" else torch.stack(values).sum(dim=0)
     return joined
 
 
 # Field of SiteStatistics -> folder of its blocks.
-_FOLDERS = {"gradient": "gradients", "fisher": "fisher"}
+_FOLDERS = {"gradient": "gradients", "fisher": "fisher", "outputs": "importance-out", "inputs": "importance-in"}
 
 
 class LossStatistics:
@@ -76,7 +83,7 @@ class LossStatistics:
         seed: int = 0,
         cache: bool = False,
     ) -> None:
-        """Estimates every field that is not there yet.
+        """Estimates every field that is not there yet; importances are :meth:`put` there before, by pruning.
 
         Args:
             model: the model, in evaluation mode.
@@ -99,6 +106,10 @@ class LossStatistics:
             with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
                 for layer, found in walk.run(tick):
                     store.write(layer, {name: value.float() for name, value in found.items()})
+
+    def put(self, field: str, layer: int, values: Mapping[str, Tensor]) -> None:
+        """Stores a field of one block's matrices that was found elsewhere, by site name."""
+        self._stores[field].write(layer, dict(values))
 
     def of_layer(self, layer: int, device: torch.device) -> Mapping[str, Mapping[str, Tensor]]:
         """Fields of one block's matrices on ``device``, by site name and field; empty where no field is wanted.
