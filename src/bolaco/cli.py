@@ -350,12 +350,18 @@ def _methods(_: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
     from bolaco.factorize import list_methods
+    from bolaco.systems import SYSTEMS
 
-    table = Table("method", "source", "what it does", "package")
     listing = list_methods()
-    for name, method in listing.methods.items():
-        table.add_row(name, method.paper, method.summary, method.package)
-    console.print(table)
+    tables: dict[str, Table] = {}
+    rows = [("factorization", n, m.paper, m.summary, m.package) for n, m in listing.methods.items() if n not in SYSTEMS]
+    rows += [(system.kind, name, system.paper, system.summary, "bolaco") for name, system in SYSTEMS.items()]
+    for kind, *cells in rows:
+        if kind not in tables:
+            tables[kind] = Table("method", "source", "what it does", "package", title=kind, title_justify="left")
+        tables[kind].add_row(*cells)
+    for table in tables.values():
+        console.print(table)
     for line in listing.refused:
         console.print(line)
 

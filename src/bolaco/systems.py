@@ -53,7 +53,7 @@ SYSTEMS: dict[str, System] = {
         because="its matrices share a factor",
     ),
     "lpaf": System(
-        kind="transform, factorization",
+        kind="factorization",
         paper="arXiv 2306.14152",
         summary="gradual first-order pruning, then SVD of the sparse weights by their importance (LPAF)",
         presets=("lpaf",),

@@ -15,6 +15,7 @@ from bolaco.factorize.fwsvd import importance
 from bolaco.factorize.method import Method
 from bolaco.factorize.solver import Factors, InputMetric, low_rank
 from bolaco.statistics.site import SiteStatistics
+from bolaco.systems import SYSTEMS
 
 
 def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
@@ -31,8 +32,8 @@ def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max
 
 METHOD = Method(
     name="lpaf",
-    paper="arXiv 2306.14152",
-    summary="gradual first-order pruning, then SVD of the sparse weights by their importance (LPAF)",
+    paper=SYSTEMS["lpaf"].paper,
+    summary=SYSTEMS["lpaf"].summary,
     prepare=prepare,
     moments=False,
     prunes=True,

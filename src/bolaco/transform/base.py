@@ -19,18 +19,12 @@ Apply = Callable[[PreTrainedModel, Structure, tuple[int, ...]], PreTrainedModel]
 
 @dataclass(frozen=True, kw_only=True)
 class Transform:
-    """A model to a smaller model that stock transformers loads.
+    """A model to a smaller model that stock transformers loads; what it is called and from is in ``systems.py``.
 
     Attributes:
-        name: what ``--method`` takes.
-        paper: where it is from, such as ``arXiv 2305.14864``.
-        summary: one line for ``bolaco methods``.
         plan: which blocks stay.
         apply: the model with only those.
     """
 
-    name: str
-    paper: str
-    summary: str
     plan: Plan
     apply: Apply

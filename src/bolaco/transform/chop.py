@@ -177,10 +177,4 @@ def _check_logits(
         )
 
 
-TRANSFORM = Transform(
-    name="chop",
-    paper="arXiv 2305.14864",
-    summary="whole decoder blocks are removed, the first and the last stay; a stock checkpoint (Just CHOP)",
-    plan=plan,
-    apply=chop,
-)
+TRANSFORM = Transform(plan=plan, apply=chop)
