@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -242,6 +243,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def tiny_deep(family: str, layers: int = 6) -> PreTrainedModel:
+    """The tiny model of a family with more blocks; what differs from block to block goes on in its pattern."""
+    config = FAMILIES[family]().config
+    values = config.to_dict()
+    before = config.num_hidden_layers
+    for name, value in values.items():
+        if "layer" in name and isinstance(value, list) and len(value) == before:
+            values[name] = [value[i % before] for i in range(layers)]
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in values:
+            values[name] = layers
+    for name in ("model_type", "architectures", "dtype", "transformers_version"):
+        values.pop(name, None)
+    return build(config.model_type, **values)
+
+
 def save_tiny(folder: Path, model: PreTrainedModel | None = None, tokenizer: Any = None) -> Path:
     """A Hugging Face folder with a model (Llama by default) and its tokenizer."""
     folder = Path(folder)
@@ -319,4 +336,16 @@ def compressed(family: str, keep: float = 0.7, search: str = "none", method: str
     out = scratch() / f"{family}-{keep}-{search}-{method}"
     if out not in _finished:
         _finished[out] = compress_tiny(FAMILIES[family](), out, keep=keep, search=search, trials=3, method=method)
+    return _finished[out]
+
+
+def compressed_once(family: str, layers: int | None = None, **values: Any) -> Compressed:
+    """A family's tiny model through the pipeline with these values, once for all tests; leave the folder as it is.
+
+    ``layers`` takes :func:`tiny_deep` instead of the two to four blocks of the family.
+    """
+    key = hashlib.sha256(repr((family, layers, sorted(values.items()))).encode()).hexdigest()[:16]
+    out = scratch() / f"{family}-{key}"
+    if out not in _finished:
+        _finished[out] = compress_tiny(tiny_deep(family, layers) if layers else FAMILIES[family](), out, **values)
     return _finished[out]

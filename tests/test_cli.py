@@ -19,12 +19,16 @@ import yaml
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from bolaco.factorize import METHODS
 from bolaco.models.load import load_model
 from bolaco.progress import Reporter
+from bolaco.recipe import load_recipe
+from bolaco.systems import SYSTEMS
 from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
 from tests.models import save_tiny, tiny_llama
 
 COMMANDS = ("compress", "compare", "run", "eval", "tune", "bench", "inspect", "export", "methods")
+METHOD_NAMES = sorted({*METHODS, *SYSTEMS})
 GOLDEN = Path(__file__).parent / "golden"
 LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
 
@@ -108,8 +112,73 @@ def test_wrong_usage_is_exit_2(words: tuple[str, ...]) -> None:
 
 
 def test_methods() -> None:
-    rows = [line.split()[1] for line in bolaco("methods").out.splitlines() if line.startswith("│ ")]
-    assert {"afm", "svd-llm", "svd"} <= set(rows)
+    lines = ok("methods").out.splitlines()
+    kind, rows = "", {}
+    for line in lines:
+        cells = [cell.strip() for cell in line.split("│")]
+        if len(cells) == 1 and line[:1].isalpha():
+            kind = line.strip()
+        elif len(cells) > 3 and cells[1]:
+            rows[cells[1]] = [kind, cells[2]]
+    factorizations = {"svd", "asvd", "fwsvd", "svd-llm", "afm", "kfac", "joint", "lpaf"}
+    assert rows.keys() == factorizations | {"bolaco", "welore", "chop"}
+    assert {name for name, (kind, _) in rows.items() if kind == "factorization"} == factorizations
+    assert rows["welore"] == ["allocation", "arXiv 2407.11239"]
+    assert rows["chop"] == ["transform", "arXiv 2305.14864"]
+    assert rows["lpaf"] == ["factorization", "arXiv 2306.14152"]
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_every_method_makes_a_recipe_that_reads_back(name: str, tmp_path: Path) -> None:
+    """As written by --print-recipe, where systems have become their parts."""
+    text = ok("compress", "m", "--keep", "0.7", "--method", name, "--print-recipe").out
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert load_recipe(tmp_path / "recipe.yaml").to_yaml() == text
+    values = yaml.safe_load(text)
+    factored, space = values["factorization"], values["search"]["space"]
+    parts = {
+        "bolaco": ("afm", "two-factor", "5x1"),
+        "welore": ("svd", "two-factor", "welore"),
+        "joint": ("svd", "shared", "uniform"),
+        "lpaf": ("lpaf", "two-factor", "uniform"),
+        "chop": ("chop", "dense", "none"),
+    }.get(name, (name, "pivoted", "spectral"))
+    assert (factored["method"], factored["storage"], space) == parts
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--method", "chop", "--storage", "pivoted"), "factorization.storage pivoted contradicts method chop"),
+        (("--method", "chop", "--search", "5x1"), "search.space 5x1 contradicts method chop"),
+        (("--method", "joint", "--search", "5x4"), "search.space 5x4 is not possible with shared storage"),
+        (("--method", "joint", "--storage", "two-factor"), "factorization.storage two-factor contradicts method joint"),
+        (("--method", "welore", "--search", "spectral"), "search.space spectral contradicts method welore"),
+        (("--method", "bolaco", "--search", "welore"), "search.space welore contradicts method bolaco"),
+        (("--method", "lpaf", "--search", "5x1"), "search.space 5x1 contradicts method lpaf"),
+        (("--method", "welore", "--preset", "aa-svd"), "welore is a recipe of its own and so is the preset aa-svd"),
+        (("--method", "svd", "--preset", "chop"), "factorization.storage dense with method svd"),
+        (
+            (
+                "--method",
+                "wellore",
+            ),
+            "did you mean 'welore'",
+        ),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(words: tuple[str, ...], said: str) -> None:
+    done = bolaco("compress", "nowhere", "--keep", "0.7", *words, "-o", "x")
+    assert done.code == 1
+    assert said in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_system_goes_with_its_own_presets_and_options() -> None:
+    assert recipe("--method", "bolaco", "--preset", "paper")["calibration"]["sequences"] == 1024
+    assert recipe("--method", "bolaco", "--search", "5x4")["search"]["space"] == "5x4"
+    assert recipe("--method", "welore", "--storage", "pivoted")["factorization"]["storage"] == "pivoted"
+    assert recipe("--preset", "joint", "--method", "afm")["factorization"] == {"method": "afm", "storage": "shared"}
 
 
 # --- the recipe ---------------------------------------------------------------------------------------------------

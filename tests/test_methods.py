@@ -48,6 +48,15 @@ class TestFwsvd(MethodConformance):
         return float((difference.square() * importance(statistics.fisher)).sum())
 
 
+class TestLpaf(MethodConformance):
+    method = "lpaf"
+
+    def error(self, difference: Tensor, metric: InputMetric, statistics: SiteStatistics) -> float:
+        assert statistics.outputs is not None
+        assert statistics.inputs is not None
+        return float((difference.square() * importance(statistics.inputs)).sum(dim=1) @ importance(statistics.outputs))
+
+
 class TestKfac(MethodConformance):
     method = "kfac"
 

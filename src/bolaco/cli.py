@@ -59,6 +59,9 @@ PRESETS = (
     "welore",
     "aa-svd",
     "mpifa",
+    "lpaf",
+    "joint",
+    "chop",
 )
 
 
@@ -80,9 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=("spectral", "5x1", "5x4", "uniform", "welore", "none"),
         help="how ranks are found (spectral)",
     )
-    compress.add_argument("--storage", choices=("two-factor", "pivoted"), help="of factored matrices (pivoted)")
+    compress.add_argument(
+        "--storage", choices=("two-factor", "pivoted", "shared"), help="of factored matrices (pivoted)"
+    )
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
-    compress.add_argument("--method", help="factorization, one of `bolaco methods` (kfac)")
+    compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
     compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
     compress.add_argument(
         "--validation",
@@ -315,18 +320,29 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(recipe: Any, console: Console) -> None:
-    from bolaco.allocate import hand_keeps
+    from bolaco.allocate import Budget, hand_keeps
     from bolaco.checkpoint.write import refuse_compressed
     from bolaco.factorize import get_method
     from bolaco.models.load import load_config
     from bolaco.models.structure import inspect_structure, meta_model
-    from bolaco.pipeline import space_of
-    from bolaco.report.tables import plan_table
+    from bolaco.pipeline import space_of, units_of
+    from bolaco.report.tables import blocks_line, plan_table
+    from bolaco.transform import get_transform
 
-    get_method(recipe.factorization.method)
+    if recipe.transform is None:
+        get_method(recipe.factorization.method)
     config = load_config(recipe.model)
     refuse_compressed(config)
-    structure = inspect_structure(meta_model(config))
+    structure = units_of(recipe, inspect_structure(meta_model(config)))
+    if recipe.transform is not None:
+        budget = Budget(structure.sites, recipe.keep)
+        kept = get_transform(recipe.transform).plan(structure, budget, recipe)
+        console.print(blocks_line(kept, structure.num_layers))
+        size = sum(site.size for site in structure.sites if site.layer in kept)
+        console.print(
+            f"{size:,} of {budget.total:,} parameters of the decoder linears stay ({size / budget.total:.4f})"
+        )
+        return
     space = space_of(recipe, structure)
     console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
@@ -435,7 +451,14 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import read_curves, read_info
     from bolaco.checkpoint.write import refuse_existing
-    from bolaco.report.tables import ranks_table, seconds_line, summary_table, trials_table, tuning_table
+    from bolaco.report.tables import (
+        blocks_line,
+        ranks_table,
+        seconds_line,
+        summary_table,
+        trials_table,
+        tuning_table,
+    )
 
     info = read_info(args.folder, compressed=False)
     record = info.get("tuning")
@@ -446,7 +469,10 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     if "ranks" not in info:
         return
     console.print(summary_table(info))
-    console.print(ranks_table(info["ranks"]))
+    if info["ranks"]:
+        console.print(ranks_table(info["ranks"]))
+    else:
+        console.print(blocks_line(info["layers"], info["layers_dense"]))
     if info["trials"]:
         console.print(trials_table(info["trials"]))
         best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]
@@ -476,13 +502,19 @@ def _methods(_: argparse.Namespace, console: Console) -> None:
     from rich.table import Table
 
     from bolaco.factorize import list_methods
+    from bolaco.systems import SYSTEMS
     from bolaco.tune.registry import list_modes
 
-    table = Table("method", "source", "what it does", "package")
     listing = list_methods()
-    for name, method in listing.methods.items():
-        table.add_row(name, method.paper, method.summary, method.package)
-    console.print(table)
+    tables: dict[str, Table] = {}
+    rows = [("factorization", n, m.paper, m.summary, m.package) for n, m in listing.methods.items() if n not in SYSTEMS]
+    rows += [(system.kind, name, system.paper, system.summary, "bolaco") for name, system in SYSTEMS.items()]
+    for kind, *cells in rows:
+        if kind not in tables:
+            tables[kind] = Table("method", "source", "what it does", "package", title=kind, title_justify="left")
+        tables[kind].add_row(*cells)
+    for table in tables.values():
+        console.print(table)
     for line in listing.refused:
         console.print(line)
     modes = Table("mode of tune", "source", "what is trained")

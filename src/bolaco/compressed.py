@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bolaco.allocate.budget import Ranks
 from bolaco.factorize.solver import Factors
-from bolaco.layers import LowRankLinear, SplitLinear
+from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear
 from bolaco.models.structure import Site, Structure
 
 
@@ -19,7 +19,8 @@ def modules_of(structure: Structure, layer: int) -> dict[str, list[Site]]:
     """Sites of a block by the name of their module inside it."""
     found: dict[str, list[Site]] = {}
     for site in structure.of_layer(layer):
-        found.setdefault(structure.name_in_block(site), []).append(site)
+        for member in site.members:
+            found.setdefault(structure.name_in_block(member), []).append(member)
     return found
 
 
@@ -36,9 +37,19 @@ def compressed_block(
     """
     original = structure.block_list(model)[layer]
     block = copy.deepcopy(original, {id(p): p for p in (*original.parameters(), *original.buffers())})
+    layers: dict[str, nn.Module] = {}
+    for site in structure.of_layer(layer):
+        rank = ranks.get(site.name)
+        if rank is not None:
+            layers |= _factored(site, factors[site.name], rank, structure.bias(model, site))
     for name, sites in modules_of(structure, layer).items():
-        if any(ranks.get(site.name) is not None for site in sites):
-            parts = {site.type: _layer(model, structure, site, factors, ranks.get(site.name)) for site in sites}
+        if any(site.name in layers for site in sites):
+            parts = {
+                site.type: layers[site.name]
+                if site.name in layers
+                else linear(structure.weight(model, site), structure.bias(model, site))
+                for site in sites
+            }
             _put(block, name, next(iter(parts.values())) if sites[0].part is None else SplitLinear(parts))
     return block
 
@@ -47,7 +58,7 @@ def trainable_copy(model: PreTrainedModel, structure: Structure, layer: int, blo
     """``block`` with nothing shared, every dense matrix a Linear, and fused ones in parts: ready to be changed."""
     for name, sites in modules_of(structure, layer).items():
         module = block.get_submodule(name)
-        if isinstance(module, LowRankLinear | SplitLinear):
+        if isinstance(module, LowRankLinear | FollowerLinear | SplitLinear):
             continue
         parts: dict[str, nn.Module] = {
             site.type: linear(structure.weight(model, site), structure.bias(model, site)) for site in sites
@@ -57,24 +68,32 @@ def trainable_copy(model: PreTrainedModel, structure: Structure, layer: int, blo
 
 
 def restored_block(model: PreTrainedModel, structure: Structure, layer: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The block whose :meth:`state_dict` this is; its matrices are LowRankLinears and Linears.
+    """The block whose :meth:`state_dict` this is; its matrices are factored or Linears.
 
     Raises:
         RuntimeError, KeyError: the state is of another block.
     """
     block = copy.deepcopy(structure.block_list(model)[layer])
+    layers: dict[str, nn.Module] = {}
+    for site in structure.of_layer(layer):
+        places = {member.name: place_in_block(structure, member) for member in site.members}
+        first = next(iter(places.values()))
+        if f"{first}.reduce.weight" not in state:
+            layers |= {n: linear(state[f"{at}.weight"], state.get(f"{at}.bias")) for n, at in places.items()}
+            continue
+        pairs = {n: (state[f"{at}.expand.weight"], state.get(f"{at}.expand.bias")) for n, at in places.items()}
+        layers |= _on_one_input(state[f"{first}.reduce.weight"], pairs)
     for name, sites in modules_of(structure, layer).items():
-        parts: dict[str, nn.Module] = {}
-        for site in sites:
-            where = name if site.part is None else f"{name}.parts.{site.part}"
-            if f"{where}.weight" in state:
-                parts[site.type] = linear(state[f"{where}.weight"], state.get(f"{where}.bias"))
-            else:
-                pair = state[f"{where}.expand.weight"], state[f"{where}.reduce.weight"]
-                parts[site.type] = low_rank_linear(*pair, state.get(f"{where}.expand.bias"))
+        parts = {site.type: layers[site.name] for site in sites}
         _put(block, name, next(iter(parts.values())) if sites[0].part is None else SplitLinear(parts))
     block.load_state_dict(dict(state))
     return block.to(model.device)
+
+
+def place_in_block(structure: Structure, site: Site) -> str:
+    """Name inside its block of the layer that stands for one matrix in a compressed block."""
+    name = structure.name_in_block(site)
+    return name if site.part is None else f"{name}.parts.{site.part}"
 
 
 def place(structure: Structure, block: nn.Module, site: Site, layer: nn.Module) -> None:
@@ -97,10 +116,12 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return made
 
 
-def low_rank_linear(expand: Tensor, reduce: Tensor, bias: Tensor | None) -> LowRankLinear:
+def low_rank_linear(
+    expand: Tensor, reduce: Tensor, bias: Tensor | None, kind: type[LowRankLinear] = LowRankLinear
+) -> LowRankLinear:
     """A LowRankLinear of these factors, ``[out, rank]`` and ``[rank, in]``."""
     with torch.device("meta"):
-        made = LowRankLinear(reduce.shape[1], expand.shape[0], len(reduce), bias is not None)
+        made = kind(reduce.shape[1], expand.shape[0], len(reduce), bias is not None)
     made.reduce.weight = _parameter(reduce, reduce)
     made.expand.weight = _parameter(expand, reduce)
     if bias is not None:
@@ -108,15 +129,31 @@ def low_rank_linear(expand: Tensor, reduce: Tensor, bias: Tensor | None) -> LowR
     return made
 
 
-def _layer(
-    model: PreTrainedModel, structure: Structure, site: Site, factors: Mapping[str, Factors], rank: int | None
-) -> nn.Module:
-    bias = structure.bias(model, site)
-    if rank is None:
-        return linear(structure.weight(model, site), bias)
-    item = factors[site.name]
-    bias = item.bias(rank, None if bias is None else bias.cpu())
-    return low_rank_linear(item.expand_t[:rank].T, item.reduce[:rank], bias)
+def _factored(site: Site, factors: Factors, rank: int, bias: Tensor | None) -> dict[str, nn.Module]:
+    """A layer for each of the site's matrices, by name; ``bias`` is the original's."""
+    bias = factors.bias(rank, None if bias is None else bias.cpu())
+    rows = [member.out_features for member in site.members]
+    expands = factors.expand_t[:rank].T.split(rows)
+    biases = [None] * len(rows) if bias is None else bias.split(rows)
+    names = [member.name for member in site.members]
+    pairs = dict(zip(names, zip(expands, biases, strict=True), strict=True))
+    return _on_one_input(factors.reduce[:rank], pairs)
+
+
+def _on_one_input(reduce: Tensor, pairs: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, nn.Module]:
+    """Factored layers with one input factor, from the output factor and the bias of each; the first one owns it."""
+    (name, (expand, bias)), *others = pairs.items()
+    lead = low_rank_linear(expand, reduce, bias, LeadLinear if others else LowRankLinear)
+    layers: dict[str, nn.Module] = {name: lead}
+    for name, (expand, bias) in others:
+        with torch.device("meta"):
+            follower = FollowerLinear(reduce.shape[1], len(expand), len(reduce), bias is not None)
+        follower.expand.weight = _parameter(expand, reduce)
+        if bias is not None:
+            follower.expand.bias = _parameter(bias, reduce)
+        follower.follow(lead)
+        layers[name] = follower
+    return layers
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -33,6 +33,69 @@ class LowRankLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
+class LeadLinear(LowRankLinear):
+    """The first of two factored matrices that share ``reduce``, as q and k do: keeps what it reduced for the other.
+
+    What is kept belongs to one input tensor, for one use; it is no part of the module's state.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, rank, bias)
+        self._kept: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        reduced = self.reduce(x)
+        self._kept = (x, reduced)
+        return self.expand(reduced)
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """``reduce(x)``, ``[..., rank]``: what was kept if it is of this very tensor, else computed; none is kept."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] is x else self.reduce(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}
+
+
+class FollowerLinear(nn.Module):
+    """The second of two matrices that share ``reduce``: it belongs to the first, ``lead``; only ``expand`` is its own.
+
+    Both called with the same tensor, one after the other, the shared product is computed once; called with another
+    tensor, or without the lead having been called, it computes that itself (arXiv 2402.16319).
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.expand = nn.Linear(rank, out_features, bias=bias)
+        self._lead: tuple[LeadLinear, ...] = ()
+
+    @property
+    def lead(self) -> LeadLinear:
+        """The other matrix."""
+        return self._lead[0]
+
+    def follow(self, module: nn.Module) -> None:
+        """Takes ``module`` for its lead; ValueError if it is no :class:`LeadLinear` of this rank."""
+        if not isinstance(module, LeadLinear) or module.rank != self.rank:
+            raise ValueError(f"a factored matrix of rank {self.rank} cannot share the factor of {module}")
+        # In a tuple, so that it is not registered as a child: its parameters are counted and stored once.
+        self._lead = (module,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        return self.expand(self.lead.reduced(x))
+
+    def dense(self) -> Tensor:
+        """The product of the factors, ``[out, in]``."""
+        return self.expand.weight @ self.lead.reduce.weight
+
+    def extra_repr(self) -> str:
+        """Shape and rank, for printing a model."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
 class PivotedLinear(nn.Module):
     """A matrix of the given rank, stored as some of its rows (or columns) and what makes the others from them.
 
@@ -97,7 +160,8 @@ class SplitLinear(nn.Module):
 def build_layer(in_features: int, entry: dict[str, Any]) -> nn.Module:
     """A layer from its entry in ``config.lowrank["matrices"]``: ``{"out", "rank", "bias"}`` or ``{"parts"}``.
 
-    A ``"side"`` (``rows`` or ``columns``) makes a factored matrix pivoted.
+    A ``"side"`` (``rows`` or ``columns``) makes a factored matrix pivoted. ``"lead"`` says that another one shares its
+    input factor, which names it under ``"shares"``; :func:`install_layers` brings the two together.
     Parts are a list, top to bottom, each with its ``"name"``: transformers sorts the keys of a configuration.
     """
     if "parts" in entry:
@@ -106,7 +170,8 @@ def build_layer(in_features: int, entry: dict[str, Any]) -> nn.Module:
         return nn.Linear(in_features, entry["out"], bias=entry["bias"])
     if "side" in entry:
         return PivotedLinear(in_features, entry["out"], entry["rank"], entry["bias"], entry["side"])
-    return LowRankLinear(in_features, entry["out"], entry["rank"], entry["bias"])
+    made = FollowerLinear if "shares" in entry else LeadLinear if entry.get("lead") else LowRankLinear
+    return made(in_features, entry["out"], entry["rank"], entry["bias"])
 
 
 def install_layers(base_model: nn.Module, matrices: dict[str, Any]) -> None:
@@ -117,6 +182,11 @@ def install_layers(base_model: nn.Module, matrices: dict[str, Any]) -> None:
         old = getattr(parent, attribute)
         in_features: int = old.nx if isinstance(old, Conv1D) else old.in_features
         setattr(parent, attribute, build_layer(in_features, entry))
+    for name, entry in matrices.items():
+        for part in entry.get("parts", [entry]):
+            if "shares" in part:
+                follower: Any = base_model.get_submodule(f"{name}.parts.{part['name']}" if "parts" in entry else name)
+                follower.follow(base_model.get_submodule(part["shares"]))
 
 
 class LowRankMixin:

@@ -1,7 +1,8 @@
 """A run from model to checkpoint, readable top to bottom.
 
 load -> statistics and factors, block by block -> validation sequences -> search -> checkpoint -> evaluation of what was
-written. Each stage leaves its result in the work folder, and is skipped when it is there already.
+written. Each stage leaves its result in the work folder, and is skipped when it is there already. A transform (chop)
+has no factors and no ranks: load -> checkpoint -> evaluation.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -38,7 +40,7 @@ from bolaco.factorize import get_method
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, quiet, resolve_device
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.models.structure import Structure, inspect_structure, stacked
 from bolaco.objective import Head, Scores, hidden_states, score
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe
@@ -49,10 +51,16 @@ from bolaco.report.curves import matrix_curves, thinned
 from bolaco.report.html import REPORT_FILE, result_page
 from bolaco.statistics.site import LossStatistics
 from bolaco.texts import Texts, prepare_texts
+from bolaco.transform import get_transform
+from bolaco.transform.prune import prune, with_weights
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
 if TYPE_CHECKING:
     from bolaco.allocate.bayesian import Trial
+
+
+# The pruned matrices ``[out, in]`` by name, beside the checkpoint where `pruning.keep_sparse` asks for them.
+SPARSE_FILE = "sparse.safetensors"
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,10 @@ def compress(
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
     refuse_nested(out, work)
-    get_method(recipe.factorization.method)
+    if recipe.transform is None:
+        method = get_method(recipe.factorization.method)
+        if recipe.pruning.keep_sparse and not method.prunes:
+            raise RecipeError(f"pruning.keep_sparse: method {method.name} does not prune; lpaf does")
     resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
         with folder.timed("load"):
@@ -116,21 +127,24 @@ def compress(
             config = model.config if model is not None else load_config(recipe.model)
             refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
-            texts = prepare_texts(recipe, tokenizer, config) if shared is None else shared.texts
+            texts = prepare_texts(recipe, tokenizer, config, calibrates(recipe)) if shared is None else shared.texts
             model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
             check_finite(model)
-            structure = inspect_structure(model)
-            space = space_of(recipe, structure)
-            warm = warm_ranks(recipe, space)
+            structure = units_of(recipe, inspect_structure(model))
+            run = _Run(recipe, model, structure, texts, folder, reporter, shared)
+            warm = None if recipe.transform else warm_ranks(recipe, run.space)
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
             folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
-        run = _Run(recipe, model, structure, space, texts, folder, reporter, shared)
         run.require_space(out)
-        with folder.timed("factorize"):
-            run.factorize()
+        if recipe.transform is None:
+            if run.method.prunes:
+                with folder.timed("prune"):
+                    run.prune()
+            with folder.timed("factorize"):
+                run.factorize()
         with folder.timed("dense evaluation"):
             dense = run.dense_perplexity()
-        ranks, trials = run.allocate(warm)
+        ranks, trials = run.allocate(warm) if recipe.transform is None else ({}, [])
         if recipe.refines:
             with folder.timed("refine"):
                 run.refine(ranks)
@@ -150,6 +164,11 @@ def compress(
         if not keep_work:
             folder.remove()
     return Result(out, info)
+
+
+def calibrates(recipe: Recipe) -> bool:
+    """Whether any stage of a run reads the calibration text."""
+    return recipe.refines or (recipe.transform is None and get_method(recipe.factorization.method).reads_text)
 
 
 def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:
@@ -173,6 +192,11 @@ def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:
                 f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
             )
     return ranks
+
+
+def units_of(recipe: Recipe, structure: Structure) -> Structure:
+    """The structure with one site for each matrix, or stack of matrices, that is compressed as one."""
+    return stacked(structure, recipe.dense_types) if recipe.factorization.storage == "shared" else structure
 
 
 def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
@@ -204,20 +228,28 @@ class _Run:
         recipe: Recipe,
         model: PreTrainedModel,
         structure: Structure,
-        space: SearchSpace,
         texts: Texts,
         folder: WorkFolder,
         reporter: Reporter,
         shared: Shared | None = None,
     ) -> None:
-        self.recipe, self.model, self.structure, self.space = recipe, model, structure, space
+        # `model` is what is factored, which pruning changes; `original` is what the result is compared with.
+        self.recipe, self.original, self.model, self.structure = recipe, model, model, structure
         self.texts, self.folder, self.reporter, self.shared = texts, folder, reporter, shared
+        self.growth: dict[str, float] = {}
+        self.sparse: dict[str, Tensor] = {}
+        self.parameters_dense = sum(p.numel() for p in model.parameters())
+        if recipe.transform is not None:
+            self.budget = Budget(structure.sites, recipe.keep)
+            self.kept = get_transform(recipe.transform).plan(structure, self.budget, recipe)
+            return
+        self.kept = tuple(range(structure.num_layers))
+        self.space = space_of(recipe, structure)
+        self.budget = self.space.budget
         self.store = (shared.factors if shared else None) or FactorStore(folder.path / "factors")
         self.top = top_ranks(recipe, structure)
         self.refined = BlockStore(folder.path / "refined")
         self.method = get_method(recipe.factorization.method)
-        self.growth: dict[str, float] = {}
-        self.parameters_dense = sum(p.numel() for p in model.parameters())
 
     @property
     def _factorized(self) -> bool:
@@ -227,9 +259,11 @@ class _Run:
         """Stops if what is still to be written (estimated from above) does not fit."""
         itemsize = self.model.dtype.itemsize
         factors = 0
-        if not self._factorized:
+        if self.recipe.transform is None and not self._factorized:
             for site in self.structure.sites:
                 factors += self.top.get(site.name, 0) * (site.out_features + site.in_features) * itemsize
+            if self.method.prunes:
+                factors += sum(site.size for site in self.structure.sites) * itemsize
             if self.method.gradients:
                 factors += sum(4 * site.out_features**2 for site in self.structure.sites)
             if self.recipe.calibration.cache == "disk":
@@ -238,6 +272,24 @@ class _Run:
             factors += sum(site.size for site in self.structure.sites) * itemsize
         needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]
         require_space(needs, "the factors and the checkpoint")
+
+    def prune(self) -> None:
+        """Prunes a copy of the model and goes on with it; its weights and their importances are in the work folder."""
+        layers, settings = range(self.structure.num_layers), self.recipe.pruning
+        store, losses = BlockStore(self.folder.path / "pruned"), LossStatistics(self.folder.path, self.method.losses)
+        if not all(store.has(layer) for layer in layers):
+            sparsity = 1 - self.recipe.keep if settings.sparsity is None else settings.sparsity
+            tokens = self.texts.calibration
+            with self.reporter.stage("prune", settings.steps) as tick:
+                found = prune(self.model, self.structure, tokens, sparsity, settings, self.recipe.seed, tick)
+            for layer in layers:
+                names = [site.name for unit in self.structure.of_layer(layer) for site in unit.members]
+                losses.put("outputs", layer, {name: found[name].outputs for name in names})
+                losses.put("inputs", layer, {name: found[name].inputs for name in names})
+                store.write(layer, {name: found[name].weight for name in names})
+        weights = {name: weight for layer in layers for name, weight in store.read(layer).items()}
+        self.model = with_weights(self.original, self.structure, weights)
+        self.sparse = weights
 
     def factorize(self) -> None:
         """Statistics and factors of every block that has none yet."""
@@ -265,7 +317,7 @@ class _Run:
         if known is None:
             blocks = self.texts.evaluation
             with self.reporter.stage("evaluate the original", len(blocks)) as tick:
-                known = asdict(perplexity(self.model, blocks, self.recipe.validation.batch, tick))
+                known = asdict(perplexity(self.original, blocks, self.recipe.validation.batch, tick))
             self.folder.write("dense", known)
         if known.keys() != {field.name for field in fields(PerplexityResult)}:
             raise self.folder.damaged("dense", "other fields than expected")
@@ -352,6 +404,11 @@ class _Run:
 
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Writes the compressed model."""
+        if self.recipe.transform is not None:
+            smaller = get_transform(self.recipe.transform).apply(self.model, self.structure, self.kept)
+            with quiet():
+                smaller.save_pretrained(folder)
+            return
 
         def blocks() -> Iterator[nn.Module]:
             for layer in range(self.structure.num_layers):
@@ -364,6 +421,8 @@ class _Run:
         state = compressed_state(self.model, self.structure, blocks(), self.recipe.factorization.storage)
         self.growth = state.growth
         write_model(folder, self.model, state)
+        if self.recipe.pruning.keep_sparse:
+            save_file(self.sparse, folder / SPARSE_FILE, metadata={"format": "pt"})
 
     def measure(self, folder: Path, ranks: Ranks, trials: Sequence[Trial], dense: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, measures it, and returns the content of ``bolaco.json``."""
@@ -372,7 +431,9 @@ class _Run:
         blocks = self.texts.evaluation
         with self.reporter.stage("evaluate the result", len(blocks)) as tick:
             after = perplexity(compressed, blocks, self.recipe.validation.batch, tick)
-        budget = self.space.budget
+        budget = self.budget
+        removed = sum(site.size for site in self.structure.sites if site.layer not in self.kept)
+        linears = budget.cost(ranks) - removed
         parameters = sum(p.numel() for p in compressed.parameters())
         return {
             "format": 1,
@@ -381,16 +442,20 @@ class _Run:
             "method": self.recipe.factorization.method,
             "storage": self.recipe.factorization.storage,
             "keep": self.recipe.keep,
-            "keep_linears": budget.ratio(ranks),
+            "keep_linears": linears / budget.total,
             "keep_model": parameters / self.parameters_dense,
             "parameters": parameters,
             "parameters_dense": self.parameters_dense,
-            "parameters_linears": budget.cost(ranks),
+            "parameters_linears": linears,
             "parameters_linears_dense": budget.total,
             "bytes": weight_bytes(folder),
             "bytes_dense": self.parameters_dense * self.model.dtype.itemsize,
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "ranks": ranks,
+            "layers": list(self.kept),
+            "layers_dense": self.structure.num_layers,
+            "ranks": {member.name: ranks[site.name] for site in self.structure.sites for member in site.members}
+            if ranks
+            else {},
             "pivot_growth": self.growth,
             "perplexity": {
                 "dense": dense["perplexity"],
@@ -400,7 +465,7 @@ class _Run:
                 "windows": after.windows,
                 "tokens": after.tokens,
             },
-            "dimensions": self.space.names,
+            "dimensions": self.space.names if self.recipe.transform is None else [],
             "trials": [
                 {
                     "keep": dict(zip(self.space.names, t.keeps, strict=True)),
@@ -414,14 +479,15 @@ class _Run:
             ],
             "seconds": {},
             "recipe": self.recipe.model_dump(mode="json"),
-            "versions": versions(self.method.package),
+            "versions": versions(*([] if self.recipe.transform else [self.method.package])),
         }
 
     def curves(self, ranks: Ranks) -> Curves:
         """The content of ``curves.json``."""
+        spectra = {} if self.recipe.transform else self._spectra()
         return {
             "format": 1,
-            "matrices": matrix_curves(self.structure.sites, self._spectra(), ranks),
+            "matrices": matrix_curves(self.structure.sites, spectra, ranks),
             "refinement": (self.folder.read("refinement", dict) or {}) if self.recipe.refines else {},
         }
 

@@ -13,6 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bolaco.errors import RecipeError
+from bolaco.systems import SYSTEMS
+from bolaco.transform import TRANSFORMS
 
 
 class Section(BaseModel):
@@ -64,8 +66,10 @@ class Factorization(Section):
     """Which low-rank approximation is computed for each matrix."""
 
     method: str = Field("kfac", description="a name that `bolaco methods` lists")
-    storage: Literal["two-factor", "pivoted"] = Field(
-        "pivoted", description="pivoted: the same product in r^2 fewer parameters"
+    storage: Literal["two-factor", "pivoted", "shared", "dense"] = Field(
+        "pivoted",
+        description="pivoted: the same product in r^2 fewer parameters; shared: q and k, gate and up have one input "
+        "factor; dense: nothing is factored (chop)",
     )
 
 
@@ -87,7 +91,8 @@ class Search(Section):
     rank_multiple: int = Field(8, gt=0)
     dense_types: tuple[str, ...] | None = Field(
         None,
-        description="matrix types that are never factored; default: v, but none for spectral, uniform and welore",
+        description="matrix types that are never factored; default: v, but none for spectral, uniform and welore, "
+        "and v, o, down with shared storage",
     )
     min_ratio: float = Field(
         0.0, ge=0, lt=1, description="welore: a matrix that would lose no more of its rank than this share stays dense"
@@ -114,6 +119,24 @@ class Refinement(Section):
     weight_decay: float = Field(0.01, ge=0)
 
 
+class Chop(Section):
+    """Which blocks go, with ``--method chop``."""
+
+    pattern: Literal["max-gap", "input", "output", "middle", "both"] = Field(
+        "input", description="where the removed blocks were; max-gap: evenly spread; both: half at either end"
+    )
+
+
+class Pruning(Section):
+    """Gradual pruning before the factorization, with ``--method lpaf``."""
+
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros at the end; default: 1 - keep")
+    steps: int = Field(64, gt=0, description="AdamW steps on the calibration text")
+    batch: int = Field(4, gt=0, description="sequences a step")
+    learning_rate: float = Field(2e-5, gt=0)
+    keep_sparse: bool = Field(False, description="write the pruned matrices to sparse.safetensors in the result")
+
+
 class Evaluation(Section):
     """Text of the final before/after perplexity."""
 
@@ -137,13 +160,44 @@ class Recipe(Section):
     validation: Validation = Validation()
     search: Search = Search()
     refinement: Refinement = Refinement()
+    chop: Chop = Chop()
+    pruning: Pruning = Pruning()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        """What cannot go together, whatever the words were that it came from."""
+        storage, space = self.factorization.storage, self.search.space
+        if (storage == "dense") != (self.transform is not None):
+            raise ValueError(
+                f"factorization.storage {storage} with method {self.factorization.method}: dense storage is for "
+                f"methods that factor nothing ({', '.join(TRANSFORMS)}), and for them only"
+            )
+        if storage not in ("shared", "dense"):
+            return self
+        what = "shared storage" if storage == "shared" else f"method {self.factorization.method}"
+        spaces = ("uniform", "spectral", "welore") if storage == "shared" else ("none",)
+        if space not in spaces:
+            raise ValueError(f"search.space {space} is not possible with {what}; there is {', '.join(spaces)}")
+        if self.refinement.fit or (storage == "dense" and self.refines):
+            field = "fit" if self.refinement.fit else "steps"
+            raise ValueError(f"refinement.{field} is not possible with {what}; leave it out")
+        if self.search.warm_start is not None:
+            raise ValueError(f"search.warm_start is not possible with {what}; leave it out")
+        return self
+
+    @property
+    def transform(self) -> str | None:
+        """Name of the transform that is this recipe's method; None if matrices are factored."""
+        return self.factorization.method if self.factorization.method in TRANSFORMS else None
 
     @property
     def dense_types(self) -> tuple[str, ...]:
         """Matrix types that are never factored."""
         if self.search.dense_types is not None:
             return self.search.dense_types
+        if self.factorization.storage == "shared":
+            return ("v", "o", "down")
         return () if self.search.space in ("spectral", "uniform", "welore") else ("v",)
 
     @property
@@ -159,6 +213,15 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the nested keys of ``update`` laid over it; neither is changed."""
+    result = dict(base)
+    for key, value in update.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 # The settings of arXiv 2405.10616. The pool the 100 validation sequences are chosen from is not published;
@@ -223,16 +286,39 @@ PRESETS: dict[str, dict[str, Any]] = {
         "search": {"space": "uniform"},
         "refinement": {"fit": True, "drift": 0.25, "steps": 0},
     },
+    "lpaf": _one_shot("lpaf"),
+    "joint": merge(_one_shot("svd"), {"factorization": {"storage": "shared"}}),
+    "chop": merge(_one_shot("chop", "none"), {"factorization": {"storage": "dense"}}),
 }
 
 
-def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with the nested keys of ``update`` laid over it; neither is changed."""
-    result = dict(base)
-    for key, value in update.items():
-        old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
+def _resolved(values: dict[str, Any], preset: str) -> dict[str, Any]:
+    """``values`` over the preset; a method that is the name of a system becomes that system's recipe.
+
+    Raises:
+        RecipeError: another value contradicts the system.
+    """
+    section = values.get("factorization")
+    name = section.get("method") if isinstance(section, dict) else None
+    system = SYSTEMS.get(name) if isinstance(name, str) else None
+    if system is None:
+        return merge(PRESETS[preset], values)
+    if preset == "default":
+        preset = system.presets[0]
+    if preset not in system.presets:
+        raise RecipeError(
+            f"method {name} is a recipe of its own and so is the preset {preset}; leave out one of the two"
+        )
+    method = {"factorization": {"method": PRESETS[preset]["factorization"]["method"]}}
+    merged = merge(merge(PRESETS[preset], values), method)
+    for field, allowed in system.fixed.items():
+        part, _, key = field.partition(".")
+        given = merged[part].get(key) if isinstance(merged[part], dict) else None
+        if given not in allowed:
+            raise RecipeError(
+                f"{field} {given} contradicts method {name}: {system.because}; leave it out, or take another method"
+            )
+    return merged
 
 
 def recipe_values(
@@ -305,7 +391,7 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
     try:
-        return Recipe.model_validate(merge(PRESETS[preset], values))
+        return Recipe.model_validate(_resolved(values, preset))
     except ValidationError as error:
         raise RecipeError(problems(error)) from None
 
@@ -313,20 +399,22 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
 def recipe_of(name: str, values: dict[str, Any]) -> Recipe:
     """The recipe that ``name`` stands for in a comparison, with ``values`` over it.
 
-    A preset, or else a factorization method: then in two factors, one ratio for all matrices and nothing afterwards, as
-    the one-shot presets.
+    A preset, a system by its name, or else a factorization method: then in two factors, one ratio for all matrices and
+    nothing afterwards, as the one-shot presets.
 
     Raises:
         RecipeError: neither, with what was probably meant; or as :func:`make_recipe`.
     """
     if name in PRESETS:
         return make_recipe(values, name)
+    if name in SYSTEMS:
+        return make_recipe(values, SYSTEMS[name].presets[0])
     from bolaco.factorize.registry import method_names
 
     methods = method_names()
     if name in methods:
         return make_recipe(merge(_one_shot(name), values))
-    known = list(dict.fromkeys([*PRESETS, *methods]))
+    known = list(dict.fromkeys([*PRESETS, *SYSTEMS, *methods]))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     raise RecipeError(f"unknown method or preset {name!r}; {hint}")

@@ -44,10 +44,15 @@ def make_statistics(method: Method, shape: tuple[int, int], kind: str = "regular
     g = 1e-4 * _noise(300, directions[1], seed=4) @ _noise(directions[1], out, seed=5)
     fisher = 1e-6 * _noise(inside, seed=6).square()
     fisher[inside if kind == "regular" else 3 * (kind == "singular") :] = 0.0
+    sizes = 1e-6 * _noise(out, seed=7).abs(), 1e-6 * _noise(inside, seed=8).abs()
+    for size in sizes:
+        size[len(size) if kind == "regular" else 3 * (kind == "singular") :] = 0.0
     return SiteStatistics(
-        pooled.finalize(),
+        pooled.finalize() if method.moments else None,
         (g.T @ g / len(g)).float() if method.gradients else None,
         fisher.float() if method.fisher else None,
+        sizes[0].float() if method.prunes else None,
+        sizes[1].float() if method.prunes else None,
     )
 
 
@@ -73,9 +78,11 @@ class MethodConformance:
     def _found(self) -> Method:
         return get_method(self.method)
 
+    def _metric(self, statistics: SiteStatistics) -> InputMetric:
+        return InputMetric(None) if statistics.moments is None else self._found().metric(statistics.moments)
+
     def _factors(self, weight: Tensor, statistics: SiteStatistics, rank: int) -> Factors:
-        method = self._found()
-        return method.prepare(weight, method.metric(statistics.moments), statistics, rank)
+        return self._found().prepare(weight, self._metric(statistics), statistics, rank)
 
     def _cases(self, kind: str = "regular") -> Iterator[tuple[str, Tensor, SiteStatistics]]:
         for seed, shape in enumerate(SHAPES):
@@ -129,7 +136,7 @@ class MethodConformance:
     def test_the_spectrum_predicts_the_error(self) -> None:
         """It descends, is not negative, and its tail is :meth:`error` of the approximation."""
         for case, weight, statistics in self._cases():
-            metric = self._found().metric(statistics.moments)
+            metric = self._metric(statistics)
             factors = self._factors(weight, statistics, min(weight.shape))
             total = float(factors.spectrum.sum())
             assert (factors.spectrum >= 0).all(), f"{case}: a negative squared error"
@@ -157,11 +164,13 @@ class MethodConformance:
         """``centred`` methods have a bias that makes up for the mean input; the others leave the bias as it is."""
         for case, weight, statistics in self._cases():
             original = _noise(len(weight), seed=20)
-            factors, mean = self._factors(weight, statistics, 4), statistics.moments.mean
+            factors = self._factors(weight, statistics, 4)
             for rank in (1, 4):
                 bias = factors.bias(rank, original)
                 assert bias is not None, case
                 if self._found().centred:
+                    assert statistics.moments is not None, f"{case}: centred without asking for the inputs"
+                    mean = statistics.moments.mean
                     self._close(factors.product(rank) @ mean + bias, weight @ mean + original, f"{case}: mean output")
                 else:
                     assert torch.equal(bias, original), f"{case}: a bias from a method that is not centred"
@@ -171,7 +180,8 @@ class MethodConformance:
         for case, weight, statistics in self._cases():
             before = weight.clone()
             moments = statistics.moments
-            given = [moments.mean, moments.covariance, statistics.gradient, statistics.fisher, moments.magnitude]
+            given = [statistics.gradient, statistics.fisher, statistics.outputs, statistics.inputs]
+            given += [] if moments is None else [moments.mean, moments.covariance, moments.magnitude]
             kept = [None if value is None else value.clone() for value in given]
             first, second = (self._factors(weight, statistics, 4) for _ in range(2))
             assert torch.equal(weight, before), f"{case}: the weight was changed"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bolaco.data import TokenStream, fingerprint
@@ -15,9 +16,10 @@ from bolaco.recipe import Recipe
 
 @dataclass(frozen=True)
 class Texts:
-    """Token blocks ``[sequences, length]``; ``candidates`` is None when nothing is searched.
+    """Token blocks ``[sequences, length]``.
 
-    ``others`` are further texts to report on, by source.
+    ``candidates`` is None when nothing is searched; ``calibration`` has no sequences where nothing reads any and
+    nothing else is taken from its source; ``others`` are further texts to report on, by source.
     """
 
     calibration: Tensor
@@ -32,10 +34,14 @@ class Texts:
         return fingerprint(*[t for t in (self.calibration, self.candidates, self.evaluation) if t is not None])
 
 
-def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, *, more: Sequence[str] = ()) -> Texts:
+def prepare_texts(
+    recipe: Recipe, tokenizer: Any, config: Any, calibrates: bool = True, *, more: Sequence[str] = ()
+) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
-    ``more`` are sources of further texts to report on, as long as the evaluation text.
+    Without ``calibrates`` the calibration source is left alone, unless other text comes from it: that is then the same
+    text as in a run that calibrates. ``more`` are sources of further texts to report on, as long as the evaluation
+    text.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -56,7 +62,11 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, *, more: Sequence
         return streams[source].take(count, length, purpose)
 
     length = recipe.calibration.seq_len
-    calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
+    others = {evaluation_source} | ({validation_source} if recipe.searches else set())
+    if calibrates or calibration_source in others:
+        calibration = take(calibration_source, recipe.calibration.sequences, length, "calibration")
+    else:
+        calibration = torch.empty(0, length, dtype=torch.int64)
     candidates = None
     if recipe.searches:
         candidates = take(

@@ -20,7 +20,8 @@ Ranks = dict[str, int | None]
 # How a rank-r product is stored, and what that costs:
 #   two-factor  [out, r] and [r, in]                          r (out + in)
 #   pivoted     r rows (or columns) and what the others are of them   r (out + in - r)   (arXiv 2501.19090)
-STORAGES = ("two-factor", "pivoted")
+#   shared      the same; of two stacked [out1 + out2, r] and [r, in]   r (out1 + out2 + in)   (arXiv 2402.16319)
+STORAGES = ("two-factor", "pivoted", "shared")
 
 
 def parameters(site: Site, rank: int | None, storage: str = "two-factor") -> int:

@@ -16,7 +16,7 @@ from bolaco.errors import BudgetError, RecipeError
 from bolaco.models.structure import TYPES, Site, Structure
 
 # Types that share a ratio, in the order of the search dimensions; v joins when it is not left dense.
-_SHARED = (("q", "k"), ("v",), ("o",), ("gate",), ("up",), ("down",))
+_SHARED = (("q", "k"), ("qk",), ("v",), ("o",), ("gate",), ("up",), ("gate_up",), ("down",))
 
 
 @dataclass(frozen=True)

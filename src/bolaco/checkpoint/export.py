@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.checkpoint.registry import PREFIX
 from bolaco.checkpoint.write import new_folder
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import LowRankLinear, PivotedLinear, SplitLinear
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
 from bolaco.models.load import load_model, load_tokenizer, quiet
 from bolaco.models.structure import inspect_structure, meta_model, weight_of
 
@@ -96,8 +96,9 @@ def _fold(module: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, PivotedLinear):
         bias = module.dense_bias()
         return module.dense().detach(), None if bias is None else bias.detach()
-    if isinstance(module, LowRankLinear):
+    if isinstance(module, LowRankLinear | FollowerLinear):
         weight = module.expand.weight.detach()
-        product = weight.float() @ module.reduce.weight.detach().float()
+        reduce = (module.lead if isinstance(module, FollowerLinear) else module).reduce.weight.detach()
+        product = weight.float() @ reduce.float()
         return product.to(weight.dtype), None if module.expand.bias is None else module.expand.bias.detach()
     return weight_of(module).detach().contiguous(), None if module.bias is None else module.bias.detach()

@@ -75,5 +75,5 @@ def read_curves(folder: str | Path) -> Curves:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Bytes of the weight files of a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the model's weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))

@@ -20,7 +20,7 @@ from bolaco.checkpoint.registry import PREFIX, config_class, model_classes
 from bolaco.compressed import modules_of
 from bolaco.errors import NonFiniteError, OutputExistsError, RecipeError, UnsupportedModelError
 from bolaco.factorize.pivot import pivot
-from bolaco.layers import LowRankLinear, SplitLinear
+from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear
 from bolaco.models.load import quiet
 from bolaco.models.structure import Site, Structure
 
@@ -64,6 +64,7 @@ def compressed_state(
     """
     result = CompressedState({}, dict(model.state_dict()))
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    leads: dict[nn.Module, str] = {}
     for layer, block in enumerate(blocks):
         inside = f"{structure.blocks}.{layer}."
         for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
@@ -72,7 +73,9 @@ def compressed_state(
         for name, sites in modules_of(structure, layer).items():
             module = block.get_submodule(name)
             if not isinstance(module, SplitLinear):
-                entry = _entry(sites[0], name, module, tensors, storage, result.growth)
+                entry = _entry(sites[0], name, module, tensors, storage, result.growth) | _sharing(
+                    module, inside + name, leads
+                )
                 original = model.base_model.get_submodule(sites[0].module)
                 if (
                     entry["rank"] is not None
@@ -84,8 +87,9 @@ def compressed_state(
             parts = []
             for site in sites:
                 where = f"{name}.parts.{site.part}"
-                part = _entry(site, where, module.parts[str(site.part)], tensors, storage, result.growth)
-                parts.append({"name": site.part} | part)
+                inner = module.parts[str(site.part)]
+                part = _entry(site, where, inner, tensors, storage, result.growth)
+                parts.append({"name": site.part} | part | _sharing(inner, inside + where, leads))
             result.matrices[inside + name] = {"parts": parts}
         result.tensors.update({prefix + inside + key: value.contiguous() for key, value in tensors.items()})
     return result
@@ -96,6 +100,14 @@ def _converted(module: nn.Module, original: nn.Module) -> bool:
     return isinstance(original, Conv1D) and not isinstance(module, Conv1D)
 
 
+def _sharing(module: nn.Module, name: str, leads: dict[nn.Module, str]) -> dict[str, Any]:
+    """What an entry says of a shared input factor; ``leads`` collects the names of those who own one."""
+    if isinstance(module, LeadLinear):
+        leads[module] = name
+        return {"lead": True}
+    return {"shares": leads[module.lead]} if isinstance(module, FollowerLinear) else {}
+
+
 def _entry(
     site: Site, where: str, module: nn.Module, tensors: dict[str, Tensor], storage: str, growth: dict[str, float]
 ) -> dict[str, Any]:
@@ -103,11 +115,11 @@ def _entry(
     own = [tensors[key] for key in tensors if key.startswith(f"{where}.")]
     if not all(torch.isfinite(tensor).all() for tensor in own):
         raise NonFiniteError(f"{site.name}: its compressed form holds NaN or infinity")
-    if not isinstance(module, LowRankLinear):
+    if not isinstance(module, LowRankLinear | FollowerLinear):
         return {"out": site.out_features, "rank": None, "bias": module.bias is not None}
     bias = module.expand.bias
     entry: dict[str, Any] = {"out": site.out_features, "rank": module.rank, "bias": bias is not None}
-    if storage != "pivoted":
+    if storage != "pivoted" or isinstance(module, FollowerLinear):
         return entry
     form = pivot(module.expand.weight.detach().cpu(), module.reduce.weight.detach().cpu())
     for key in [key for key in tensors if key.startswith(f"{where}.")]:

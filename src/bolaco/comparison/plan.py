@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from bolaco.errors import RecipeError
+from bolaco.factorize import get_method
 from bolaco.recipe import Recipe, merge, recipe_of, recipe_values
 
 # Sections of a recipe that neither statistics nor factors depend on. What is not named here is taken to matter.
@@ -112,9 +113,11 @@ def short_hash(value: Any) -> str:
 def shares_factors(recipe: Recipe) -> bool:
     """Whether the factors of a recipe are those of its matrices at all ranks, which others can use.
 
-    A row for which they are not computes its own.
+    A row for which they are not computes its own: stacked matrices, and weights that are changed before.
     """
-    return recipe.factorization.storage in ("two-factor", "pivoted")
+    if recipe.transform is not None or recipe.factorization.storage == "shared":
+        return False
+    return not get_method(recipe.factorization.method).prunes
 
 
 def statistics_key(recipe: Recipe) -> str:

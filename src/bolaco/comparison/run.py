@@ -88,7 +88,8 @@ def compare(
     work = work or out.with_name(out.name + ".work")
     refuse_nested(out, work)
     for recipe in comparison.recipes.values():
-        get_method(recipe.factorization.method)
+        if recipe.transform is None:
+            get_method(recipe.factorization.method)
         resolve_device(recipe.device)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
     with WorkFolder(work, comparison) as folder:
@@ -127,10 +128,12 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
     first = next(iter(comparison.recipes))
     for name, recipe in comparison.recipes.items():
         sections = (recipe.calibration, recipe.validation, recipe.evaluation)
-        key = short_hash([section.model_dump(mode="json") for section in sections] + [recipe.bos, recipe.searches])
+        reads = pipeline.calibrates(recipe)
+        values = [section.model_dump(mode="json") for section in sections]
+        key = short_hash([*values, recipe.bos, recipe.searches, reads])
         if key not in known:
             try:
-                known[key] = prepare_texts(recipe, tokenizer, config, more=comparison.others)
+                known[key] = prepare_texts(recipe, tokenizer, config, reads, more=comparison.others)
             except DataError as error:
                 raise error if name == first else DataError(f"{name}: {error}") from None
         found[name] = known[key]
@@ -269,7 +272,8 @@ class _Run:
                 size += sum(
                     rank * (sites[n].out_features + sites[n].in_features) * itemsize for n, rank in ranks.items()
                 )
-        methods = [get_method(recipe.factorization.method) for recipe in self.comparison.recipes.values()]
+        sharing = filter(shares_factors, self.comparison.recipes.values())
+        methods = [get_method(recipe.factorization.method) for recipe in sharing]
         if any(method.gradients for method in methods):
             size += sum(4 * site.out_features**2 for site in self.structure.sites)
         require_space([(self.folder.path, size)], "the factors and a checkpoint")
@@ -348,7 +352,7 @@ class _Run:
 
     def _row(self, name: str, recipe: Recipe, dense: Mapping[str, Any]) -> dict[str, Any]:
         key = factors_key(recipe)
-        if key in self.failed:
+        if shares_factors(recipe) and key in self.failed:
             raise BolacoError(self.failed[key])
         out, texts = self._place(name), self.texts[name]
         self.memory = PeakMemory()

@@ -19,6 +19,7 @@ def metric(moments: Moments) -> InputMetric:
 
 def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
     """Factors with the mean output restored by a bias."""
+    assert statistics.moments is not None  # the method reads text
     return low_rank(weight, metric, max_rank, mean=statistics.moments.mean)
 
 

@@ -37,5 +37,6 @@ METHOD = Method(
     paper="arXiv 2207.00112",
     summary="inputs weighted by the empirical Fisher information of their weights, no bias (FWSVD)",
     prepare=prepare,
+    moments=False,
     fisher=True,
 )

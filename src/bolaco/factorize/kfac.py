@@ -25,6 +25,7 @@ def metric(moments: Moments) -> InputMetric:
 def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max_rank: int) -> Factors:
     """Factors under both metrics, with the mean output restored by a bias."""
     output = OutputMetric(statistics.gradient, SHRINKAGE)
+    assert statistics.moments is not None  # the method reads text
     return low_rank(weight, metric, max_rank, mean=statistics.moments.mean, output=output)
 
 

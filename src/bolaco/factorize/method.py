@@ -30,9 +30,12 @@ class Method:
         summary: one line for ``bolaco methods``.
         prepare: factors of one matrix under the metric.
         metric: the input metric, from the input's moments; computed once for the matrices that share an input.
+        moments: asks for ``statistics.moments``; a method that asks for nothing at all has no text read for it.
         magnitudes: asks for ``moments.magnitude``, the mean absolute inputs.
         gradients: asks for ``statistics.gradient``, the second moment of the loss gradient at the output.
         fisher: asks for ``statistics.fisher``, the empirical Fisher information of the weights by input.
+        prunes: asks for the weights of a model pruned before, and for ``statistics.outputs`` and ``inputs``, the
+            importances that pruning found.
         comparable: whether squared errors of different matrices are in one unit.
         centred: whether inputs are centred and the mean output restored by a bias.
         package: distribution it comes with; set when it is found.
@@ -43,9 +46,11 @@ class Method:
     summary: str
     prepare: Prepare
     metric: Callable[[Moments], InputMetric] = no_metric
+    moments: bool = True
     magnitudes: bool = False
     gradients: bool = False
     fisher: bool = False
+    prunes: bool = False
     comparable: bool = False
     centred: bool = False
     package: str = "bolaco"
@@ -53,5 +58,10 @@ class Method:
     @property
     def losses(self) -> tuple[str, ...]:
         """Fields of :class:`SiteStatistics` that it needs and that come from loss gradients."""
-        wanted = {"gradient": self.gradients, "fisher": self.fisher}
+        wanted = {"gradient": self.gradients, "fisher": self.fisher, "outputs": self.prunes, "inputs": self.prunes}
         return tuple(name for name, asked in wanted.items() if asked)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the weights are not all it looks at."""
+        return self.moments or bool(self.losses)

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from bolaco.errors import RecipeError
 from bolaco.factorize.method import Method
+from bolaco.systems import SYSTEMS
 
 GROUP = "bolaco.methods"
 
@@ -25,6 +26,7 @@ METHODS: dict[str, str] = {
     "asvd": "bolaco.factorize.asvd",
     "fwsvd": "bolaco.factorize.fwsvd",
     "svd": "bolaco.factorize.svd",
+    "lpaf": "bolaco.factorize.lpaf",
 }
 
 
@@ -62,7 +64,7 @@ def _brought(name: str, points: list[EntryPoint]) -> Method:
         RecipeError: it cannot be used, in one line with the package's name.
     """
     packages = " and ".join(_package(point) for point in points)
-    if name in METHODS:
+    if name in METHODS or name in SYSTEMS:
         raise RecipeError(f"method {name!r} of {packages} is refused: bolaco has one of that name")
     if len(points) > 1:
         raise RecipeError(f"method {name!r} is refused: {packages} bring one of that name each")
@@ -103,14 +105,17 @@ def get_method(name: str) -> Method:
     """The method called ``name``.
 
     Raises:
-        RecipeError: unknown, with what was probably meant; or brought by a package in a way that cannot be used.
+        RecipeError: unknown, with what was probably meant; a recipe rather than a method; or brought by a package in a
+            way that cannot be used.
     """
     if name in METHODS:
         return _built_in(name)
+    if name in SYSTEMS:
+        raise RecipeError(f"factorization.method: {name} is a recipe; give it as --method {name} or in make_recipe")
     points = _points()
     if name in points:
         return _brought(name, points[name])
-    known = method_names()
+    known = list(dict.fromkeys([*method_names(), *SYSTEMS]))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
     raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")

@@ -18,7 +18,7 @@ from bolaco.recipe import Calibration
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
 from bolaco.statistics.moments import Moments
-from bolaco.statistics.site import LossStatistics, SiteStatistics
+from bolaco.statistics.site import LossStatistics, SiteStatistics, of_members
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def factorize(
     Args:
         model: the model, in evaluation mode.
         structure: its structure.
-        tokens: ``[sequences, length]`` of calibration text.
+        tokens: ``[sequences, length]`` of calibration text; not looked at if no method asks for moments.
         jobs: methods, and where their factors go.
         settings: batch and groups of the statistics.
         reporter: where progress goes.
@@ -68,6 +68,14 @@ def factorize(
     layers = range(structure.num_layers)
     jobs = [job for job in jobs if not job.done(len(layers))]
     if not jobs:
+        return
+    if not any(job.method.moments for job in jobs):
+        with reporter.stage("factorize", len(layers)) as tick:
+            for layer in layers:
+                for job in jobs:
+                    if not job.store.has(layer):
+                        job.store.save(layer, _of_block(model, structure, layer, job, {}))
+                tick(1)
         return
     magnitudes = any(job.method.magnitudes for job in jobs)
     walk = BlockWalk(model, structure, tokens, settings.batch, cache_file)
@@ -96,8 +104,9 @@ def _of_block(
         if top == 0:
             continue
         group = site.input_group
+        known = moments[group] if job.method.moments else None
         if group not in metrics:
-            metrics[group] = job.method.metric(moments[group])
-        statistics = SiteStatistics(moments[group], **of_loss.get(site.name, {}))
+            metrics[group] = InputMetric(None) if known is None else job.method.metric(known)
+        statistics = SiteStatistics(known, **of_members(site, of_loss))
         factors[site.name] = job.method.prepare(structure.weight(model, site), metrics[group], statistics, top)
     return factors

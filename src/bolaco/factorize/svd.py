@@ -12,4 +12,10 @@ def prepare(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, max
     return low_rank(weight, metric, max_rank)
 
 
-METHOD = Method(name="svd", paper="Eckart-Young 1936", summary="plain truncated SVD of the weight", prepare=prepare)
+METHOD = Method(
+    name="svd",
+    paper="Eckart-Young 1936",
+    summary="plain truncated SVD of the weight; reads no text",
+    prepare=prepare,
+    moments=False,
+)

@@ -5,7 +5,7 @@ Orientation is settled here, once: a site's weight is always ``[out, in]``, what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ INPUT_OF = {
     "down": "down",
 }
 TYPES = tuple(INPUT_OF)
+# Matrices on one input that can be stacked and factored as one (arXiv 2402.16319).
+STACKS = {"qk": ("q", "k"), "gate_up": ("gate", "up")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,31 @@ class Site:
         """Parameters of the dense matrix, bias not counted."""
         return self.out_features * self.in_features
 
+    @property
+    def members(self) -> tuple[Site, ...]:
+        """The matrices of the model that it consists of: itself."""
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Stack(Site):
+    """Matrices on one input, stacked along their outputs and compressed as one, ``[sum of out, in]``.
+
+    ``module``, ``part`` and ``rows`` are of no meaning; ``type`` is a key of :data:`STACKS`.
+    """
+
+    stacked: tuple[Site, ...]
+
+    @property
+    def input_group(self) -> str:
+        """Key of the input its matrices share."""
+        return self.stacked[0].input_group
+
+    @property
+    def members(self) -> tuple[Site, ...]:
+        """The matrices, top to bottom."""
+        return self.stacked
+
 
 def weight_of(module: nn.Module) -> Tensor:
     """The module's weight as ``[out, in]`` (a view; GPT-2's Conv1D stores the transpose)."""
@@ -114,12 +141,50 @@ class Structure:
 
     def weight(self, model: PreTrainedModel, site: Site) -> Tensor:
         """Weight of a site, ``[out, in]``, detached; a view where the layout allows."""
+        if isinstance(site, Stack):
+            return torch.cat([self.weight(model, member) for member in site.members])
         return weight_of(model.base_model.get_submodule(site.module))[slice(*site.rows)].detach()
 
     def bias(self, model: PreTrainedModel, site: Site) -> Tensor | None:
-        """Bias of a site, ``[out]``, or None."""
+        """Bias of a site, ``[out]``, or None; of a stack's matrices without one it is zero if another has one."""
+        if isinstance(site, Stack):
+            biases = [(self.bias(model, member), member.out_features) for member in site.members]
+            known = next((bias for bias, _ in biases if bias is not None), None)
+            return None if known is None else torch.cat([known.new_zeros(n) if b is None else b for b, n in biases])
         bias = getattr(model.base_model.get_submodule(site.module), "bias", None)
         return None if bias is None else bias[slice(*site.rows)].detach()
+
+
+def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
+    """The same decoder with the groups of :data:`STACKS` as one site each, where all of a group may be factored."""
+    dense = set(dense_types)
+    sites: list[Site] = []
+    for layer in range(structure.num_layers):
+        of_type = {site.type: site for site in structure.of_layer(layer)}
+        stacks: dict[str, Stack] = {}
+        for kind, types in STACKS.items():
+            if of_type.keys() >= set(types) and not dense & set(types):
+                stack = _stack(kind, tuple(of_type[t] for t in types))
+                stacks |= dict.fromkeys(types, stack)
+        sites += dict.fromkeys(stacks.get(site.type, site) for site in structure.of_layer(layer))
+    return Structure(structure.blocks, structure.num_layers, tuple(sites))
+
+
+def _stack(kind: str, members: tuple[Site, ...]) -> Stack:
+    first, out = members[0], sum(site.out_features for site in members)
+    endings = "+".join(site.name.rpartition(".")[2] for site in members[1:])
+    return Stack(
+        name=f"{first.name}+{endings}",
+        module=first.module,
+        layer=first.layer,
+        type=kind,
+        part=first.part,
+        rows=(0, out),
+        out_features=out,
+        in_features=first.in_features,
+        bias=any(site.bias for site in members),
+        stacked=members,
+    )
 
 
 def inspect_structure(model: PreTrainedModel) -> Structure:

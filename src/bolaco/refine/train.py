@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bolaco.layers import LowRankLinear
+from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.recipe import Refinement
 from bolaco.statistics.blocks import BlockRunner
 
@@ -90,10 +90,15 @@ def train_block(
 
 def balance(block: nn.Module) -> None:
     """Gives both factors of every component the same norm: Adam's steps are of one size for all parameters."""
+    expands: dict[LowRankLinear, list[Tensor]] = {}
     for module in block.modules():
-        if isinstance(module, LowRankLinear):
-            expand, reduce = module.expand.weight.data, module.reduce.weight.data
-            ratio = (reduce.norm(dim=1) / expand.norm(dim=0)).sqrt()
-            ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+        if isinstance(module, LowRankLinear | FollowerLinear):
+            owner = module.lead if isinstance(module, FollowerLinear) else module
+            expands.setdefault(owner, []).append(module.expand.weight.data)
+    for module, outputs in expands.items():
+        reduce = module.reduce.weight.data
+        ratio = (reduce.norm(dim=1) / torch.cat(outputs).norm(dim=0)).sqrt()
+        ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
+        for expand in outputs:
             expand *= ratio
-            reduce /= ratio[:, None]
+        reduce /= ratio[:, None]

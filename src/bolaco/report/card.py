@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from bolaco.recipe import Recipe
-from bolaco.report.tables import seconds_line, summary_rows
+from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
 
 def _refinement(recipe: Recipe) -> str:
@@ -22,6 +22,16 @@ def _refinement(recipe: Recipe) -> str:
     return f"Every block was then {' and '.join(done)}.\n" if done else ""
 
 
+def _what(info: dict[str, Any]) -> str:
+    """What was done to the model, in a sentence."""
+    how = f"method {info['method']}, {info['storage']} storage, keep ratio {info['keep']}"
+    if info["storage"] == "dense":
+        return (
+            f"with fewer decoder blocks, made by bolaco\n({how}). {blocks_line(info['layers'], info['layers_dense'])}."
+        )
+    return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
+
+
 def _use(name: str, argument: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,6 +39,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
 tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
 ```"""
+
+
+def _use_compressed(info: dict[str, Any], name: str) -> str:
+    """How to load it, and where the rest is said."""
+    stock = info["storage"] == "dense"
+    note = (
+        "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions"
+        if stock
+        else "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions"
+    )
+    return f"""{_use(name, "" if stock else ", trust_remote_code=True")}
+
+{note} are in `bolaco.json`;
+[report.html](report.html) shows them, with spectra and seconds, in one page for a browser."""
 
 
 def _tuning(info: dict[str, Any]) -> str:
@@ -60,7 +84,7 @@ def model_card(info: dict[str, Any], name: str) -> str:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["bolaco", "low-rank"],
+        "tags": ["bolaco", "layer-pruning" if info["storage"] == "dense" else "low-rank"],
     }
     if info["model"].count("/") == 1 and not info["model"].startswith((".", "/", "~")):
         front["base_model"] = info["model"]
@@ -72,8 +96,7 @@ def model_card(info: dict[str, Any], name: str) -> str:
 ---
 # {name}
 
-`{info["model"]}` with its decoder matrices replaced by low-rank products, made by bolaco
-(method {info["method"]}, {info["storage"]} storage, keep ratio {info["keep"]}).
+`{info["model"]}` {_what(info)}
 {_refinement(recipe)}
 | | dense | compressed | ratio / gap |
 |---|---:|---:|---:|
@@ -85,10 +108,7 @@ Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl[
 {_tuning(info)}
 ## Use
 
-{_use(name, ", trust_remote_code=True")}
-
-With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are in `bolaco.json`;
-[report.html](report.html) shows them, with spectra and seconds, in one page for a browser.
+{_use_compressed(info, name)}
 
 ## Recipe
 

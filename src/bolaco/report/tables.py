@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from bolaco.allocate import Budget, Ranks
-from bolaco.models.structure import TYPES, Structure
+from bolaco.models.structure import STACKS, TYPES, Structure
 
 if TYPE_CHECKING:
     from bolaco.evaluation.speed import Speed
@@ -91,6 +91,18 @@ def tuning_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def blocks_line(kept: Sequence[int], layers: int) -> str:
+    """Which decoder blocks of ``layers`` stay, in one line; runs of them as first-last."""
+    runs: list[list[int]] = []
+    for block in kept:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{len(kept)} of {layers} decoder blocks stay: {named}"
+
+
 def ranks_table(ranks: Ranks) -> Table:
     """Ranks, layer by type; runs of equal layers share a row."""
     cells: dict[int, dict[str, str]] = defaultdict(dict)
@@ -145,7 +157,7 @@ def plan_table(structure: Structure, budget: Budget, ranks: Ranks) -> Table:
         f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
         f"hand allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
     )
-    for kind in TYPES:
+    for kind in (*STACKS, *TYPES):
         sites = [site for site in structure.sites if site.type == kind]
         if sites:
             shapes = sorted({f"{s.out_features} x {s.in_features}" for s in sites})

@@ -83,7 +83,8 @@ class BlockWalk:
         handles = []
         modules: dict[str, Site] = {}
         for site in self.structure.of_layer(self.layer):
-            modules.setdefault(site.module, site)
+            for member in site.members:
+                modules.setdefault(member.module, member)
         leaders = {site.input_group: name for name, site in reversed(modules.items())}
 
         def make(name: str, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:

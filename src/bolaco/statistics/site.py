@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.blockstore import BlockStore
-from bolaco.models.structure import Structure
+from bolaco.models.structure import Site, Structure
 from bolaco.progress import Reporter
 from bolaco.statistics.gradients import GradientWalk
 from bolaco.statistics.moments import Moments
@@ -22,20 +22,44 @@ class SiteStatistics:
     """Statistics of one matrix ``[out, in]``. What the method did not ask for is None.
 
     Attributes:
-        moments: of its input; one object for all matrices that share the input.
+        moments: of its input; one object for all matrices that share the input. None for methods that look at the
+            weights only.
         gradient: ``[out, out]``, E[g g^T] with g a token's loss gradient at the output (nats per unit of output),
             labels sampled from the model.
         fisher: ``[in]``, the mean over sequences of (dL/dW)^2, L the loss of the sequence's own next tokens summed over
             the sequence (nats), added up over the outputs.
+        outputs, inputs: ``[out]`` and ``[in]``, first-order importance of the elements during pruning, added up over a
+            row and over a column.
     """
 
-    moments: Moments
+    moments: Moments | None
     gradient: Tensor | None = None
     fisher: Tensor | None = None
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
+
+
+def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The fields of a site that come from loss gradients, from those of its members by name.
+
+    Of a stack: the gradients' moment is block-diagonal, its matrices' outputs count as uncorrelated; importances of
+    inputs add up.
+    """
+    parts = [found.get(member.name, {}) for member in site.members]
+    if len(parts) == 1:
+        return dict(parts[0])
+    joined: dict[str, Tensor] = {}
+    for field in parts[0]:
+        values = [part[field] for part in parts]
+        if field == "gradient":
+            joined[field] = torch.block_diag(*values)
+        else:
+            joined[field] = torch.cat(values) if field == "outputs" else torch.stack(values).sum(dim=0)
+    return joined
 
 
 # Field of SiteStatistics -> folder of its blocks.
-_FOLDERS = {"gradient": "gradients", "fisher": "fisher"}
+_FOLDERS = {"gradient": "gradients", "fisher": "fisher", "outputs": "importance-out", "inputs": "importance-in"}
 
 
 class LossStatistics:
@@ -59,7 +83,7 @@ class LossStatistics:
         seed: int = 0,
         cache: bool = False,
     ) -> None:
-        """Estimates every field that is not there yet.
+        """Estimates every field that is not there yet; importances are :meth:`put` there before, by pruning.
 
         Args:
             model: the model, in evaluation mode.
@@ -82,6 +106,10 @@ class LossStatistics:
             with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
                 for layer, found in walk.run(tick):
                     store.write(layer, {name: value.float() for name, value in found.items()})
+
+    def put(self, field: str, layer: int, values: Mapping[str, Tensor]) -> None:
+        """Stores a field of one block's matrices that was found elsewhere, by site name."""
+        self._stores[field].write(layer, dict(values))
 
     def of_layer(self, layer: int, device: torch.device) -> Mapping[str, Mapping[str, Tensor]]:
         """Fields of one block's matrices on ``device``, by site name and field; empty where no field is wanted.

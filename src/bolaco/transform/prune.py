@@ -1,0 +1,181 @@
+"""Gradual first-order pruning, the first stage of LPAF (arXiv 2306.14152): the decoder's matrices, element by element.
+
+While the model is trained on text, the share of zeros grows from 0 to ``s`` along ``s (1 - (1 - t)^3)``. Which elements
+stay is decided by scores that collect, step after step, ``-(dL/dW) W``: what the loss would gain from moving an element
+away from zero. A masked element keeps its last value and its score goes on, so it can come back.
+
+Deviations from the paper: the loss is that of language modelling on the calibration text, not of a task; only the
+decoder's matrices are trained; every matrix gets the same sparsity. What it costs: a copy of the model in float32, with
+five more numbers for each element of these matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bolaco.errors import NonFiniteError
+from bolaco.models.structure import Site, Structure, weight_of
+from bolaco.recipe import Pruning
+
+# Share of the steps in which the sparsity grows; in the rest the elements that stay settle.
+_GROWING = 0.8
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One matrix ``[out, in]`` after pruning.
+
+    Attributes:
+        weight: with its zeros, in the model's precision.
+        outputs, inputs: ``[out]`` and ``[in]``, mean over the steps of ``|dL/dW W|``, added up over the elements of a
+            row or a column that were not masked.
+    """
+
+    weight: Tensor
+    outputs: Tensor
+    inputs: Tensor
+
+
+def sparsity_at(t: float, sparsity: float) -> float:
+    """The cubic schedule: share of zeros at ``t`` of the way, ``sparsity`` from 1 on."""
+    return sparsity * (1 - (1 - min(t, 1.0)) ** 3)
+
+
+def kept_elements(scores: Tensor, sparsity: float) -> Tensor:
+    """Mask of the elements with the highest scores; of ``n`` exactly ``floor(sparsity n)`` are false."""
+    zeros = math.floor(sparsity * scores.numel() + 1e-9)
+    order = scores.flatten().argsort(stable=True)
+    mask = torch.ones_like(order, dtype=torch.bool)
+    mask[order[:zeros]] = False
+    return mask.view_as(scores)
+
+
+class _Matrix:
+    """One matrix during pruning: its values without the mask, its scores and its mask."""
+
+    def __init__(self, site: Site, parameter: nn.Parameter, transposed: bool) -> None:
+        self.name = site.name
+        self._rows, self._parameter, self._transposed = slice(*site.rows), parameter, transposed
+        self.values = self._view(parameter.detach()).clone()
+        self.scores = torch.zeros_like(self.values)
+        self.mask = torch.ones_like(self.values, dtype=torch.bool)
+        self.outputs = torch.zeros(site.out_features, dtype=torch.float64, device=self.values.device)
+        self.inputs = torch.zeros(site.in_features, dtype=torch.float64, device=self.values.device)
+
+    def _view(self, tensor: Tensor) -> Tensor:
+        return (tensor.T if self._transposed else tensor)[self._rows]
+
+    def observe(self) -> None:
+        """Takes the gradient into the scores, and masks it."""
+        assert self._parameter.grad is not None
+        gradient = self._view(self._parameter.grad)
+        gain = gradient * self.values
+        self.scores -= gain
+        gain = gain.abs_() * self.mask
+        self.outputs += gain.sum(dim=1, dtype=torch.float64)
+        self.inputs += gain.sum(dim=0, dtype=torch.float64)
+        gradient *= self.mask
+
+    def update(self, sparsity: float) -> None:
+        """Takes over what the optimizer made of the elements that were there, then masks to ``sparsity``."""
+        held = self._view(self._parameter.data)
+        self.values = torch.where(self.mask, held, self.values)
+        self.mask = kept_elements(self.scores, sparsity)
+        held.copy_(self.values * self.mask)
+
+
+def prune(
+    model: PreTrainedModel,
+    structure: Structure,
+    tokens: Tensor,
+    sparsity: float,
+    settings: Pruning,
+    seed: int = 0,
+    tick: Callable[[int], Any] | None = None,
+) -> dict[str, Pruned]:
+    """Prunes a copy of ``model``; returns its matrices by name.
+
+    Args:
+        model: the model, in evaluation mode; not changed.
+        structure: its structure.
+        tokens: ``[sequences, length]`` of text.
+        sparsity: share of zeros in every matrix at the end.
+        settings: steps, batch and learning rate.
+        seed: of the order of the sequences.
+        tick: called with 1 after each step.
+
+    Raises:
+        NonFiniteError: a loss or gradient with NaN or infinity.
+    """
+    dtype = model.dtype
+    copied: Any = copy.deepcopy(model).float().requires_grad_(False)
+    matrices: list[_Matrix] = []
+    parameters: dict[str, nn.Parameter] = {}
+    for unit in structure.sites:
+        for site in unit.members:
+            module = copied.base_model.get_submodule(site.module)
+            parameters[site.module] = module.weight
+            matrices.append(_Matrix(site, module.weight, isinstance(module, Conv1D)))
+    trained = list(parameters.values())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    warm = max(1, settings.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, 1 - (step - warm) / max(settings.steps - warm + 1, 1))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    growing = max(1, math.floor(_GROWING * settings.steps))
+    order = torch.empty(0, dtype=torch.int64)
+    with torch.enable_grad():
+        for step in range(settings.steps):
+            while len(order) < settings.batch:
+                order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
+            rows, order = tokens[order[: settings.batch]].to(model.device), order[settings.batch :]
+            optimizer.zero_grad(set_to_none=True)
+            loss = copied(input_ids=rows, labels=rows, use_cache=False).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                raise NonFiniteError(f"pruning, step {step}: NaN or infinity; lower pruning.learning_rate")
+            for matrix in matrices:
+                matrix.observe()
+            optimizer.step()
+            schedule.step()
+            now = sparsity_at((step + 1) / growing, sparsity)
+            for matrix in matrices:
+                matrix.update(now)
+            if tick:
+                tick(1)
+    return {
+        matrix.name: Pruned(
+            (matrix.values * matrix.mask).to(dtype).cpu(),
+            (matrix.outputs / settings.steps).float().cpu(),
+            (matrix.inputs / settings.steps).float().cpu(),
+        )
+        for matrix in matrices
+    }
+
+
+def with_weights(model: PreTrainedModel, structure: Structure, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of ``model`` with these matrices ``[out, in]`` by name, all of them; everything else is shared."""
+    tensors = (*model.parameters(), *model.buffers())
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    rows: dict[str, list[Tensor]] = {}
+    for unit in structure.sites:
+        for site in sorted(unit.members, key=lambda s: s.rows):
+            rows.setdefault(site.module, []).append(weights[site.name])
+    for name, parts in rows.items():
+        module = copied.base_model.get_submodule(name)
+        whole = torch.cat(parts).to(weight_of(module))
+        module.weight = nn.Parameter(whole.T.contiguous() if isinstance(module, Conv1D) else whole, requires_grad=False)
+    return copied
