@@ -126,9 +126,11 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
     known: dict[str, Texts] = {}
     found: dict[str, Texts] = {}
     first = next(iter(comparison.recipes))
+    # Recipes that share a pass share its text, those that do not need it too.
+    readers = {statistics_key(recipe) for recipe in comparison.recipes.values() if pipeline.calibrates(recipe)}
     for name, recipe in comparison.recipes.items():
         sections = (recipe.calibration, recipe.validation, recipe.evaluation)
-        reads = pipeline.calibrates(recipe)
+        reads = statistics_key(recipe) in readers
         values = [section.model_dump(mode="json") for section in sections]
         key = short_hash([*values, recipe.bos, recipe.searches, reads])
         if key not in known:
@@ -394,7 +396,9 @@ class _Run:
         """The content of ``results.json``."""
         recipes = self.comparison.recipes.values()
         calibrations = [
-            f"{r.calibration.sequences} x {r.calibration.seq_len} tokens of {r.calibration.source}" for r in recipes
+            f"{r.calibration.sequences} x {r.calibration.seq_len} tokens of {r.calibration.source}"
+            for r in recipes
+            if pipeline.calibrates(r)
         ]
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
