@@ -371,7 +371,7 @@ def test_a_defect_is_not_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 # moment -> (function, in which call of it, "before" or "after" it does its work)
 MOMENTS = {
-    "in the pass over the text": ("bolaco.factorize.store.FactorStore.save", 3, "after"),
+    "in the pass over the text": ("bolaco.factorize.store.FactorStore.save", 2, "after"),
     "between two rows": ("bolaco.comparison.run._Run._row", 2, "before"),
     "before a row is in the ledger": ("bolaco.comparison.run._Run._row", 2, "after"),
     "while the result is written": ("bolaco.comparison.run.comparison_page", 1, "before"),
