@@ -42,7 +42,8 @@ def matrix_curves(sites: Iterable[Site], spectra: Mapping[str, Tensor], ranks: R
             total = float(spectrum.sum())
             cut = 0.0 if rank is None or total <= 0 else float(spectrum[rank:].sum()) / total
             entry |= {"energy": retained_energy(spectrum), "kept": 1 - cut}
-        result[site.name] = entry
+        # Of a stack each matrix has the whole of it: that is what was cut.
+        result |= {member.name: entry for member in site.members}
     return result
 
 

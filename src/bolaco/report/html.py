@@ -106,6 +106,7 @@ def result_page(info: Mapping[str, Any], curves: Curves, name: str) -> str:
         .render(
             name=name,
             info=info,
+            flag="" if info["storage"] == "dense" else ", trust_remote_code=True",
             ppl=ppl,
             log_gap=_log_gap(ppl["compressed"], ppl["dense"]),
             recipe=Recipe.model_validate(info["recipe"]).to_yaml(),
