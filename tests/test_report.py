@@ -18,15 +18,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bolaco.api import tune
 from bolaco.checkpoint.info import read_curves, read_info
 from bolaco.models.structure import Site
 from bolaco.report.charts import rank_map, search_chart
 from bolaco.report.curves import matrix_curves, retained_energy, thinned
-from bolaco.report.html import comparison_page, result_page
+from bolaco.report.html import comparison_page, number, result_page, tuned_page
 from bolaco.report.svg import Series, chart, standalone, ticks
 from tests.browser import MISSING, Browser, browser
 from tests.command import bolaco, ok
-from tests.models import Compressed, compress_tiny, compressed, tiny_llama
+from tests.models import Compressed, compress_tiny, compressed, save_tiny, text_file, tiny_llama
 
 HOSTILE = "<script>alert('x')</script>\"&|"
 
@@ -37,6 +38,16 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     out = tmp_path_factory.mktemp("searched") / "small"
     options = {"refinement.steps": 3, "refinement.sequences": 4}
     return compress_tiny(tiny_llama(), out, keep=0.7, search="5x1", trials=4, options=options)
+
+
+@pytest.fixture(scope="module")
+def tuned(searched: Compressed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, tuned for a few steps."""
+    out = tmp_path_factory.mktemp("tuned") / "small"
+    options = {"evaluation.windows": 2, "training.autocast": False}
+    words = {"seq_len": 32, "max_steps": 3, "distill": 1.0, "teacher": str(save_tiny(out.with_name("original")))}
+    tune(str(searched.path), "factors", str(text_file()), out, options=options, **words)
+    return out
 
 
 def comparison(folder: Path) -> dict:
@@ -249,6 +260,15 @@ def test_losses_of_refined_blocks_are_kept(searched: Compressed) -> None:
     assert read_curves(compressed("llama").path)["refinement"] == {}
 
 
+def test_a_tuned_result_has_a_report_of_the_tuning(tuned: Path) -> None:
+    page, record = (tuned / "report.html").read_text(encoding="utf-8"), read_info(tuned)["tuning"]
+    assert f"before {number(record['perplexity']['before'])}" in page
+    assert f"The loss is {record['curve'][0]['loss']:.4g} at step 1 and" in page
+    hostile = {"format": 1, "tuning": record | {"model": HOSTILE, "mode": HOSTILE}}
+    assert "<script" not in tuned_page(hostile, HOSTILE)
+    assert tuned_page({"format": 1, "tuning": record | {"curve": []}}, "x").count("<svg ") == 0
+
+
 def test_everything_from_outside_is_escaped(searched: Compressed) -> None:
     info = searched.info | {"model": HOSTILE, "method": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     info["perplexity"] = info["perplexity"] | {"data": HOSTILE}
@@ -371,11 +391,11 @@ return {
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("kind", ["result", "comparison"])
+@pytest.mark.parametrize("kind", ["result", "tuned", "comparison"])
 def test_in_a_browser(
-    kind: str, width: int, dark: bool, searched: Compressed, session: Browser, tmp_path: Path
+    kind: str, width: int, dark: bool, searched: Compressed, tuned: Path, session: Browser, tmp_path: Path
 ) -> None:
-    page = searched.path / "report.html"
+    page = (tuned if kind == "tuned" else searched.path) / "report.html"
     if kind == "comparison":
         page = tmp_path / "comparison.html"
         page.write_text(comparison_page(comparison(searched.path)), encoding="utf-8")
@@ -387,6 +407,6 @@ def test_in_a_browser(
     assert len(found["charts"]) == page.read_text(encoding="utf-8").count("<svg ")
     assert all(w > 100 and h > 60 for w, h in found["charts"])
     assert found["paper"] == ("rgb(20, 25, 31)" if dark else "rgb(255, 255, 255)")
-    assert found["wide"] or width > 390  # tables scroll in their own box
+    assert found["wide"] or width > 390 or kind == "tuned"  # tables scroll in their own box
     assert session.requests() == [page.resolve().as_uri()]
     assert session.messages() == []

@@ -116,6 +116,16 @@ def refinement_chart(ident: str, curves: Curves) -> Markup | None:
     return chart(ident, "Block refinement", text, series, "layer", "loss", logarithmic=True, height=230)
 
 
+def loss_chart(ident: str, curve: Sequence[Mapping[str, float]]) -> Markup | None:
+    """Training loss over steps; None where no step was taken."""
+    points = [(float(point["step"]), float(point["loss"])) for point in curve if math.isfinite(point["loss"])]
+    if not points:
+        return None
+    (start, first), (end, last) = points[0], points[-1]
+    text = f"The loss is {first:.4g} at step {start:.0f} and {last:.4g} at step {end:.0f}."
+    return chart(ident, "Training loss", text, [Series("loss", points)], "step", "loss", height=230)
+
+
 def frontier_chart(ident: str, rows: Sequence[Mapping[str, Any]], text_name: str, index: int = 0) -> Markup | None:
     """Log-perplexity gap to the dense model over the keep ratio, a line for each method; None without a finite one."""
     methods = list(dict.fromkeys(row["method"] for row in rows))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -15,6 +16,7 @@ from bolaco.checkpoint.info import Curves
 from bolaco.recipe import Recipe
 from bolaco.report.charts import (
     frontier_chart,
+    loss_chart,
     rank_map,
     refinement_chart,
     search_chart,
@@ -111,6 +113,31 @@ def result_page(info: Mapping[str, Any], curves: Curves, name: str) -> str:
             log_gap=_log_gap(ppl["compressed"], ppl["dense"]),
             recipe=Recipe.model_validate(info["recipe"]).to_yaml(),
             **_result("result", info, curves),
+        )
+    )
+
+
+def tuned_page(info: Mapping[str, Any], name: str) -> str:
+    """The report of one tuned folder: of the tuning, not of the compression before it.
+
+    Args:
+        info: content of its ``bolaco.json``.
+        name: of the folder.
+    """
+    record = info["tuning"]
+    ppl = record["perplexity"]
+    return (
+        _environment()
+        .get_template("tuned.html.j2")
+        .render(
+            name=name,
+            tuning=record,
+            ppl=ppl,
+            log_gap=_log_gap(ppl["after"], ppl["before"]),
+            loss=loss_chart("loss", record["curve"]),
+            bars=_bars(record["seconds"]),
+            total=sum(record["seconds"].values()),
+            settings=yaml.safe_dump(record["settings"], sort_keys=False),
         )
     )
 

@@ -27,6 +27,7 @@ from bolaco.models.load import check_finite, load_config, load_model, load_token
 from bolaco.pipeline import Result
 from bolaco.progress import Reporter
 from bolaco.report.card import tuned_card
+from bolaco.report.html import REPORT_FILE, tuned_page
 from bolaco.tune.data import prepare_data
 from bolaco.tune.factored import growth
 from bolaco.tune.loss import Student, mean_loss
@@ -78,6 +79,7 @@ def tune(
                 info = run.measure(partial, before, training)
             info["tuning"]["seconds"] = dict(folder.seconds)
             write_info(partial, info)
+            (partial / REPORT_FILE).write_text(tuned_page(info, out.name), encoding="utf-8")
             (partial / "README.md").write_text(tuned_card(info, out.name), encoding="utf-8")
         if not keep_work:
             folder.remove()
