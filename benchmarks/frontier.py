@@ -58,6 +58,7 @@ VARIANTS = {
     "all - pivoted storage": replace(ALL, storage="two-factor"),
     "all - block refinement": replace(ALL, steps=False),
     "all + error-aware fit": replace(ALL, drift=1.0),
+    "all + fit to a quarter of the drift": replace(ALL, drift=0.25),
     "SVD-LLM": Variant("svd-llm"),
     "K-FAC SVD, closed-form ranks": Variant("kfac", "spectral"),
     "AA-SVD": Variant("svd-llm", drift=1.0, steps=True),

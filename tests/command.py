@@ -26,6 +26,7 @@ SMALL = {
 # What a run says on its way, one line each, when there is no terminal.
 PROGRESS = re.compile(
     r"^loading \S+$|^search: \d+ trials are in the ledger already$"
+    r"|^training: \d+ of \d+ steps are done already$"
     r"|^[a-z ]+: \d+/\d+( in \d+:\d\d|, \d+:\d\d gone, about \d+:\d\d left)$"
 )
 

@@ -20,13 +20,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from bolaco.factorize import METHODS
+from bolaco.models.load import load_model
 from bolaco.progress import Reporter
 from bolaco.recipe import load_recipe
 from bolaco.systems import SYSTEMS
 from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
-from tests.models import tiny_llama
+from tests.models import save_tiny, tiny_llama
 
-COMMANDS = ("compress", "run", "eval", "bench", "inspect", "export", "methods")
+COMMANDS = ("compress", "run", "eval", "tune", "bench", "inspect", "export", "methods")
 METHOD_NAMES = sorted({*METHODS, *SYSTEMS})
 GOLDEN = Path(__file__).parent / "golden"
 LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
@@ -330,6 +331,40 @@ def test_warm_start_with_search_tries_them_first(place: Path, shared: Path) -> N
     first, second = info("out")["trials"]
     assert first["ranks"] == best["ranks"]
     assert second["ranks"] == hand["ranks"]
+
+
+def share(ranks: dict[str, int | None], types: tuple[str, ...]) -> float:
+    """Share of the parameters of matrices of these types that pivoted storage of these ranks keeps."""
+    shapes = {"q": (32, 32), "k": (16, 32), "o": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+    kept = size = 0
+    for kind in types:
+        rows, columns = shapes[kind]
+        for rank in (rank for name, rank in ranks.items() if name.endswith(f".{kind}_proj")):
+            kept += rows * columns if rank is None else rank * (rows + columns - rank)
+            size += rows * columns
+    return kept / size
+
+
+def test_a_finetune_takes_over_the_ranks_of_its_base_model(place: Path) -> None:
+    """With the default recipe as they are, its own spectra not asked; with a search as the first trial."""
+    quick = ("--set", "refinement.steps=0", "--preset", "default")
+    ok(*compress("base", *quick, "--search", "spectral"))
+    tuned = load_model("model")
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    save_tiny(place / "finetune", tuned)
+    ok(*compress("own", *quick, "--search", "spectral", model="finetune"))
+    assert info("own")["ranks"] != info("base")["ranks"]
+    ok(*compress("out", *quick, "--search", "spectral", "--warm-start", "base", model="finetune"))
+    assert info("out")["ranks"] == info("base")["ranks"]
+    assert info("out")["trials"] == []
+    ok(*compress("searched", *quick, "--search", "5x1", "--trials", "2", "--warm-start", "base", model="finetune"))
+    start, hand = info("searched")["trials"]
+    for kind, keep in start["keep"].items():
+        types = ("q", "k") if kind == "qk" else (kind,)
+        assert keep == pytest.approx(share(info("base")["ranks"], types), abs=0.1)  # a step of the rank is 0.1
+    assert start["keep"] != hand["keep"]
 
 
 def test_warm_start_above_the_budget_is_lowered(place: Path, shared: Path) -> None:

@@ -17,7 +17,7 @@ from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
 
-__all__ = ["TaskResult", "TaskSet", "compress", "evaluate", "evaluate_tasks", "load", "read_tasks", "run"]
+__all__ = ["TaskResult", "TaskSet", "compress", "evaluate", "evaluate_tasks", "load", "read_tasks", "run", "tune"]
 
 load = load_model
 
@@ -81,6 +81,47 @@ def run(
             model,
             tokenizer,
         )
+
+
+def tune(
+    model: str,
+    mode: str,
+    data: str,
+    out: str | Path,
+    *,
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    options: dict[str, Any] | None = None,
+    **words: Any,
+) -> pipeline.Result | None:
+    """Tunes a compressed model, or any other, and writes a checkpoint folder of the same kind.
+
+    Args:
+        model: a compressed folder, or whatever :func:`compress` takes by name.
+        mode: what is trained; a name that ``bolaco methods`` lists.
+        data: a text source, or a .jsonl file of instructions (see :mod:`bolaco.tune.data`).
+        out: folder to write; must not exist.
+        work: folder of checkpoints, ``<out>.work`` by default; removed on success, continued from after an
+            interruption.
+        keep_work: keep it.
+        reporter: where progress goes; silent by default.
+        options: fields of :class:`bolaco.tune.settings.TuneSettings` by dotted name.
+        words: ``evaluation``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``, ``learning_rate``,
+            ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
+
+    Returns:
+        The result; None in the processes of torchrun that are not the first.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    from bolaco.tune.run import tune as run_tune
+    from bolaco.tune.settings import make_settings
+
+    settings = make_settings(model, {"mode": mode, "data": data} | words, options)
+    folder = None if work is None else Path(work).expanduser()
+    return run_tune(settings, Path(out).expanduser(), reporter or Reporter(quiet=True), folder, keep_work)
 
 
 def evaluate(

@@ -26,6 +26,7 @@ examples:
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
+  bolaco tune small --mode factors --data c4.jsonl[1000:] --distill 1 --max-steps 500 -o tuned
   bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
@@ -143,6 +144,36 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
     )
+
+    tune = commands.add_parser("tune", help="train a compressed model, or a part of it")
+    tune.add_argument("model", metavar="MODEL", help="a compressed folder, or any model")
+    tune.add_argument("--mode", required=True, help="what is trained, one of `bolaco methods`")
+    tune.add_argument("--data", metavar="SRC", help="text, or a .jsonl file of instructions and responses")
+    tune.add_argument(
+        "--eval", metavar="SRC", dest="evaluation", help="what is measured before and after (the beginning of --data)"
+    )
+    tune.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps (as many as the epochs have)")
+    tune.add_argument("--epochs", type=float, metavar="N", help="passes over the data (the mode's)")
+    tune.add_argument("--minutes", type=float, metavar="M", help="stop training after so many")
+    tune.add_argument("--batch", type=int, metavar="N", help="sequences of a forward pass (4)")
+    tune.add_argument("--seq-len", type=int, help="tokens of a sequence (1024)")
+    tune.add_argument("--learning-rate", type=float, metavar="X", help="default: the mode's")
+    tune.add_argument("--distill", type=float, metavar="W", help="weight of KL(teacher || model) in the loss (0)")
+    tune.add_argument("--teacher", metavar="MODEL", help="the original that bolaco.json names")
+    tune.add_argument("--types", metavar="NAMES", help="matrix types that are tuned, such as q,k,v (all)")
+    tune.add_argument("--seed", type=int)
+    tune.add_argument("--dtype", choices=("float32", "auto"), help="of frozen weights in memory; auto: as stored")
+    tune.add_argument("--device")
+    tune.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other setting, such as training.warmup=0.1, options.NAME of the mode, trainer.NAME of transformers",
+    )
+    tune.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    tune.add_argument("--work", metavar="DIR", help="folder of checkpoints (OUT.work)")
+    tune.add_argument("--keep-work", action="store_true", help="do not remove it on success")
 
     bench = commands.add_parser("bench", help="speed and memory of models, side by side")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
@@ -318,11 +349,52 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
         Path(args.json).write_text(json.dumps([asdict(speed) for speed in found], indent=1) + "\n", encoding="utf-8")
 
 
+# Options of `tune` that are fields of its settings.
+_TUNE_WORDS = (
+    *("evaluation", "seq_len", "max_steps", "epochs", "minutes", "batch", "learning_rate", "distill", "teacher"),
+    *("seed", "dtype", "device"),
+)
+
+
+def _tune(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.api import tune
+    from bolaco.progress import Reporter
+    from bolaco.report.tables import seconds_line, tuning_table
+
+    words: dict[str, Any] = {word: getattr(args, word) for word in _TUNE_WORDS}
+    words["types"] = None if args.types is None else tuple(args.types.split(","))
+    folders: dict[str, Any] = {"out": args.out, "work": args.work, "keep_work": args.keep_work}
+    given = _settings(args.set)
+    result = tune(args.model, args.mode, args.data, **folders, reporter=Reporter(), options=given, **words)
+    if result is None:
+        return
+    record = result.info["tuning"]
+    console.print(tuning_table(record))
+    if record["out_of_time"]:
+        console.print(f"stopped at the budget of {record['settings']['training']['minutes']:g} minutes")
+    console.print(seconds_line(record))
+    console.print(f"written to {result.path}")
+
+
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import read_info
-    from bolaco.report.tables import blocks_line, ranks_table, seconds_line, summary_table, trials_table
+    from bolaco.report.tables import (
+        blocks_line,
+        ranks_table,
+        seconds_line,
+        summary_table,
+        trials_table,
+        tuning_table,
+    )
 
-    info = read_info(args.folder)
+    info = read_info(args.folder, compressed=False)
+    record = info.get("tuning")
+    while record is not None:
+        console.print(tuning_table(record))
+        console.print(seconds_line(record))
+        record = record.get("earlier")
+    if "ranks" not in info:
+        return
     console.print(summary_table(info))
     if info["ranks"]:
         console.print(ranks_table(info["ranks"]))
@@ -351,6 +423,7 @@ def _methods(_: argparse.Namespace, console: Console) -> None:
 
     from bolaco.factorize import list_methods
     from bolaco.systems import SYSTEMS
+    from bolaco.tune.registry import list_modes
 
     listing = list_methods()
     tables: dict[str, Table] = {}
@@ -364,12 +437,17 @@ def _methods(_: argparse.Namespace, console: Console) -> None:
         console.print(table)
     for line in listing.refused:
         console.print(line)
+    modes = Table("mode of tune", "source", "what is trained")
+    for mode in list_modes():
+        modes.add_row(mode.name, mode.paper, mode.summary)
+    console.print(modes)
 
 
 _COMMANDS = {
     "compress": _compress,
     "run": _compress,
     "eval": _eval,
+    "tune": _tune,
     "bench": _bench,
     "inspect": _inspect,
     "export": _export,

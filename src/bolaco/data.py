@@ -41,13 +41,17 @@ def read_documents(source: str) -> Iterator[str]:
     Raises:
         DataError: the source does not exist, cannot be read, or has no text column.
     """
-    match = _SLICE.match(source)
-    name = match["name"] if match else source
-    documents = _all_documents(name)
-    if match:
-        stop = int(match["stop"]) if match["stop"] else None
-        documents = itertools.islice(documents, int(match["start"] or 0), stop)
+    name, start, stop = split_slice(source)
+    documents = itertools.islice(_all_documents(name), start, stop)
     return (text for text in documents if text.strip())
+
+
+def split_slice(source: str) -> tuple[str, int, int | None]:
+    """A source without the slice behind it, and the slice: ``c4.jsonl[10:]`` is ``("c4.jsonl", 10, None)``."""
+    match = _SLICE.match(source)
+    if match is None:
+        return source, 0, None
+    return match["name"], int(match["start"] or 0), int(match["stop"]) if match["stop"] else None
 
 
 def _all_documents(name: str) -> Iterator[str]:
@@ -140,8 +144,10 @@ class TokenStream:
         self._rest = torch.empty(0, dtype=torch.long)
         self.tokens_read = 0
 
-    def take(self, count: int | None, length: int, purpose: str) -> Tensor:
+    def take(self, count: int | None, length: int, purpose: str, at_most: bool = False) -> Tensor:
         """The next ``count`` blocks (None: all that are left), shape ``[count, length]``, int64.
+
+        With ``at_most`` fewer will do, but one.
 
         Raises:
             DataError: the source ends first; the message has both numbers.
@@ -158,7 +164,7 @@ class TokenStream:
             held += len(ids)
             self.tokens_read += len(ids)
         self._rest = tokens = torch.cat(chunks)
-        blocks = held // body if count is None else count
+        blocks = held // body if count is None else min(count, held // body) if at_most else count
         if blocks == 0 or held < blocks * body:
             raise DataError(
                 f"{self.source}: too short for {purpose}: {max(blocks, 1)} x {length} tokens are needed, "

@@ -39,8 +39,10 @@ class Head:
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[n, d]`` to float32 logits ``[n, vocabulary]``."""
-        logits = self.linear(hidden).float()
+        """``[n, d]`` to logits ``[n, vocabulary]``, float32 (float64 of a float64 model)."""
+        logits = self.linear(hidden)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -53,7 +55,7 @@ class Head:
         tokens = torch.arange(4, device=model.device)[None] % model.config.vocab_size
         with torch.inference_mode():
             expected = model(input_ids=tokens, use_cache=False).logits[0].float()
-            actual = self(final_hidden(model, tokens)[0])
+            actual = self(final_hidden(model, tokens)[0]).float()
         # In units of the largest logit: half precision rounds less than this, and small logits are checked too.
         tolerance = 1e-2 * float(expected.abs().max())
         if torch.isfinite(expected).all() and not torch.allclose(actual, expected, rtol=0, atol=tolerance):

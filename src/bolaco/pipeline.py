@@ -29,6 +29,7 @@ from bolaco.checkpoint.write import (
     new_folder,
     refuse_compressed,
     refuse_existing,
+    refuse_nested,
     write_model,
 )
 from bolaco.compressed import compressed_block
@@ -90,7 +91,7 @@ def compress(
     """
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
-    _refuse_nested(out, work)
+    refuse_nested(out, work)
     if recipe.transform is None:
         method = get_method(recipe.factorization.method)
         if recipe.pruning.keep_sparse and not method.prunes:
@@ -142,13 +143,6 @@ def compress(
 def _calibrates(recipe: Recipe) -> bool:
     """Whether any stage of a run reads the calibration text."""
     return recipe.refines or (recipe.transform is None and get_method(recipe.factorization.method).reads_text)
-
-
-def _refuse_nested(out: Path, work: Path) -> None:
-    """The work folder is removed at the end, and the output must not exist before: neither may hold the other."""
-    a, b = out.resolve(), work.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
 
 
 def warm_ranks(recipe: Recipe, space: SearchSpace) -> Ranks | None:

@@ -16,7 +16,9 @@ from bolaco.systems import SYSTEMS
 from bolaco.transform import TRANSFORMS
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: frozen, and unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1)
 
     @field_validator("*", mode="before")
@@ -28,7 +30,7 @@ class _Section(BaseModel):
         return value
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """Text and estimator of the input statistics."""
 
     source: str = Field("allenai/c4", description="text the covariances are estimated on")
@@ -42,7 +44,7 @@ class Calibration(_Section):
     cache: Literal["memory", "disk"] = Field("memory", description="where the hidden states between blocks live")
 
 
-class Validation(_Section):
+class Validation(Section):
     """Text on which allocations are compared."""
 
     source: str | None = Field(None, description="default: the calibration source, after the calibration text")
@@ -59,7 +61,7 @@ class Validation(_Section):
         return self
 
 
-class Factorization(_Section):
+class Factorization(Section):
     """Which low-rank approximation is computed for each matrix."""
 
     method: str = Field("kfac", description="a name that `bolaco methods` lists")
@@ -70,7 +72,7 @@ class Factorization(_Section):
     )
 
 
-class Search(_Section):
+class Search(Section):
     """Space, budget slack and optimiser of the rank allocation."""
 
     space: Literal["spectral", "5x1", "5x4", "uniform", "welore", "none"] = Field(
@@ -103,7 +105,7 @@ class Search(_Section):
     warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is tried first")
 
 
-class Refinement(_Section):
+class Refinement(Section):
     """What is done after the ranks are known."""
 
     fit: bool = Field(False, description="fit every matrix again, on the inputs it has in the compressed model")
@@ -116,7 +118,7 @@ class Refinement(_Section):
     weight_decay: float = Field(0.01, ge=0)
 
 
-class Chop(_Section):
+class Chop(Section):
     """Which blocks go, with ``--method chop``."""
 
     pattern: Literal["max-gap", "input", "output", "middle", "both"] = Field(
@@ -124,7 +126,7 @@ class Chop(_Section):
     )
 
 
-class Pruning(_Section):
+class Pruning(Section):
     """Gradual pruning before the factorization, with ``--method lpaf``."""
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros at the end; default: 1 - keep")
@@ -137,7 +139,7 @@ class Pruning(_Section):
     keep_sparse: bool = Field(False, description="write the pruned matrices to sparse.safetensors in the result")
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """Text of the final before/after perplexity."""
 
     source: str | None = Field(None, description="default: the validation source, after the validation text")
@@ -145,7 +147,7 @@ class Evaluation(_Section):
     windows: int | None = Field(16, gt=0, description="null: all of the source")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything `bolaco compress` does, as data."""
 
     version: Literal[1] = 1
@@ -357,14 +359,29 @@ def recipe_values(
         "dtype": dtype,
         "device": device,
     }
-    values: dict[str, Any] = {}
     given = {name: value for name, value in flat.items() if value is not None}
-    for name, value in (given | (options or {})).items():
+    return unflatten(given | (options or {}))
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """Nested values from dotted names: ``{"search.trials": 3}`` is ``{"search": {"trials": 3}}``."""
+    values: dict[str, Any] = {}
+    for name, value in flat.items():
         nested: Any = value
         for part in reversed(name.split(".")):
             nested = {part: nested}
         values = merge(values, nested)
     return values
+
+
+def problems(error: ValidationError, whole: str = "recipe", prefix: str = "") -> str:
+    """What is wrong, in one line: the dotted name of each field and the value it got."""
+    found = []
+    for item in error.errors():
+        name = prefix + ".".join(str(part) for part in item["loc"]) if item["loc"] else whole
+        given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
+        found.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
+    return "; ".join(found)
 
 
 def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
@@ -378,13 +395,7 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
     try:
         return Recipe.model_validate(_resolved(values, preset))
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            name = ".".join(str(part) for part in item["loc"])
-            given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
-            message = f"{item['msg'].removeprefix('Value error, ')}{given}"
-            problems.append(f"{name}: {message}" if name else message)
-        raise RecipeError("; ".join(problems)) from None
+        raise RecipeError(problems(error)) from None
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -34,7 +34,7 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     if not model.config.model_type.startswith(PREFIX):
         raise UnsupportedModelError(f"{folder}: a {model.config.model_type} model, not a compressed one")
     tokenizer = load_tokenizer(folder)
-    dense: Any = _stock_skeleton(model)
+    dense: Any = stock_skeleton(model)
     structure = inspect_structure(dense)
     state = dict(model.state_dict())
     prefix = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
@@ -66,7 +66,7 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     }
 
 
-def _stock_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model on the meta device, with biases switched on where the compressed one has some."""
     values: dict[str, Any] = model.config.to_dict()
     for key in ("lowrank", "auto_map", "architectures"):

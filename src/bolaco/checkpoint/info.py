@@ -24,8 +24,8 @@ def write_info(folder: Path, info: dict[str, Any]) -> None:
     (folder / INFO_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
-def read_info(folder: str | Path) -> dict[str, Any]:
-    """Reads ``bolaco.json`` of a compressed folder.
+def read_info(folder: str | Path, compressed: bool = True) -> dict[str, Any]:
+    """Reads ``bolaco.json`` of a compressed folder, or of any that bolaco wrote if ``compressed`` is false.
 
     Raises:
         CheckpointError: the folder has none, or it is damaged.
@@ -39,6 +39,8 @@ def read_info(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: damaged ({error})") from None
     if not isinstance(info, dict):
         raise CheckpointError(f"{path}: damaged (a {type(info).__name__}, not an object)")
+    if not compressed and "tuning" in info and "ranks" not in info:
+        return info
     missing = {"ranks", "keep_linears", "recipe"} - info.keys()
     if missing:
         raise CheckpointError(f"{path}: damaged, without {', '.join(sorted(missing))}")

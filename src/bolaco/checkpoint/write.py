@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.checkpoint.modelling import auto_map
 from bolaco.checkpoint.registry import PREFIX, config_class, model_classes
 from bolaco.compressed import modules_of
-from bolaco.errors import NonFiniteError, OutputExistsError, UnsupportedModelError
+from bolaco.errors import NonFiniteError, OutputExistsError, RecipeError, UnsupportedModelError
 from bolaco.factorize.pivot import pivot
 from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear
 from bolaco.models.load import quiet
@@ -174,3 +174,10 @@ def refuse_existing(out: Path) -> None:
     """Raises OutputExistsError if ``out`` is there already."""
     if out.exists():
         raise OutputExistsError(f"{out}: exists already and is not overwritten; choose another name or remove it first")
+
+
+def refuse_nested(out: Path, work: Path) -> None:
+    """The work folder is removed at the end, and the output must not exist before: neither may hold the other."""
+    a, b = out.resolve(), work.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")

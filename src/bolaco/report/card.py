@@ -9,6 +9,9 @@ import yaml
 from bolaco.recipe import Recipe
 from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
+_FACTORED = "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are"
+_STOCK = "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions are"
+
 
 def _refinement(recipe: Recipe) -> str:
     """What was done to the blocks after the ranks were known."""
@@ -32,23 +35,37 @@ def _what(info: dict[str, Any]) -> str:
     return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
 
 
-def _use(info: dict[str, Any], name: str) -> str:
-    """How to load it."""
-    stock = info["storage"] == "dense"
-    flag = "" if stock else ", trust_remote_code=True"
-    note = (
-        "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions"
-        if stock
-        else "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions"
-    )
+def _use(name: str, argument: str) -> str:
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}"{flag})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{flag})
-```
+model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
+```"""
 
-{note} are in `bolaco.json`."""
+
+def _tuning(info: dict[str, Any]) -> str:
+    """What was trained afterwards; the table above is of the model before."""
+    record = info.get("tuning")
+    if record is None:
+        return ""
+    ppl, settings = record["perplexity"], record["settings"]
+    table = "The table above is of the model before that.\n" if "ranks" in info else ""
+    return f"""
+## Tuned
+
+`{record["model"]}` was tuned by `bolaco tune --mode {record["mode"]}` ({record["paper"]}): {record["steps"]} steps on
+`{settings["data"]["source"]}`, {record["trainable_parameters"]:,} trained parameters.
+Perplexity on {ppl["tokens"]:,} tokens of `{ppl["data"]}`: {ppl["before"]:.3f} before, {ppl["after"]:.3f} after.
+{table}"""
+
+
+def tuned_card(info: dict[str, Any], name: str) -> str:
+    """Markdown of a tuned folder: that of the compression it goes back to, if there was one, and the tuning."""
+    if "ranks" in info:
+        return model_card(info, name)
+    front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
+    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{_use(name, '')}\n"
 
 
 def model_card(info: dict[str, Any], name: str) -> str:
@@ -62,7 +79,7 @@ def model_card(info: dict[str, Any], name: str) -> str:
         front["base_model"] = info["model"]
     ppl = info["perplexity"]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
-    recipe = Recipe.model_validate(info["recipe"])
+    recipe, stock = Recipe.model_validate(info["recipe"]), info["storage"] == "dense"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -77,10 +94,12 @@ def model_card(info: dict[str, Any], name: str) -> str:
 Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl["seq_len"]} tokens,
 {ppl["tokens"]:,} predicted tokens.
 {seconds_line(info)}.
-
+{_tuning(info)}
 ## Use
 
-{_use(info, name)}
+{_use(name, "" if stock else ", trust_remote_code=True")}
+
+{_STOCK if stock else _FACTORED} in `bolaco.json`.
 
 ## Recipe
 

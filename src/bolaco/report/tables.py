@@ -86,6 +86,21 @@ def blocks_line(kept: Sequence[int], layers: int) -> str:
     return f"{len(kept)} of {layers} decoder blocks stay: {named}"
 
 
+def tuning_table(record: dict[str, Any]) -> Table:
+    """Before and after a tuning run."""
+    ppl = record["perplexity"]
+    finite = math.isfinite(ppl["before"]) and math.isfinite(ppl["after"])
+    gain = f"{math.log(ppl['after'] / ppl['before']):+.3f} nats" if finite else "not finite"
+    title = f"{record['model']}, tuned: perplexity on {ppl['tokens']:,} tokens of {ppl['data']}"
+    table = Table("mode", title=title, title_justify="left")
+    for column in ("steps", "trained parameters", "before", "after", "change"):
+        table.add_column(column, justify="right")
+    steps = f"{record['steps']:,}" + (f" of {record['of_steps']:,}" if record["out_of_time"] else "")
+    trained = f"{record['trainable_parameters']:,}"
+    table.add_row(record["mode"], steps, trained, f"{ppl['before']:.3f}", f"{ppl['after']:.3f}", gain)
+    return table
+
+
 def ranks_table(ranks: Ranks) -> Table:
     """Ranks, layer by type; runs of equal layers share a row."""
     cells: dict[int, dict[str, str]] = defaultdict(dict)

@@ -1,0 +1,193 @@
+"""What a tuning mode is: what it trains in a loaded model, and how that becomes a checkpoint again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bolaco.checkpoint.registry import PREFIX
+from bolaco.errors import UnsupportedModelError
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
+from bolaco.models.structure import inspect_structure
+from bolaco.recipe import Section
+
+if TYPE_CHECKING:
+    from bolaco.tune.settings import TuneSettings
+
+
+class Options(Section):
+    """Options of one mode; a mode subclasses it with its own."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One layer of a decoder block: a factored matrix, or a dense one (fused projections are one, unless split).
+
+    Attributes:
+        name: of the module, in the causal model.
+        layer: index of the decoder block.
+        types: matrix types it holds, of ``q k v o gate up down``; several only where it is fused.
+        entry: its entry in ``config.lowrank["matrices"]``, to be changed with the layer; None where it has none.
+    """
+
+    name: str
+    layer: int
+    types: tuple[str, ...]
+    entry: dict[str, Any] | None
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """The module as it is now."""
+        return model.get_submodule(self.name)
+
+    def put(self, model: nn.Module, module: nn.Module) -> None:
+        """Replaces the module."""
+        parent, _, attribute = self.name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(owner, nn.ModuleDict):
+            owner[attribute] = module
+        else:
+            setattr(owner, attribute, module)
+
+
+@dataclass
+class Context:
+    """What a mode gets to know.
+
+    Attributes:
+        model: the loaded model, to be changed in place; no parameter requires a gradient.
+        settings: of the run, with every default filled in.
+        options: the mode's options, validated.
+        info: ``bolaco.json`` of the input, empty if there is none.
+        tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
+            for modes that calibrate.
+        original: loads the model that was compressed, on the same device and in the same type.
+    """
+
+    model: PreTrainedModel
+    settings: TuneSettings
+    options: Any
+    info: dict[str, Any]
+    tokens: Callable[[int], list[Tensor]]
+    original: Callable[[], PreTrainedModel]
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Every matrix of the types that are tuned, in order of execution.
+
+        Raises:
+            UnsupportedModelError: the model's structure is not known.
+        """
+        types = self.settings.types
+        return tuple(m for m in matrices_of(self.model) if types is None or set(m.types) & set(types))
+
+    @cached_property
+    def factored(self) -> tuple[Matrix, ...]:
+        """Those that are factored.
+
+        Raises:
+            UnsupportedModelError: there is none.
+        """
+        kinds = LowRankLinear | FollowerLinear | PivotedLinear
+        found = tuple(m for m in self.matrices if isinstance(m.of(self.model), kinds))
+        if not found:
+            types = self.settings.types
+            among = "" if types is None else f" of type {', '.join(types)}"
+            raise UnsupportedModelError(
+                f"{self.settings.model}: mode {self.settings.mode!r} tunes factored matrices, and this model has "
+                f"none{among}; compress it first, or use --mode continued or lora"
+            )
+        return found
+
+
+@dataclass
+class Prepared:
+    """A model ready to be trained: parameters that require a gradient are trained, the others are not.
+
+    Attributes:
+        finish: called once after training; folds what folds, and returns the model to save with ``save_pretrained``.
+        touched: names of modules or parameters of the loaded model that may come out changed. Everything else in the
+            result is compared with the input, bit by bit.
+        on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules.
+        save_extra: writes what belongs to the result and is not in the model into its folder.
+    """
+
+    finish: Callable[[], PreTrainedModel]
+    touched: frozenset[str]
+    on_step: Callable[[int, int], None] | None = None
+    save_extra: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """A mode's settings of training, from its paper where it has one."""
+
+    learning_rate: float
+    distill_rate: float | None = None
+    epochs: float = 1.0
+    warmup: float = 0.0
+    schedule: str = "linear"
+    final_rate: float = 0.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A mode, as ``--mode`` names it.
+
+    Attributes:
+        name: as on the command line.
+        paper: where it comes from.
+        summary: one line.
+        defaults: of training.
+        prepare: changes the model of a context in place so that it can be trained. Its outputs stay the same up to
+            rounding, unless ``exact_start`` is false. It depends on nothing but the context and torch's generator,
+            which is seeded: a run that goes on after an interruption prepares again, then loads what was trained by
+            name.
+        options: pydantic class of its options.
+        exact_start: outputs before the first step are the input's.
+        same_ranks: the result has the ranks and the parameter count of the input.
+        check: raises what is wrong with the options for this model, before anything long is done.
+        attach: puts on the loaded result what else is in its folder, before it is measured.
+    """
+
+    name: str
+    paper: str
+    summary: str
+    defaults: Defaults
+    prepare: Callable[[Context], Prepared]
+    options: type[Options] = Options
+    exact_start: bool = True
+    same_ranks: bool = True
+    check: Callable[[Context], Any] | None = None
+    attach: Callable[[PreTrainedModel, Path], None] | None = None
+
+
+def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
+    """Every matrix of the decoder, in a dense model or a compressed one.
+
+    Raises:
+        UnsupportedModelError: the model's structure is not known.
+    """
+    stock: PreTrainedModel = model
+    entries: dict[str, Any] = {}
+    if model.config.model_type.startswith(PREFIX):
+        from bolaco.checkpoint.export import stock_skeleton
+
+        stock, entries = stock_skeleton(model), model.config.lowrank["matrices"]
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    found: dict[str, Matrix] = {}
+    for site in inspect_structure(stock).sites:
+        name, entry = site.module, entries.get(site.module)
+        if site.part is not None and isinstance(model.base_model.get_submodule(name), SplitLinear):
+            name = f"{name}.parts.{site.part}"
+            entry = next(part for part in entries[site.module]["parts"] if part["name"] == site.part)
+        types = (*found[name].types, site.type) if name in found else (site.type,)
+        found[name] = Matrix(prefix + name, site.layer, types, entry)
+    return tuple(found.values())

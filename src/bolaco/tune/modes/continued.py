@@ -1,0 +1,47 @@
+"""All parameters are trained on: extended pretraining, as for layer-chopped models in arXiv 2305.14864 (v3).
+
+It takes any model, dense ones included. Deviations: the warm-up is a share of the steps instead of 2,000, and factored
+matrices of pivoted storage are trained as two balanced factors and pivoted again.
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from bolaco.checkpoint.registry import PREFIX
+from bolaco.errors import RecipeError
+from bolaco.tune.factored import stored, two_factors
+from bolaco.tune.mode import Context, Defaults, Mode, Prepared
+
+
+def check(context: Context) -> None:
+    """Raises RecipeError where only some matrices are to be tuned."""
+    if context.settings.types is not None:
+        raise RecipeError("types: mode 'continued' trains all parameters; leave it out, or use --mode factors")
+
+
+def prepare(context: Context) -> Prepared:
+    """Everything requires a gradient."""
+    model = context.model
+    touched = frozenset(model.state_dict())
+    matrices = context.factored if model.config.model_type.startswith(PREFIX) else ()
+    two_factors(model, matrices)
+    model.requires_grad_(True)
+
+    def finish() -> PreTrainedModel:
+        stored(model, matrices)
+        return model
+
+    return Prepared(finish, touched)
+
+
+MODE = Mode(
+    name="continued",
+    paper="arXiv 2305.14864",
+    summary="all parameters, as in pretraining; dense models too (CHOP's continued pretraining)",
+    defaults=Defaults(
+        learning_rate=3e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95)
+    ),
+    prepare=prepare,
+    check=check,
+)

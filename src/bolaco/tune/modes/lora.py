@@ -1,0 +1,119 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT, on the factors of factored matrices, on dense ones, or on both.
+
+A factored matrix is two plain Linears, and each gets an adapter of its own. Merged into them the adapters leave the
+rank of the product, and the size of the model, as they are. Kept apart they are a standard PEFT adapter in the folder
+``adapter`` of a model that is otherwise the input.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from bolaco.errors import MissingPackageError, UnsupportedModelError
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
+from bolaco.models.load import quiet
+from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
+
+ADAPTER = "adapter"
+
+
+class LoraOptions(Options):
+    """Size and place of the adapters."""
+
+    rank: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0, description="the adapter is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    on: Literal["factored", "dense", "all"] = Field("all", description="which matrices")
+    merge: bool = Field(True, description="false: the adapters are kept in a folder of their own")
+
+
+def check(context: Context) -> None:
+    """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError(
+            f"--mode lora needs PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
+        ) from error
+    _linears(context, context.options.on)
+
+
+def prepare(context: Context) -> Prepared:
+    """Adapters, which alone require gradients."""
+    import peft
+
+    options: LoraOptions = context.options
+    names = _linears(context, options.on)
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with quiet(), warnings.catch_warnings():
+        # GPT-2's Conv1D stores the transpose; PEFT sees that by itself, and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        adapted: Any = peft.get_peft_model(context.model, config)
+    if options.merge:
+        return Prepared(adapted.merge_and_unload, frozenset(f"{name}.weight" for name in names))
+    kept: dict[str, Any] = {}
+
+    def finish() -> PreTrainedModel:
+        kept.update({key: value.contiguous() for key, value in peft.get_peft_model_state_dict(adapted).items()})
+        model: PreTrainedModel = adapted.unload()
+        return model
+
+    def save(folder: Path) -> None:
+        config.inference_mode, config.base_model_name_or_path = True, context.settings.model
+        config.save_pretrained(str(folder / ADAPTER))
+        save_file(kept, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return Prepared(finish, frozenset(), save_extra=save)
+
+
+def _linears(context: Context, on: str) -> list[str]:
+    """Names of the modules that get an adapter.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    names = []
+    for matrix in context.factored if on == "factored" else context.matrices:
+        module = matrix.of(context.model)
+        if not isinstance(module, LowRankLinear | FollowerLinear | PivotedLinear):
+            names += [matrix.name]
+        elif isinstance(module, FollowerLinear):  # the other factor is its lead's
+            names += [f"{matrix.name}.expand"] if on != "dense" else []
+        elif on != "dense":
+            inside = ("reduce", "expand") if isinstance(module, LowRankLinear) else ("pivot", "rest")
+            names += [f"{matrix.name}.{part}" for part in inside if getattr(module, part).weight.numel()]
+    if not names:
+        raise UnsupportedModelError(f"{context.settings.model}: there is no {on} matrix to put an adapter on")
+    return names
+
+
+def attach(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the adapters on, if they were kept apart."""
+    if (folder / ADAPTER).is_dir():
+        with quiet():
+            model.load_adapter(str(folder / ADAPTER))
+
+
+MODE = Mode(
+    name="lora",
+    paper="arXiv 2106.09685",
+    summary="adapters on the factors and on dense matrices, merged or kept apart (LoRA, by PEFT)",
+    defaults=Defaults(learning_rate=2e-4, warmup=0.05, schedule="linear"),
+    prepare=prepare,
+    check=check,
+    options=LoraOptions,
+    attach=attach,
+)

@@ -1,0 +1,389 @@
+"""Tuning: what holds for every mode, and the run around them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bolaco import api
+from bolaco.errors import CheckpointError
+from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.models.load import load_model
+from bolaco.pipeline import Result
+from bolaco.tune import run
+from bolaco.tune.mode import Context, Mode, matrices_of
+from bolaco.tune.registry import MODES, get_mode
+from bolaco.tune.settings import make_settings, resolve
+from bolaco.tune.trainer import _Watch
+from tests.command import digest, ok
+from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, scratch, text_file, token_blocks
+
+SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0}
+# Options with which a mode's promises hold on tiny models.
+OPTIONS: dict[str, dict[str, Any]] = {}
+FAMILY_NAMES = ("llama", "gpt2", "phi3")
+
+
+def folder_of(family: str, storage: str = "pivoted") -> Compressed:
+    """A tiny model compressed once for all tests; leave the folder as it is."""
+    out = scratch() / f"tune-{family}-{storage}"
+    if out not in _made:
+        options = {"factorization.storage": storage}
+        _made[out] = compress_tiny(FAMILIES[family](), out, keep=0.7, method="afm", options=options)
+    return _made[out]
+
+
+_made: dict[Path, Compressed] = {}
+
+
+def tune(model: Path | str, out: Path, mode: str, options: dict[str, Any] | None = None, **words: Any) -> Result:
+    """A run of a few steps."""
+    given = {"max_steps": 3, "batch": 4, "seq_len": 32, "learning_rate": 1e-3, "data": str(text_file())} | words
+    data = given.pop("data")
+    changes = SMALL | {f"options.{key}": value for key, value in OPTIONS.get(mode, {}).items()} | (options or {})
+    result = api.tune(str(model), mode, data, out, options=changes, **given)
+    assert result is not None
+    return result
+
+
+def prepared(mode: Mode, model: Any, info: dict[str, Any] | None = None, **options: Any) -> Any:
+    """What the mode makes of a loaded model."""
+    options = OPTIONS.get(mode.name, {}) | options
+    settings = make_settings("m", {"mode": mode.name, "data": "x"}, {f"options.{k}": v for k, v in options.items()})
+    settings, checked = resolve(settings, mode)
+    model.requires_grad_(False)
+    return mode.prepare(
+        Context(model, settings, checked, info or {}, lambda n: [b[None] for b in token_blocks(n, 32)], lambda: model)
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_blocks(2, 24, seed=8), use_cache=False).logits
+
+
+def ranks(model: Any) -> dict[str, int]:
+    return {
+        matrix.name: module.rank
+        for matrix in matrices_of(model)
+        if isinstance(module := matrix.of(model), LowRankLinear | PivotedLinear)
+    }
+
+
+# --- every mode -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", MODES)
+def test_nothing_is_changed_before_the_first_step(name: str, family: str) -> None:
+    mode, source = get_mode(name), folder_of(family)
+    model = load_model(str(source.path))
+    before = logits(model)
+    made = prepared(mode, model, source.info)
+    if mode.exact_start:
+        torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        finished = made.finish()
+    if mode.exact_start:
+        torch.testing.assert_close(logits(finished), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", MODES)
+def test_result_of_every_mode(name: str, family: str, tmp_path: Path) -> None:
+    mode, source = get_mode(name), folder_of(family)
+    result = tune(source.path, tmp_path / "out", name)
+    record = result.info["tuning"]
+    assert record["mode"] == name
+    assert record["steps"] == 3
+    assert len(record["curve"]) == 3
+    assert record["trainable_parameters"] > 0
+    assert record["frozen_sha256"]["before"] == record["frozen_sha256"]["after"]
+    assert record["perplexity"]["after"] != record["perplexity"]["before"]
+    assert result.info["ranks"] == source.info["ranks"]
+    assert result.info["recipe"] == source.info["recipe"]
+    assert json.loads((tmp_path / "out" / "bolaco.json").read_text()) == result.info
+    assert not (tmp_path / "out.work").exists()
+    assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pt", ".bin", ".pkl", ".pth")]
+    old, new = load_model(str(source.path)), load_model(str(result.path))
+    if mode.same_ranks:
+        assert ranks(new) == ranks(old)
+        assert sum(p.numel() for p in new.parameters()) == sum(p.numel() for p in old.parameters())
+    again = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)
+    torch.testing.assert_close(logits(again), logits(new))
+
+
+# --- interruption -----------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """What ends a run in these tests."""
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, after_saving: bool) -> None:
+    """Lets a run fail once so many steps are done."""
+    name = "on_save" if after_saving else "on_step_end"
+    original = getattr(_Watch, name)
+
+    def failing(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        original(self, args, state, control, **more)
+        if state.global_step == step:
+            raise Stopped
+
+    monkeypatch.setattr(_Watch, name, failing)
+
+
+@pytest.mark.parametrize("name", ["factors", "diagonal", "lora"])
+@pytest.mark.parametrize(("step", "after_saving"), [(1, False), (4, True), (5, False), (7, True)])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    name: str, step: int, after_saving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, several epochs and accumulation; stopped before any checkpoint, on one, and after one."""
+    model = folder_of("gpt2").path
+    changes = {"training.save_steps": 2, "training.gradient_accumulation": 2, "data.sequences": 6, "training.warmup": 2}
+    words = {"options": changes, "max_steps": 7, "batch": 2}
+    whole = tune(model, tmp_path / "whole", name, **words)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, after_saving)
+        with pytest.raises(Stopped):
+            tune(model, tmp_path / "out", name, **words)
+    assert not (tmp_path / "out").exists()
+    again = tune(model, tmp_path / "out", name, **words)
+    assert again.info["tuning"]["curve"] == whole.info["tuning"]["curve"]
+    assert again.info["tuning"]["perplexity"] == whole.info["tuning"]["perplexity"]
+    assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
+    assert not (tmp_path / "out.work").exists()
+
+
+def test_what_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = folder_of("llama").path
+    whole = tune(model, tmp_path / "whole", "factors")
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, "measure", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            tune(model, tmp_path / "out", "factors")
+    monkeypatch.setattr(run.TuneTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    again = tune(model, tmp_path / "out", "factors")
+    assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
+
+
+def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = folder_of("llama").path, {"options": {"training.save_steps": 1}, "max_steps": 4}
+    whole = tune(model, tmp_path / "whole", "factors", **words)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, True)
+        with pytest.raises(Stopped):
+            tune(model, tmp_path / "out", "factors", **words)
+    state = tmp_path / "out.work" / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    again = tune(model, tmp_path / "out", "factors", **words)
+    assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
+
+
+def test_the_budget_of_minutes_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr("bolaco.tune.trainer.time.monotonic", lambda: float(next(clock)))
+    result = tune(folder_of("llama").path, tmp_path / "out", "factors", max_steps=50, minutes=2)
+    record = result.info["tuning"]
+    assert (record["steps"], record["of_steps"], record["out_of_time"]) == (3, 50, True)
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def test_distillation_brings_the_model_nearer_to_its_original(tmp_path: Path) -> None:
+    compressed = folder_of("llama")
+    save_tiny(tmp_path / "teacher", compressed.original)
+    words = {"max_steps": 60, "distill": 1.0, "teacher": str(tmp_path / "teacher"), "learning_rate": 3e-3}
+    result = tune(compressed.path, tmp_path / "out", "factors", **words)
+    curve = result.info["tuning"]["curve"]
+    assert sum(p["loss"] for p in curve[-5:]) < 0.8 * sum(p["loss"] for p in curve[:5])
+
+    def divergence(path: Path) -> float:
+        ours, theirs = logits(load_model(str(path))).log_softmax(-1), logits(compressed.original).log_softmax(-1)
+        return float(torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
+
+    assert divergence(result.path) < 0.8 * divergence(compressed.path)
+
+
+def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
+    mode = get_mode("factors")
+    for weight, rate in ((0.0, 5e-5), (0.5, 2e-4)):
+        made = make_settings("m", {"mode": "factors", "data": "d", "distill": weight})
+        assert resolve(made, mode)[0].training.learning_rate == rate
+
+
+# --- storage and precision --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+def test_half_precision_goes_in_and_comes_out(name: str, dtype: str, tmp_path: Path) -> None:
+    model = load_model(str(folder_of("llama").path)).bfloat16()
+    save_tiny(tmp_path / "half", model)
+    words = {"dtype": dtype, "options": {"training.autocast": True, "data.sequences": 8}}
+    result = tune(tmp_path / "half", tmp_path / "out", name, **words)
+    state = load_file(result.path / "model.safetensors")
+    assert {tensor.dtype for key, tensor in state.items() if not key.endswith("order")} == {torch.bfloat16}
+    assert math.isfinite(result.info["tuning"]["perplexity"]["after"])
+    assert any(
+        not torch.equal(tensor, load_file(tmp_path / "half" / "model.safetensors")[key])
+        for key, tensor in state.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["factors", "diagonal"])
+def test_two_factor_storage_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    source = folder_of("llama", "two-factor")
+    result = tune(source.path, tmp_path / "out", name)
+    before, after = load_file(source.path / "model.safetensors"), load_file(result.path / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    parts = ("reduce", "expand") if name == "factors" else ("expand",)
+    assert changed == {key for key in before if any(key.endswith(f"{part}.weight") for part in parts)}
+
+
+def test_only_the_chosen_types_are_tuned(tmp_path: Path) -> None:
+    source = folder_of("llama", "two-factor")
+    result = tune(source.path, tmp_path / "out", "factors", types=("gate", "o"))
+    before, after = load_file(source.path / "model.safetensors"), load_file(result.path / "model.safetensors")
+    changed = {key.split(".")[-3] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"gate_proj", "o_proj"}
+
+
+def test_norms_and_biases_are_trained_when_asked_for(tmp_path: Path) -> None:
+    source = folder_of("llama", "two-factor")
+    result = tune(source.path, tmp_path / "out", "factors", {"options.norms": True, "options.biases": True})
+    before, after = load_file(source.path / "model.safetensors"), load_file(result.path / "model.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert "model.norm.weight" in changed
+    assert "model.layers.0.mlp.gate_proj.expand.bias" in changed
+    assert "model.embed_tokens.weight" not in changed
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_kept_apart_are_a_peft_folder(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    source = folder_of("llama")
+    result = tune(source.path, tmp_path / "out", "lora", {"options.merge": False})
+    assert digest(result.path / "model.safetensors") == digest(source.path / "model.safetensors")
+    merged = tune(source.path, tmp_path / "merged", "lora")
+    assert merged.info["tuning"]["perplexity"]["after"] == pytest.approx(result.info["tuning"]["perplexity"]["after"])
+    adapted = PeftModel.from_pretrained(load_model(str(result.path)), result.path / "adapter")
+    torch.testing.assert_close(logits(adapted), logits(load_model(str(merged.path))), rtol=1e-4, atol=1e-4)
+    assert not (merged.path / "adapter").exists()
+
+
+@pytest.mark.parametrize(("on", "words"), [("dense", ("v_proj",)), ("factored", ("reduce", "expand"))])
+def test_where_adapters_go(on: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    source = folder_of("llama", "two-factor")
+    result = tune(source.path, tmp_path / "out", "lora", {"options.on": on, "types": ["v", "gate"]})
+    before, after = load_file(source.path / "model.safetensors"), load_file(result.path / "model.safetensors")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(any(word in key for word in words) for key in changed)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("name", ["continued", "lora"])
+def test_a_dense_model_is_tuned_too(family: str, name: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", FAMILIES[family]())
+    result = tune(tmp_path / "dense", tmp_path / "out", name)
+    assert result.info["tuning"]["perplexity"]["after"] < result.info["tuning"]["perplexity"]["before"]
+    assert "ranks" not in result.info
+    assert type(AutoModelForCausalLM.from_pretrained(result.path)) is type(FAMILIES[family]())
+    said = ok("inspect", result.path).out
+    assert name in said
+    assert "rank of each matrix" not in said
+
+
+def test_a_tuned_model_is_tuned_again(tmp_path: Path) -> None:
+    first = tune(folder_of("llama").path, tmp_path / "first", "diagonal")
+    second = tune(first.path, tmp_path / "second", "factors")
+    record = second.info["tuning"]
+    assert record["earlier"] == first.info["tuning"]
+    assert record["perplexity"]["before"] == pytest.approx(first.info["tuning"]["perplexity"]["after"])
+    said = ok("inspect", second.path).out
+    assert said.index("factors") < said.index("diagonal") < said.index("rank of each matrix")
+    assert "## Tuned" in (second.path / "README.md").read_text()
+
+
+def test_frozen_weights_that_change_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = run.TuneTrainer.train
+
+    def meddling(self: Any, **more: Any) -> Any:
+        result = train(self, **more)
+        self.model.model.get_input_embeddings().weight.data[0, 0] += 1
+        return result
+
+    monkeypatch.setattr(run.TuneTrainer, "train", meddling)
+    with pytest.raises(CheckpointError, match="frozen weights have changed"):
+        tune(folder_of("llama").path, tmp_path / "out", "factors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mode_that_changes_more_than_it_says_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = get_mode("factors")
+
+    def prepare(context: Context) -> Any:
+        made = honest.prepare(context)
+        return dataclasses.replace(made, touched=frozenset(sorted(made.touched)[1:]))
+
+    monkeypatch.setattr(run, "get_mode", lambda name: dataclasses.replace(honest, prepare=prepare))
+    with pytest.raises(CheckpointError, match="changed by mode 'factors', which does not train it"):
+        tune(folder_of("llama").path, tmp_path / "out", "factors")
+    assert not (tmp_path / "out").exists()
+
+
+LOAD = """
+import sys
+
+sys.modules["bolaco"] = None  # as where it is not installed
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    logits = model(input_ids=torch.arange(12)[None], use_cache=False).logits
+save_file({"logits": logits}, sys.argv[2])
+"""
+
+
+def test_a_result_loads_where_bolaco_is_not(tmp_path: Path) -> None:
+    result = tune(folder_of("phi3").path, tmp_path / "out", "factors")
+    command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, capture_output=True)
+    with torch.no_grad():
+        ours = load_model(str(result.path))(input_ids=torch.arange(12)[None], use_cache=False).logits
+    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], ours)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    model = folder_of("llama").path
+    one = tune(model, tmp_path / "one", "factors", batch=4)
+    words = ["tune", str(model), "--mode", "factors", "--data", str(text_file()), "--max-steps", "3", "--batch", "2"]
+    words += ["--seq-len", "32", "--learning-rate", "1e-3", "-o", str(tmp_path / "two")]
+    for key, value in SMALL.items():
+        words += ["--set", f"{key}={str(value).lower()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bolaco.cli", *words]
+    subprocess.run(command, check=True, capture_output=True)
+    two = json.loads((tmp_path / "two" / "bolaco.json").read_text())["tuning"]
+    losses = [[point["loss"] for point in record["curve"]] for record in (one.info["tuning"], two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert two["perplexity"]["after"] == pytest.approx(one.info["tuning"]["perplexity"]["after"], rel=1e-4)
