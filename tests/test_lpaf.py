@@ -71,18 +71,22 @@ def test_pruning(family: str) -> None:
     assert all(torch.equal(again[name].weight, found[name].weight) for name in found)
 
 
-def test_scores_of_one_step() -> None:
-    """After one step, the elements that stay are those of the largest -(dL/dW) W; importances are its sums."""
+@pytest.mark.parametrize("score", ["sensitivity", "movement"])
+def test_scores_of_one_step(score: str) -> None:
+    """After one step, the elements that stay are those of the largest |dL/dW W| or -(dL/dW) W."""
     model = tiny_llama()
     structure, tokens = inspect_structure(model), token_blocks(2, 16)
-    found = prune(model, structure, tokens, 0.3, Pruning(steps=1, batch=2, learning_rate=1e-9))
+    short = Pruning(steps=1, batch=2, learning_rate=1e-9, score=score)
+    found = prune(model, structure, tokens, 0.3, short)
     model.requires_grad_(True)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     norm = torch.cat([model.base_model.get_submodule(s.module).weight.grad.flatten() for s in structure.sites]).norm()
     for site in structure.sites:
         weight = model.base_model.get_submodule(site.module).weight
         gain = (weight.grad * weight).detach()
-        assert torch.equal(found[site.name].weight != 0, kept_elements(-gain, 0.3))
+        assert torch.equal(
+            found[site.name].weight != 0, kept_elements(gain.abs() if score == "sensitivity" else -gain, 0.3)
+        )
         torch.testing.assert_close(
             found[site.name].inputs, gain.abs().sum(dim=0) / max(float(norm), 1.0), rtol=1e-3, atol=1e-9
         )
@@ -96,12 +100,12 @@ def test_masked_elements_come_back() -> None:
     low = torch.ones(32, 32)
     low[0] = 5.0  # moving these towards zero would help: the lowest scores
     parameter.grad = low.clone()
-    matrix.observe()
+    matrix.observe("movement")
     matrix.update(1 / 32)
     assert not parameter.data[0].any()
     parameter.grad = torch.ones(32, 32)
     parameter.grad[0] = -20.0
-    matrix.observe()
+    matrix.observe("movement")
     assert not parameter.grad[0].any()
     matrix.update(1 / 32)
     assert parameter.data[0].eq(1).all()

@@ -24,6 +24,11 @@ class LowRankLinear(nn.Module):
         """Maps ``[..., in]`` to ``[..., out]``."""
         return self.expand(self.reduce(x))
 
+    def reduced(self, x: Tensor) -> Tensor:
+        """``reduce(x)``, ``[..., rank]``."""
+        reduced: Tensor = self.reduce(x)
+        return reduced
+
     def dense(self) -> Tensor:
         """The product of the factors, ``[out, in]``."""
         return self.expand.weight @ self.reduce.weight
@@ -85,7 +90,11 @@ class FollowerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., in]`` to ``[..., out]``."""
-        return self.expand(self.lead.reduced(x))
+        return self.expand(self.reduced(x))
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """The lead's ``reduce(x)``, ``[..., rank]``."""
+        return self.lead.reduced(x)
 
     def dense(self) -> Tensor:
         """The product of the factors, ``[out, in]``."""

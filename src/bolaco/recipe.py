@@ -134,6 +134,9 @@ class Pruning(Section):
     steps: int = Field(64, gt=0, description="AdamW steps on the calibration text")
     batch: int = Field(4, gt=0, description="sequences a step")
     learning_rate: float = Field(2e-5, gt=0)
+    score: Literal["sensitivity", "movement"] = Field(
+        "sensitivity", description="what elements are kept by: the sum over steps of |dL/dW W|, or of -(dL/dW) W"
+    )
     keep_sparse: bool = Field(False, description="write the pruned matrices to sparse.safetensors in the result")
 
 

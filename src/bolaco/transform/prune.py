@@ -1,8 +1,9 @@
 """Gradual first-order pruning, the first stage of LPAF (arXiv 2306.14152): the decoder's matrices, element by element.
 
 While the model is trained on text, the share of zeros grows from 0 to ``s`` along ``s (1 - (1 - t)^3)``. Which elements
-stay is decided by scores that collect, step after step, ``-(dL/dW) W``: what the loss would gain from moving an element
-away from zero. A masked element keeps its last value and its score goes on, so it can come back.
+stay is decided by scores that collect, step after step, ``|dL/dW W|`` (how much the loss feels an element) or
+``-(dL/dW) W`` (whether training moves it away from zero; of use after many steps only). A masked element keeps its last
+value and its score goes on, so it can come back.
 
 Deviations from the paper: the loss is that of language modelling on the calibration text, not of a task; only the
 decoder's matrices are trained; every matrix gets the same sparsity. What it costs: a copy of the model in float32, with
@@ -51,11 +52,18 @@ def sparsity_at(t: float, sparsity: float) -> float:
 
 
 def kept_elements(scores: Tensor, sparsity: float) -> Tensor:
-    """Mask of the elements with the highest scores; of ``n`` exactly ``floor(sparsity n)`` are false."""
-    zeros = math.floor(sparsity * scores.numel() + 1e-9)
-    order = scores.flatten().argsort(stable=True)
-    mask = torch.ones_like(order, dtype=torch.bool)
-    mask[order[:zeros]] = False
+    """Mask of the elements with the highest scores; of ``n`` exactly ``floor(sparsity n)`` are false.
+
+    Of equal scores the first ones go.
+    """
+    flat = scores.flatten()
+    zeros = math.floor(sparsity * len(flat) + 1e-9)
+    if zeros == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(zeros).values
+    mask = flat >= threshold
+    left = zeros - int((~mask).sum())
+    mask[(flat == threshold).nonzero()[:left, 0]] = False
     return mask.view_as(scores)
 
 
@@ -74,13 +82,17 @@ class _Matrix:
     def _view(self, tensor: Tensor) -> Tensor:
         return (tensor.T if self._transposed else tensor)[self._rows]
 
-    def observe(self) -> None:
-        """Takes the gradient into the scores, and masks it."""
+    def observe(self, score: str) -> None:
+        """Takes the gradient into the scores, of the kind ``score``, and masks it."""
         assert self._parameter.grad is not None
         gradient = self._view(self._parameter.grad)
         gain = gradient * self.values
-        self.scores -= gain
-        gain = gain.abs_() * self.mask
+        if score == "movement":
+            self.scores -= gain
+        gain.abs_()
+        if score == "sensitivity":
+            self.scores += gain
+        gain *= self.mask
         self.outputs += gain.sum(dim=1, dtype=torch.float64)
         self.inputs += gain.sum(dim=0, dtype=torch.float64)
         gradient *= self.mask
@@ -148,7 +160,7 @@ def prune(
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
                 raise NonFiniteError(f"pruning, step {step}: NaN or infinity; lower pruning.learning_rate")
             for matrix in matrices:
-                matrix.observe()
+                matrix.observe(settings.score)
             optimizer.step()
             schedule.step()
             now = sparsity_at((step + 1) / growing, sparsity)

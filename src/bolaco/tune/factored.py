@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bolaco.compressed import low_rank_linear
 from bolaco.factorize.pivot import pivot
-from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, PivotedLinear
 from bolaco.tune.mode import Matrix
 
 
@@ -45,11 +45,18 @@ def balanced(expand: Tensor, reduce: Tensor) -> tuple[Tensor, Tensor]:
     return (left @ (u * root)).to(expand.dtype), ((root[:, None] * vt) @ right.T).to(reduce.dtype)
 
 
-def two_factors(model: nn.Module, matrices: Iterable[Matrix]) -> dict[str, LowRankLinear]:
-    """Puts every factored matrix into the model as two balanced factors; by name, frozen as the model is."""
-    found = {}
+def two_factors(model: nn.Module, matrices: Iterable[Matrix]) -> dict[str, LowRankLinear | FollowerLinear]:
+    """Puts every factored matrix into the model as two balanced factors; by name, frozen as the model is.
+
+    Matrices that share a factor are two factors already and stay as they are: one cannot be balanced without the other.
+    """
+    found: dict[str, LowRankLinear | FollowerLinear] = {}
     for matrix in matrices:
-        expand, reduce, bias = factors_of(matrix.of(model))
+        module = matrix.of(model)
+        if isinstance(module, LeadLinear | FollowerLinear):
+            found[matrix.name] = module
+            continue
+        expand, reduce, bias = factors_of(module)
         layer = low_rank_linear(*balanced(expand, reduce), bias)
         matrix.put(model, layer)
         found[matrix.name] = layer
@@ -63,9 +70,9 @@ def stored(model: nn.Module, matrices: Iterable[Matrix]) -> None:
     """
     for matrix in matrices:
         layer, entry = matrix.of(model), matrix.entry
-        assert isinstance(layer, LowRankLinear)
         if entry is None or "side" not in entry:
             continue
+        assert isinstance(layer, LowRankLinear)
         expand, reduce, bias = factors_of(layer)
         form = pivot(expand.cpu(), reduce.cpu())
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.registry import PREFIX
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import LowRankLinear, PivotedLinear, SplitLinear
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
 from bolaco.models.structure import inspect_structure
 from bolaco.recipe import Section
 
@@ -93,7 +93,8 @@ class Context:
         Raises:
             UnsupportedModelError: there is none.
         """
-        found = tuple(m for m in self.matrices if isinstance(m.of(self.model), LowRankLinear | PivotedLinear))
+        kinds = LowRankLinear | FollowerLinear | PivotedLinear
+        found = tuple(m for m in self.matrices if isinstance(m.of(self.model), kinds))
         if not found:
             types = self.settings.types
             among = "" if types is None else f" of type {', '.join(types)}"

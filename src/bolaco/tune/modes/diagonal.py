@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
 from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
@@ -36,7 +36,7 @@ class DiagonalLinear(nn.Module):
         start: initial value of d.
     """
 
-    def __init__(self, layer: LowRankLinear, chosen: Tensor, start: float) -> None:
+    def __init__(self, layer: LowRankLinear | FollowerLinear, chosen: Tensor, start: float) -> None:
         super().__init__()
         self.layer = layer
         like = layer.expand.weight
@@ -47,11 +47,11 @@ class DiagonalLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., in]`` to ``[..., out]``."""
-        inner = self.layer.reduce(x)
+        inner = self.layer.reduced(x)
         columns = self.layer.expand.weight[:, self.chosen]
         return self.layer.expand(inner) + self.b * F.linear(inner[..., self.chosen] * self.d, columns)
 
-    def fold(self) -> LowRankLinear:
+    def fold(self) -> LowRankLinear | FollowerLinear:
         """The layer with the term in its factor B, computed in float64."""
         weight = self.layer.expand.weight.data
         columns = weight[:, self.chosen].double()
@@ -67,7 +67,7 @@ def prepare(context: Context) -> Prepared:
     two_factors(model, pivoted)
     for i, matrix in enumerate(matrices):
         layer = matrix.of(model)
-        assert isinstance(layer, LowRankLinear)
+        assert isinstance(layer, LowRankLinear | FollowerLinear)
         generator = torch.Generator().manual_seed(context.settings.seed * 100_003 + i)
         chosen = torch.randperm(layer.rank, generator=generator)[: options.size]
         matrix.put(model, DiagonalLinear(layer, chosen, options.start))

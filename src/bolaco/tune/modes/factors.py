@@ -25,7 +25,8 @@ def prepare(context: Context) -> Prepared:
     model, options = context.model, context.options
     matrices = context.factored
     for layer in two_factors(model, matrices).values():
-        for linear in (layer.expand, layer.reduce):
+        for linear in layer.children():
+            assert isinstance(linear, nn.Linear)
             linear.weight.requires_grad_(True)
         if options.biases and layer.expand.bias is not None:
             layer.expand.bias.requires_grad_(True)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from bolaco.errors import MissingPackageError, UnsupportedModelError
-from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
 from bolaco.models.load import quiet
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
@@ -88,8 +88,10 @@ def _linears(context: Context, on: str) -> list[str]:
     names = []
     for matrix in context.factored if on == "factored" else context.matrices:
         module = matrix.of(context.model)
-        if not isinstance(module, LowRankLinear | PivotedLinear):
+        if not isinstance(module, LowRankLinear | FollowerLinear | PivotedLinear):
             names += [matrix.name]
+        elif isinstance(module, FollowerLinear):  # the other factor is its lead's
+            names += [f"{matrix.name}.expand"] if on != "dense" else []
         elif on != "dense":
             inside = ("reduce", "expand") if isinstance(module, LowRankLinear) else ("pivot", "rest")
             names += [f"{matrix.name}.{part}" for part in inside if getattr(module, part).weight.numel()]
