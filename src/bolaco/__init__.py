@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from bolaco.checkpoint.registry import register_when_imported
 
 if TYPE_CHECKING:
-    from bolaco.api import compress, evaluate, evaluate_tasks, load
+    from bolaco.api import compare, compress, evaluate, evaluate_tasks, load
 
 __version__ = "0.1.0"
-__all__ = ["compress", "evaluate", "evaluate_tasks", "load"]
+__all__ = ["compare", "compress", "evaluate", "evaluate_tasks", "load"]
 
 register_when_imported()
 

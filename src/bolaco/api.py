@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from bolaco import pipeline
+from bolaco import comparison, pipeline
 from bolaco.data import TokenStream
 from bolaco.errors import DataError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
@@ -17,7 +18,18 @@ from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
 
-__all__ = ["TaskResult", "TaskSet", "compress", "evaluate", "evaluate_tasks", "load", "read_tasks", "run", "tune"]
+__all__ = [
+    "TaskResult",
+    "TaskSet",
+    "compare",
+    "compress",
+    "evaluate",
+    "evaluate_tasks",
+    "load",
+    "read_tasks",
+    "run",
+    "tune",
+]
 
 load = load_model
 
@@ -122,6 +134,76 @@ def tune(
     settings = make_settings(model, {"mode": mode, "data": data} | words, options)
     folder = None if work is None else Path(work).expanduser()
     return run_tune(settings, Path(out).expanduser(), reporter or Reporter(quiet=True), folder, keep_work)
+
+
+def compare(
+    model: str | PreTrainedModel,
+    methods: Sequence[str],
+    keep: Sequence[float],
+    out: str | Path,
+    *,
+    evaluation: str | Sequence[str] = (),
+    tasks: str | Sequence[str] = (),
+    task_limit: int | None = None,
+    task_keep: float | None = None,
+    keep_models: bool = False,
+    tokenizer: Any = None,
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    **words: Any,
+) -> comparison.ComparisonResult:
+    """Compresses a model by several methods at several sizes, and writes tables, a picture and a report.
+
+    Statistics and factors are computed once for all; every row gives what :func:`compress` gives with its recipe.
+
+    Args:
+        model: as for :func:`compress`.
+        methods: names of presets, or of factorization methods (then in two factors, one ratio for all matrices).
+        keep: keep ratios.
+        out: folder to write; must not exist.
+        evaluation: sources perplexity is reported on, the first one being the headline; all recipes share it.
+        tasks, task_limit: accuracy on tasks too, see :func:`evaluate_tasks`.
+        task_keep: the keep ratio tasks are run at, the first by default.
+        keep_models: keep the checkpoints, in ``out/models``.
+        tokenizer, work, keep_work, reporter: as for :func:`run`.
+        words: as for :func:`compress`, for all methods; ``options`` may name one of them, as in
+            ``{"default:refinement.steps": 5}``.
+
+    Raises:
+        BolacoError: with one line that says what to mend. What fails at one row only is recorded there.
+    """
+    loaded = None if isinstance(model, str) else model
+    if loaded is not None and tokenizer is None:
+        raise DataError("compare() of a loaded model needs its tokenizer: compare(model, ..., tokenizer=tokenizer)")
+    name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
+    plan = comparison.make_comparison(
+        name,
+        methods,
+        keep,
+        evaluation=_items(evaluation),
+        tasks=_items(tasks),
+        task_limit=task_limit,
+        task_keep=task_keep,
+        keep_models=keep_models,
+        **words,
+    )
+    with nullcontext() if loaded is None else evaluation_mode(loaded):
+        return comparison.compare(
+            plan,
+            Path(out).expanduser(),
+            reporter or Reporter(quiet=True),
+            None if work is None else Path(work).expanduser(),
+            keep_work,
+            loaded,
+            tokenizer,
+        )
+
+
+def _items(words: str | Sequence[str]) -> list[str]:
+    """A list, or a string with commas."""
+    parts = words.split(",") if isinstance(words, str) else words
+    return [part.strip() for part in parts if part.strip()]
 
 
 def evaluate(

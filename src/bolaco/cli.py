@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ import yaml
 from rich.console import Console
 
 import bolaco
-from bolaco.errors import BolacoError, RecipeError
+from bolaco.errors import BolacoError, RecipeError, no_space
 
 _EXAMPLES = """
 examples:
@@ -27,6 +26,8 @@ examples:
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
   bolaco tune small --mode factors --data c4.jsonl[1000:] --distill 1 --max-steps 500 -o tuned
+  bolaco compare smollm2-135m --methods default,kfac-svd,svd-llm --keep 0.9,0.8 --calibration c4.jsonl \
+    --eval wikitext.txt -o compared
   bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
@@ -122,6 +123,39 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
     _run_options(compress)
 
+    compare = commands.add_parser("compare", help="several methods at several sizes, side by side")
+    compare.add_argument("model", metavar="MODEL")
+    compare.add_argument(
+        "--methods",
+        required=True,
+        metavar="NAMES",
+        help="presets, or methods (in two factors, one ratio for all matrices), with commas between",
+    )
+    compare.add_argument("--keep", required=True, metavar="RATIOS", help="keep ratios, with commas between")
+    compare.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
+    compare.add_argument("--validation", metavar="SRC", help="text that searches compare allocations on")
+    compare.add_argument(
+        "--eval", metavar="SRC,..", dest="evaluation", help="texts of the table, with commas between; headline first"
+    )
+    compare.add_argument("--seq-len", type=int, help="length of calibration sequences, and of the others by default")
+    compare.add_argument("--tasks", metavar="NAMES", help="accuracy on tasks too, as for `bolaco eval`")
+    compare.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
+    compare.add_argument("--task-keep", type=float, metavar="RATIO", help="keep ratio tasks are run at (the first)")
+    compare.add_argument("--seed", type=int)
+    compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    compare.add_argument("--device")
+    compare.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of all recipes, or of one method: aa-svd:refinement.steps=20",
+    )
+    compare.add_argument("--keep-models", action="store_true", help="keep the checkpoints, in OUT/models")
+    compare.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    compare.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
+    compare.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+
     run = commands.add_parser("run", help="compress as a recipe file says")
     run.add_argument("recipe", metavar="RECIPE.yaml")
     _run_options(run)
@@ -186,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
     inspect.add_argument("folder", metavar="OUT")
+    inspect.add_argument("--html", metavar="FILE", help="write the report there too; must not exist")
 
     export = commands.add_parser("export", help="multiply the factors back")
     export.add_argument("folder", metavar="OUT")
@@ -245,6 +280,43 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
     console.print(summary_table(result.info))
     console.print(seconds_line(result.info))
     console.print(f"written to {result.path}")
+
+
+def _compare(args: argparse.Namespace, console: Console) -> None:
+    try:
+        keep = [float(word) for word in args.keep.split(",")]
+    except ValueError:
+        raise RecipeError(f"--keep {args.keep}: expected numbers with commas between, such as 0.9,0.8") from None
+    methods = [word.strip() for word in args.methods.split(",") if word.strip()]
+    if args.tasks is None and (args.task_limit is not None or args.task_keep is not None):
+        raise RecipeError("--task-limit and --task-keep are about --tasks, which is missing")
+    from bolaco.api import compare
+    from bolaco.progress import Reporter
+    from bolaco.report.comparison import rich_table
+
+    shared = ("calibration", "validation", "seq_len", "seed", "dtype", "device")
+    result = compare(
+        args.model,
+        methods,
+        keep,
+        args.out,
+        evaluation=args.evaluation or (),
+        tasks=args.tasks or (),
+        task_limit=args.task_limit,
+        task_keep=args.task_keep,
+        keep_models=args.keep_models,
+        work=args.work,
+        keep_work=args.keep_work,
+        reporter=Reporter(),
+        options=_settings(args.set),
+        **{word: getattr(args, word) for word in shared},
+    )
+    console.print(rich_table(result.record))
+    for row in result.failed:
+        console.print(f"{row['method']} at keep {row['keep']:g} failed: {row['error']}")
+    console.print(f"written to {result.path}")
+    if len(result.failed) == len(result.record["rows"]):
+        raise BolacoError(f"{result.path}: no row has a result")
 
 
 def _plan(recipe: Any, console: Console) -> None:
@@ -377,7 +449,8 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from bolaco.checkpoint.info import read_info
+    from bolaco.checkpoint.info import read_curves, read_info
+    from bolaco.checkpoint.write import refuse_existing
     from bolaco.report.tables import (
         blocks_line,
         ranks_table,
@@ -405,6 +478,13 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]
         console.print("best objective so far: " + " ".join(f"{value:.5g}" for value in best))
     console.print(seconds_line(info))
+    if args.html:
+        from bolaco.report.html import result_page
+
+        refuse_existing(Path(args.html))
+        page = result_page(info, read_curves(args.folder), Path(args.folder).resolve().name)
+        Path(args.html).write_text(page, encoding="utf-8")
+        console.print(f"report written to {args.html}")
 
 
 def _export(args: argparse.Namespace, console: Console) -> None:
@@ -445,6 +525,7 @@ def _methods(_: argparse.Namespace, console: Console) -> None:
 
 _COMMANDS = {
     "compress": _compress,
+    "compare": _compare,
     "run": _compress,
     "eval": _eval,
     "tune": _tune,
@@ -453,17 +534,6 @@ _COMMANDS = {
     "export": _export,
     "methods": _methods,
 }
-
-
-def _no_space(error: BaseException | None) -> bool:
-    """Whether the disk was full, however deep in the chain of causes (safetensors reports it as text)."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        if "No space left" in str(error) or "os error 28" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -484,7 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print("bolaco: stopped; the same command continues where this one was")
         return 130
     except Exception as error:
-        if _no_space(error):
+        if no_space(error):
             errors.print("bolaco: error: no space left on the disk; free some and give the same command again")
             return 1
         if isinstance(error, OSError) and error.filename is not None:

@@ -3,6 +3,8 @@
 Every leaf also inherits the standard type it refines, so callers who do not know bolaco can still catch it.
 """
 
+import errno
+
 
 class BolacoError(Exception):
     """Base of every error bolaco raises on purpose; the command line prints it as one line."""
@@ -42,3 +44,14 @@ class MissingPackageError(BolacoError, ImportError):
 
 class CheckpointError(BolacoError, OSError):
     """A compressed checkpoint is incomplete or malformed."""
+
+
+def no_space(error: BaseException | None) -> bool:
+    """Whether the disk was full, however deep in the chain of causes (safetensors reports it as text)."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "no space left" in str(error).lower() or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

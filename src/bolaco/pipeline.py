@@ -23,7 +23,7 @@ from bolaco.allocate import Budget, Ranks, SearchSpace, hand_keeps, make_space, 
 from bolaco.allocate.spectral import spectral_ranks
 from bolaco.allocate.welore import welore_ranks
 from bolaco.blockstore import BlockStore
-from bolaco.checkpoint.info import read_info, versions, weight_bytes, write_info
+from bolaco.checkpoint.info import Curves, read_info, versions, weight_bytes, write_curves, write_info
 from bolaco.checkpoint.write import (
     compressed_state,
     new_folder,
@@ -47,6 +47,8 @@ from bolaco.recipe import Recipe
 from bolaco.refine import Refiner
 from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
+from bolaco.report.curves import matrix_curves, thinned
+from bolaco.report.html import REPORT_FILE, result_page
 from bolaco.statistics.site import LossStatistics
 from bolaco.texts import Texts, prepare_texts
 from bolaco.transform import get_transform
@@ -73,6 +75,24 @@ class Result:
         return load_model(str(self.path))
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What runs on one model and one text have in common, computed already (see :mod:`bolaco.comparison`).
+
+    Attributes:
+        texts: the recipe's texts.
+        dense: perplexity of the original on ``texts.evaluation``, the fields of :class:`PerplexityResult`.
+        factors: of this recipe's factorization, of all its matrices; up to higher ranks, and of more matrices, where
+            others need them. None if the run has to compute its own.
+        losses: folder of the loss statistics that they were computed from; None as with ``factors``.
+    """
+
+    texts: Texts
+    dense: dict[str, Any]
+    factors: FactorStore | None = None
+    losses: Path | None = None
+
+
 def compress(
     recipe: Recipe,
     out: Path,
@@ -81,10 +101,12 @@ def compress(
     keep_work: bool = False,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    shared: Shared | None = None,
 ) -> Result:
     """Runs ``recipe`` and writes ``out``.
 
-    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed.
+    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed. ``shared`` stands in for
+    what it holds.
 
     Raises:
         BolacoError: anything the user can mend, in one line.
@@ -99,16 +121,17 @@ def compress(
     resolve_device(recipe.device)
     with WorkFolder(work, recipe) as folder:
         with folder.timed("load"):
-            reporter.say(f"loading {recipe.model}")
+            if model is None:
+                reporter.say(f"loading {recipe.model}")
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
             config = model.config if model is not None else load_config(recipe.model)
             refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
-            texts = prepare_texts(recipe, tokenizer, config, _calibrates(recipe))
+            texts = prepare_texts(recipe, tokenizer, config, calibrates(recipe)) if shared is None else shared.texts
             model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
             check_finite(model)
             structure = units_of(recipe, inspect_structure(model))
-            run = _Run(recipe, model, structure, texts, folder, reporter)
+            run = _Run(recipe, model, structure, texts, folder, reporter, shared)
             warm = None if recipe.transform else warm_ranks(recipe, run.space)
             folder.same("model", weights_fingerprint(model), "the model's weights have changed")
             folder.same("texts", texts.fingerprint, "the text or its tokens have changed")
@@ -134,13 +157,16 @@ def compress(
                 info = run.measure(partial, ranks, trials, dense)
             info["seconds"] = dict(folder.seconds)
             write_info(partial, info)
+            curves = run.curves(ranks)
+            write_curves(partial, curves)
+            (partial / REPORT_FILE).write_text(result_page(info, curves, out.name), encoding="utf-8")
             (partial / "README.md").write_text(model_card(info, out.name), encoding="utf-8")
         if not keep_work:
             folder.remove()
     return Result(out, info)
 
 
-def _calibrates(recipe: Recipe) -> bool:
+def calibrates(recipe: Recipe) -> bool:
     """Whether any stage of a run reads the calibration text."""
     return recipe.refines or (recipe.transform is None and get_method(recipe.factorization.method).reads_text)
 
@@ -187,6 +213,13 @@ def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
     )
 
 
+def top_ranks(recipe: Recipe, structure: Structure) -> dict[str, int]:
+    """Largest rank a recipe can give each matrix that it may factor, by site name."""
+    multiple, storage = recipe.search.rank_multiple, recipe.factorization.storage
+    sites = (site for site in structure.sites if site.type not in recipe.dense_types)
+    return {site.name: max_rank(site, multiple, storage) for site in sites}
+
+
 class _Run:
     """The stages, with what they share."""
 
@@ -198,10 +231,11 @@ class _Run:
         texts: Texts,
         folder: WorkFolder,
         reporter: Reporter,
+        shared: Shared | None = None,
     ) -> None:
         # `model` is what is factored, which pruning changes; `original` is what the result is compared with.
         self.recipe, self.original, self.model, self.structure = recipe, model, model, structure
-        self.texts, self.folder, self.reporter = texts, folder, reporter
+        self.texts, self.folder, self.reporter, self.shared = texts, folder, reporter, shared
         self.growth: dict[str, float] = {}
         self.sparse: dict[str, Tensor] = {}
         self.parameters_dense = sum(p.numel() for p in model.parameters())
@@ -212,7 +246,8 @@ class _Run:
         self.kept = tuple(range(structure.num_layers))
         self.space = space_of(recipe, structure)
         self.budget = self.space.budget
-        self.store = FactorStore(folder.path / "factors")
+        self.store = (shared.factors if shared else None) or FactorStore(folder.path / "factors")
+        self.top = top_ranks(recipe, structure)
         self.refined = BlockStore(folder.path / "refined")
         self.method = get_method(recipe.factorization.method)
 
@@ -225,10 +260,8 @@ class _Run:
         itemsize = self.model.dtype.itemsize
         factors = 0
         if self.recipe.transform is None and not self._factorized:
-            multiple, storage = self.recipe.search.rank_multiple, self.space.budget.storage
             for site in self.structure.sites:
-                if site.type not in self.recipe.dense_types:
-                    factors += max_rank(site, multiple, storage) * (site.out_features + site.in_features) * itemsize
+                factors += self.top.get(site.name, 0) * (site.out_features + site.in_features) * itemsize
             if self.method.prunes:
                 factors += sum(site.size for site in self.structure.sites) * itemsize
             if self.method.gradients:
@@ -262,20 +295,14 @@ class _Run:
         """Statistics and factors of every block that has none yet."""
         if self._factorized:
             return
-        multiple, storage = self.recipe.search.rank_multiple, self.space.budget.storage
-        top = {
-            site.name: max_rank(site, multiple, storage)
-            for site in self.structure.sites
-            if site.type not in self.recipe.dense_types
-        }
         settings = self.recipe.calibration
-        job = FactorJob(self.method, self.store, top, self._losses())
+        job = FactorJob(self.method, self.store, self.top, self._losses())
         cache_file = self.folder.path / "hidden.cache" if settings.cache == "disk" else None
         factorize(self.model, self.structure, self.texts.calibration, [job], settings, self.reporter, cache_file)
 
     def _losses(self) -> LossStatistics:
-        """What the method needs of the loss gradients, in the work folder."""
-        losses = LossStatistics(self.folder.path, self.method.losses)
+        """What the method needs of the loss gradients, in the work folder or the shared one."""
+        losses = LossStatistics((self.shared.losses if self.shared else None) or self.folder.path, self.method.losses)
         settings = self.recipe.calibration
         tokens = self.texts.calibration[: settings.gradient_sequences]
         on_disk = settings.cache == "disk"
@@ -284,6 +311,8 @@ class _Run:
 
     def dense_perplexity(self) -> dict[str, Any]:
         """Perplexity of the original on the evaluation text."""
+        if self.shared is not None:
+            return self.shared.dense
         known = self.folder.read("dense", dict)
         if known is None:
             blocks = self.texts.evaluation
@@ -297,7 +326,7 @@ class _Run:
     def allocate(self, warm: Ranks | None) -> tuple[Ranks, list[Trial]]:
         """The ranks, and the trials that led to them; ``warm`` is an earlier allocation to start from."""
         if self.recipe.search.space in ("spectral", "welore") and warm is None:
-            spectra = self.store.spectra(self.structure.num_layers)
+            spectra = self._spectra()
             multiple = self.recipe.search.rank_multiple
             sites, budget = self.structure.sites, self.space.budget
             if self.recipe.search.space == "welore":
@@ -319,6 +348,11 @@ class _Run:
         from bolaco.allocate.bayesian import best
 
         return self.space.ranks(best(trials).levels), trials
+
+    def _spectra(self) -> dict[str, Tensor]:
+        """The spectra of the matrices that this recipe may factor."""
+        spectra = self.store.spectra(self.structure.num_layers)
+        return {name: spectrum for name, spectrum in spectra.items() if name in self.top}
 
     def _search(self, evaluator: _Evaluator, warm: Ranks | None) -> list[Trial]:
         from bolaco.allocate.bayesian import open_ledger, search
@@ -360,7 +394,13 @@ class _Run:
             self._losses() if self.recipe.refinement.fit else None,
             self.folder.path if self.recipe.calibration.cache == "disk" else None,
         )
-        refiner.run(self.refined, self.reporter)
+        losses: dict[str, list[float]] = self.folder.read("refinement", dict) or {}
+
+        def on_block(layer: int, found: list[float]) -> None:
+            losses[str(layer)] = thinned(found)
+            self.folder.write("refinement", losses)
+
+        refiner.run(self.refined, self.reporter, on_block)
 
     def write(self, folder: Path, ranks: Ranks) -> None:
         """Writes the compressed model."""
@@ -440,6 +480,15 @@ class _Run:
             "seconds": {},
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": versions(*([] if self.recipe.transform else [self.method.package])),
+        }
+
+    def curves(self, ranks: Ranks) -> Curves:
+        """The content of ``curves.json``."""
+        spectra = {} if self.recipe.transform else self._spectra()
+        return {
+            "format": 1,
+            "matrices": matrix_curves(self.structure.sites, spectra, ranks),
+            "refinement": (self.folder.read("refinement", dict) or {}) if self.recipe.refines else {},
         }
 
     def _ranks_by_type(self, levels: Sequence[int]) -> dict[str, list[int | None]]:

@@ -5,6 +5,7 @@ A recipe is versioned, unknown keys are refused, and the same recipe on the same
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -396,6 +397,30 @@ def make_recipe(values: dict[str, Any], preset: str = "default") -> Recipe:
         return Recipe.model_validate(_resolved(values, preset))
     except ValidationError as error:
         raise RecipeError(problems(error)) from None
+
+
+def recipe_of(name: str, values: dict[str, Any]) -> Recipe:
+    """The recipe that ``name`` stands for in a comparison, with ``values`` over it.
+
+    A preset, a system by its name, or else a factorization method: then in two factors, one ratio for all matrices and
+    nothing afterwards, as the one-shot presets.
+
+    Raises:
+        RecipeError: neither, with what was probably meant; or as :func:`make_recipe`.
+    """
+    if name in PRESETS:
+        return make_recipe(values, name)
+    if name in SYSTEMS:
+        return make_recipe(values, SYSTEMS[name].presets[0])
+    from bolaco.factorize.registry import method_names
+
+    methods = method_names()
+    if name in methods:
+        return make_recipe(merge(_one_shot(name), values))
+    known = list(dict.fromkeys([*PRESETS, *SYSTEMS, *methods]))
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    raise RecipeError(f"unknown method or preset {name!r}; {hint}")
 
 
 def load_recipe(path: str | Path) -> Recipe:

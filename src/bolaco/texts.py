@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,14 @@ class Texts:
     """Token blocks ``[sequences, length]``.
 
     ``candidates`` is None when nothing is searched; ``calibration`` has no sequences where nothing reads any and
-    nothing else is taken from its source.
+    nothing else is taken from its source; ``others`` are further texts to report on, by source.
     """
 
     calibration: Tensor
     candidates: Tensor | None
     evaluation: Tensor
     evaluation_source: str
+    others: tuple[tuple[str, Tensor], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -32,11 +34,14 @@ class Texts:
         return fingerprint(*[t for t in (self.calibration, self.candidates, self.evaluation) if t is not None])
 
 
-def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, calibrates: bool = True) -> Texts:
+def prepare_texts(
+    recipe: Recipe, tokenizer: Any, config: Any, calibrates: bool = True, *, more: Sequence[str] = ()
+) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
     Without ``calibrates`` the calibration source is left alone, unless other text comes from it: that is then the same
-    text as in a run that calibrates.
+    text as in a run that calibrates. ``more`` are sources of further texts to report on, as long as the evaluation
+    text.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -67,5 +72,7 @@ def prepare_texts(recipe: Recipe, tokenizer: Any, config: Any, calibrates: bool 
         candidates = take(
             validation_source, recipe.validation.candidates, recipe.validation.seq_len or length, "validation"
         )
-    evaluation = take(evaluation_source, recipe.evaluation.windows, recipe.evaluation.seq_len or length, "evaluation")
-    return Texts(calibration, candidates, evaluation, evaluation_source)
+    windows, window = recipe.evaluation.windows, recipe.evaluation.seq_len or length
+    evaluation = take(evaluation_source, windows, window, "evaluation")
+    further = tuple((source, take(source, windows, window, "evaluation")) for source in more)
+    return Texts(calibration, candidates, evaluation, evaluation_source, further)

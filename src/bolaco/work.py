@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 from bolaco.errors import BolacoError, ResumeError
-from bolaco.recipe import Section, differing_fields
+from bolaco.recipe import differing_fields
 
 # What a folder holds before its first stage is finished.
 _BOOKKEEPING = ("recipe.json", "seconds.json", "model.json", "texts.json", "hidden.cache")
@@ -33,14 +34,14 @@ class WorkFolder:
 
     Args:
         path: the folder; created if missing.
-        recipe: the run's recipe, or the settings of a tuning run. A folder started with another one is refused, except
-            that the number of trials may change.
+        recipe: what the run depends on: a recipe, a comparison of several, or the settings of a tuning run. A folder
+            started with another one is refused, except that the number of trials may change.
 
     Raises:
         ResumeError: in use by another run, of another recipe, or damaged.
     """
 
-    def __init__(self, path: Path, recipe: Section) -> None:
+    def __init__(self, path: Path, recipe: BaseModel) -> None:
         self.path, self.recipe = path, recipe
         self._lock_path = path.with_name(path.name + ".lock")
         self._lock = FileLock(self._lock_path)

@@ -1,4 +1,4 @@
-"""``bolaco.json``: everything measured about a compressed folder."""
+"""``bolaco.json``: everything measured about a compressed folder; ``curves.json``: what its report draws beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from typing import Any
 from bolaco.errors import CheckpointError
 
 INFO_FILE = "bolaco.json"
+CURVES_FILE = "curves.json"
+# {"format": 1, "matrices": {site: {"shape": [out, in], "energy": [..], "kept": ..}}, "refinement": {layer: [..]}}: see
+# bolaco.report.curves; refinement has the losses of a block's training, thinned.
+Curves = dict[str, Any]
 _PACKAGES = ("bolaco", "torch", "transformers", "safetensors", "botorch", "optuna")
 
 
@@ -45,6 +49,29 @@ def read_info(folder: str | Path, compressed: bool = True) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path}: damaged, without {', '.join(sorted(missing))}")
     return info
+
+
+def write_curves(folder: Path, curves: Curves) -> None:
+    """Writes ``curves.json``."""
+    (folder / CURVES_FILE).write_text(json.dumps(curves) + "\n", encoding="utf-8")
+
+
+def read_curves(folder: str | Path) -> Curves:
+    """Reads ``curves.json``; a folder that was written before there was one has no curves.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    path = Path(folder).expanduser() / CURVES_FILE
+    if not path.exists():
+        return {"format": 1, "matrices": {}, "refinement": {}}
+    try:
+        curves: Curves = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(curves[part], dict) for part in ("matrices", "refinement")):
+            raise ValueError("other fields than expected")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    return curves
 
 
 def weight_bytes(folder: Path) -> int:

@@ -96,6 +96,11 @@ def list_methods() -> Listing:
     return Listing(methods, tuple(refused))
 
 
+def method_names() -> list[str]:
+    """Names of all methods, our own first, without importing the packages that bring some."""
+    return [*METHODS, *(name for name in _points() if name not in METHODS)]
+
+
 def get_method(name: str) -> Method:
     """The method called ``name``.
 
@@ -110,7 +115,7 @@ def get_method(name: str) -> Method:
     points = _points()
     if name in points:
         return _brought(name, points[name])
-    known = list(dict.fromkeys([*METHODS, *SYSTEMS, *points]))
+    known = list(dict.fromkeys([*method_names(), *SYSTEMS]))
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
     raise RecipeError(f"factorization.method: unknown method {name!r}{hint}")

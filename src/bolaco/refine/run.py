@@ -62,8 +62,12 @@ class Refiner:
             self.runner, structure, method, ranks, recipe.calibration.groups, settings.drift, settings.damping
         )
 
-    def run(self, store: BlockStore, reporter: Reporter) -> None:
+    def run(
+        self, store: BlockStore, reporter: Reporter, on_block: Callable[[int, list[float]], Any] | None = None
+    ) -> None:
         """Refines every block that ``store`` does not hold yet, and puts it there as a state dict.
+
+        ``on_block`` is called with the layer and the losses of its training steps, before the block is stored.
 
         Raises:
             NonFiniteError: a block's output or loss with NaN or infinity.
@@ -84,7 +88,9 @@ class Refiner:
                         self._advance(layer, original)
                         tick(per_block - len(original))
                     else:
-                        block = self._refined(layer, original, compressed, tick)
+                        block, losses = self._refined(layer, original, compressed, tick)
+                        if on_block and losses:
+                            on_block(layer, losses)
                         store.write(layer, block.state_dict())
                     self._advance(layer, compressed, block)
                     tick(len(original))
@@ -97,8 +103,10 @@ class Refiner:
     def _file(self, name: str) -> Path | None:
         return None if self.cache is None else self.cache / f"{name}.cache"
 
-    def _refined(self, layer: int, original: Tensor, compressed: Tensor, tick: Callable[[int], Any]) -> nn.Module:
-        """The block as it will be; ``original`` is moved past it."""
+    def _refined(
+        self, layer: int, original: Tensor, compressed: Tensor, tick: Callable[[int], Any]
+    ) -> tuple[nn.Module, list[float]]:
+        """The block as it will be, and the losses of its training; ``original`` is moved past it."""
         factors = self.factors.load(layer) if self.factors.has(layer) else {}
         block = compressed_block(self.model, self.structure, layer, factors, self.ranks)
         block = trainable_copy(self.model, self.structure, layer, block)
@@ -108,9 +116,9 @@ class Refiner:
             self.fit.run(layer, block, original, compressed, losses, tick)
         self._advance(layer, original)
         tick(len(original))
-        if settings.steps:
-            train_block(self.runner, layer, block, compressed, original, settings, self.recipe.seed, tick)
-        return block
+        if not settings.steps:
+            return block, []
+        return block, train_block(self.runner, layer, block, compressed, original, settings, self.recipe.seed, tick)
 
     def _advance(self, layer: int, hidden: Tensor, block: nn.Module | None = None) -> None:
         """Replaces ``hidden`` by the outputs of the block."""

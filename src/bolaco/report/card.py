@@ -9,9 +9,6 @@ import yaml
 from bolaco.recipe import Recipe
 from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
-_FACTORED = "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions are"
-_STOCK = "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions are"
-
 
 def _refinement(recipe: Recipe) -> str:
     """What was done to the blocks after the ranks were known."""
@@ -42,6 +39,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
 tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
 ```"""
+
+
+def _use_compressed(info: dict[str, Any], name: str) -> str:
+    """How to load it, and where the rest is said."""
+    stock = info["storage"] == "dense"
+    note = (
+        "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions"
+        if stock
+        else "With `import bolaco` first, `trust_remote_code` is not needed. Ranks, trials and versions"
+    )
+    return f"""{_use(name, "" if stock else ", trust_remote_code=True")}
+
+{note} are in `bolaco.json`;
+[report.html](report.html) shows them, with spectra and seconds, in one page for a browser."""
 
 
 def _tuning(info: dict[str, Any]) -> str:
@@ -79,7 +90,7 @@ def model_card(info: dict[str, Any], name: str) -> str:
         front["base_model"] = info["model"]
     ppl = info["perplexity"]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
-    recipe, stock = Recipe.model_validate(info["recipe"]), info["storage"] == "dense"
+    recipe = Recipe.model_validate(info["recipe"])
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
@@ -97,9 +108,7 @@ Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl[
 {_tuning(info)}
 ## Use
 
-{_use(name, "" if stock else ", trust_remote_code=True")}
-
-{_STOCK if stock else _FACTORED} in `bolaco.json`.
+{_use_compressed(info, name)}
 
 ## Recipe
 

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from bolaco.evaluation.tasks import TaskResult
 
 
-def _millions(count: int) -> str:
+def millions(count: int) -> str:
+    """Such as ``1.50 M``."""
     return f"{count / 1e6:,.2f} M"
 
 
-def _mib(count: float) -> str:
+def mib(count: float) -> str:
+    """Bytes, such as ``2.0 MiB``."""
     return f"{count / 2**20:,.1f} MiB"
 
 
@@ -35,20 +37,20 @@ def summary_rows(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
         ("perplexity", f"{ppl['dense']:.3f}", f"{ppl['compressed']:.3f}", gap),
         (
             "parameters, decoder linears",
-            _millions(info["parameters_linears_dense"]),
-            _millions(info["parameters_linears"]),
+            millions(info["parameters_linears_dense"]),
+            millions(info["parameters_linears"]),
             f"{info['keep_linears']:.4f}",
         ),
         (
             "parameters, whole model",
-            _millions(info["parameters_dense"]),
-            _millions(info["parameters"]),
+            millions(info["parameters_dense"]),
+            millions(info["parameters"]),
             f"{info['keep_model']:.4f}",
         ),
         (
             "weights on disk",
-            _mib(info["bytes_dense"]),
-            _mib(info["bytes"]),
+            mib(info["bytes_dense"]),
+            mib(info["bytes"]),
             f"{info['bytes'] / info['bytes_dense']:.4f}",
         ),
     ]
@@ -74,18 +76,6 @@ def seconds_line(info: dict[str, Any]) -> str:
     return f"seconds: {', '.join(parts)}; {sum(info['seconds'].values()):.1f} in all"
 
 
-def blocks_line(kept: Sequence[int], layers: int) -> str:
-    """Which decoder blocks of ``layers`` stay, in one line; runs of them as first-last."""
-    runs: list[list[int]] = []
-    for block in kept:
-        if runs and block == runs[-1][1] + 1:
-            runs[-1][1] = block
-        else:
-            runs.append([block, block])
-    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"{len(kept)} of {layers} decoder blocks stay: {named}"
-
-
 def tuning_table(record: dict[str, Any]) -> Table:
     """Before and after a tuning run."""
     ppl = record["perplexity"]
@@ -101,13 +91,23 @@ def tuning_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def blocks_line(kept: Sequence[int], layers: int) -> str:
+    """Which decoder blocks of ``layers`` stay, in one line; runs of them as first-last."""
+    runs: list[list[int]] = []
+    for block in kept:
+        if runs and block == runs[-1][1] + 1:
+            runs[-1][1] = block
+        else:
+            runs.append([block, block])
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return f"{len(kept)} of {layers} decoder blocks stay: {named}"
+
+
 def ranks_table(ranks: Ranks) -> Table:
     """Ranks, layer by type; runs of equal layers share a row."""
     cells: dict[int, dict[str, str]] = defaultdict(dict)
     for name, rank in ranks.items():
-        parts = name.split(".")
-        layer = next(int(part) for part in parts if part.isdigit())
-        cells[layer][type_of(name)] = "dense" if rank is None else str(rank)
+        cells[layer_of(name)][type_of(name)] = "dense" if rank is None else str(rank)
     types = [t for t in TYPES if any(t in row for row in cells.values())]
     table = Table("layers", *types, title="rank of each matrix", title_justify="left")
     layers = sorted(cells)
@@ -118,6 +118,11 @@ def ranks_table(ranks: Ranks) -> Table:
             table.add_row(label, *[cells[layers[start]].get(t, "") for t in types])
             start = i
     return table
+
+
+def layer_of(name: str) -> int:
+    """Decoder block of a site name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def type_of(name: str) -> str:
@@ -200,10 +205,10 @@ def speed_table(results: list[Speed]) -> Table:
         table.add_row(label, *cells)
 
     table.add_row("weights in", *[result.dtype for result in results])
-    row("parameters", lambda v: _millions(int(v)), lambda r: r.parameters)
-    row("weights", _mib, lambda r: r.bytes)
-    row("multiplications a token", lambda v: _millions(int(v)), lambda r: r.macs)
-    row("peak memory", _mib, lambda r: r.peak_bytes)
+    row("parameters", lambda v: millions(int(v)), lambda r: r.parameters)
+    row("weights", mib, lambda r: r.bytes)
+    row("multiplications a token", lambda v: millions(int(v)), lambda r: r.macs)
+    row("peak memory", mib, lambda r: r.peak_bytes)
     row("seconds to load", lambda v: f"{v:.2f}", lambda r: r.load_seconds)
     for batch in first.prefill:
         row(f"prompt tokens/s, batch {batch}", "{:,.1f}".format, partial(_at, "prefill", batch))

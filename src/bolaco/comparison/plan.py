@@ -1,0 +1,132 @@
+"""What is compared: a recipe for each row, and which rows can share what."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from bolaco.errors import RecipeError
+from bolaco.factorize import get_method
+from bolaco.recipe import Recipe, merge, recipe_of, recipe_values
+
+# Sections of a recipe that neither statistics nor factors depend on. What is not named here is taken to matter.
+_LATER = ("version", "keep", "search", "validation", "refinement", "evaluation")
+
+
+class Comparison(BaseModel):
+    """What a comparison depends on: a recipe for each row, by name, and what is measured beside perplexity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    model: str
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    recipes: dict[str, Recipe]
+    others: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    task_keep: float | None = None
+    keep_models: bool = False
+
+
+def row_name(method: str, keep: float) -> str:
+    """Name of a row, of its recipe and its model."""
+    return f"{method}-{keep}"
+
+
+def make_comparison(
+    model: str,
+    methods: Sequence[str],
+    keep: Sequence[float],
+    *,
+    evaluation: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    task_limit: int | None = None,
+    task_keep: float | None = None,
+    keep_models: bool = False,
+    options: Mapping[str, Any] | None = None,
+    **words: Any,
+) -> Comparison:
+    """The comparison that the words of the command line ask for.
+
+    Args:
+        model: as for :func:`bolaco.compress`.
+        methods: presets and factorization methods (see :func:`bolaco.recipe.recipe_of`).
+        keep: keep ratios.
+        evaluation: sources perplexity is reported on; the first one is the recipes'.
+        tasks: see :func:`bolaco.evaluation.tasks.read_tasks`.
+        task_limit: examples of each task.
+        task_keep: the keep ratio tasks are run at; the first one by default.
+        keep_models: the checkpoints are part of the result.
+        options: further fields of all recipes by dotted name, or of one method as ``method:field``.
+        words: further fields of all recipes, see :func:`bolaco.recipe.recipe_values`.
+
+    Raises:
+        RecipeError: in one line.
+    """
+    methods, keep = tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(map(float, keep)))
+    if not methods or not keep:
+        raise RecipeError("a comparison needs at least one method and one keep ratio")
+    if task_keep is not None and task_keep not in keep:
+        raise RecipeError(f"--task-keep {task_keep:g}: not one of the keep ratios {', '.join(f'{k:g}' for k in keep)}")
+    if task_limit is not None and task_limit < 1:
+        raise RecipeError(f"--task-limit {task_limit}: must be at least 1")
+    general: dict[str, Any] = {}
+    special: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for field, value in (options or {}).items():
+        method, colon, name = field.partition(":")
+        if colon and method not in special:
+            raise RecipeError(f"--set {field}: {method!r} is not one of the methods compared")
+        (special[method] if colon else general)[name if colon else field] = value
+    first = evaluation[0] if evaluation else None
+    common = merge({"model": model}, recipe_values(evaluation=first, **words, options=general))
+    recipes = {}
+    for ratio in keep:
+        for method in methods:
+            values = merge(merge(common, recipe_values(options=special[method])), {"keep": ratio})
+            recipes[row_name(method, ratio)] = recipe_of(method, values)
+    if len({(recipe.model, recipe.dtype, recipe.device) for recipe in recipes.values()}) > 1:
+        raise RecipeError("model, dtype and device must be the same for all methods compared")
+    return Comparison(
+        model=model,
+        methods=methods,
+        keep=keep,
+        recipes=recipes,
+        others=tuple(dict.fromkeys(evaluation[1:])),
+        tasks=tuple(tasks),
+        task_limit=task_limit,
+        task_keep=(keep[0] if task_keep is None else task_keep) if tasks else None,
+        keep_models=keep_models,
+    )
+
+
+def short_hash(value: Any) -> str:
+    """Twelve digits that change with ``value``, anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def shares_factors(recipe: Recipe) -> bool:
+    """Whether the factors of a recipe are those of its matrices at all ranks, which others can use.
+
+    A row for which they are not computes its own: stacked matrices, and weights that are changed before.
+    """
+    if recipe.transform is not None or recipe.factorization.storage == "shared":
+        return False
+    return not get_method(recipe.factorization.method).prunes
+
+
+def statistics_key(recipe: Recipe) -> str:
+    """The same for recipes whose statistics of text and loss are the same."""
+    return short_hash({k: v for k, v in recipe.model_dump(mode="json").items() if k not in (*_LATER, "factorization")})
+
+
+def factors_key(recipe: Recipe) -> str:
+    """The same for recipes whose factors are the same, up to the largest rank."""
+    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _LATER}
+    del values["factorization"]["storage"]
+    return f"{recipe.factorization.method}-{short_hash(values)}"

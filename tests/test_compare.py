@@ -1,0 +1,438 @@
+"""`bolaco compare`: rows as single runs give them, from statistics that are computed once; failures; resumption."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bolaco import api, pipeline
+from bolaco.allocate import Budget
+from bolaco.comparison import make_comparison
+from bolaco.comparison import run as comparing
+from bolaco.comparison.plan import factors_key, statistics_key
+from bolaco.errors import NonFiniteError, RecipeError
+from bolaco.factorize import fwsvd, run
+from bolaco.models import load_model
+from bolaco.models.structure import inspect_structure
+from bolaco.recipe import PRESETS, load_recipe, recipe_of
+from bolaco.statistics import gradients, site
+from tests.command import SMALL, bolaco, furnish, info, ok, snapshot
+from tests.models import tiny_llama, tiny_tokenizer
+from tests.test_resume import STARTER, counted
+
+METHODS = ("default", "bolaco-5x1", "fwsvd", "svd")
+KEEP = ("0.8", "0.6")
+SETTINGS = SMALL | {
+    "calibration.gradient_sequences": 4,
+    "search.trials": 2,
+    "default:refinement.steps": 2,
+    "default:refinement.sequences": 4,
+}
+GOLDEN = Path(__file__).parent / "golden"
+QUESTIONS = [{"query": "Which one?", "choices": ["the river", "a house"], "gold": i % 2} for i in range(4)]
+
+
+def words(out: str = "out", methods: str = ",".join(METHODS), keep: str = ",".join(KEEP), *more: str) -> list[str]:
+    found = ["compare", "model", "--methods", methods, "--keep", keep, "--calibration", "text.txt"]
+    found += ["--eval", "other.txt,third.txt", "--seq-len", "32", "-o", out]
+    for name, value in SETTINGS.items():
+        if not name.startswith("default:") or "default" in methods:
+            found += ["--set", f"{name}={value}"]
+    return [*found, *more]
+
+
+def prepared(folder: Path, model: Path | None = None) -> Path:
+    furnish(folder, model)
+    shutil.copy(folder / "other.txt", folder / "third.txt")
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    return folder
+
+
+def results(out: str | Path) -> dict[str, Any]:
+    return json.loads((Path(out) / "results.json").read_text(encoding="utf-8"))
+
+
+def what_counts(out: str | Path) -> Any:
+    """What two runs of one comparison have in common."""
+    record = results(out)
+    del record["seconds"]
+    for row in record["rows"]:
+        for name in ("seconds", "peak_bytes"):
+            row.pop(name, None)
+        for trial in row.get("trials", ()):
+            del trial["seconds"]
+    return record
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, int]:
+    """How often the shared stages ran in the comparison of the fixture ``shared``."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, calls: dict[str, int]) -> Path:
+    """A furnished folder with the comparison ``out``, which keeps its models and has tasks."""
+    folder = prepared(tmp_path_factory.mktemp("shared"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("COLUMNS", "100")
+        seen = {
+            "blocks": counted(patch, run, "collect"),
+            "gradients": counted(patch, site, "GradientWalk"),
+            "dense": counted(patch, comparing, "perplexity"),
+            "again": counted(patch, pipeline._Run, "_losses"),
+        }
+        tasks = ("--tasks", "questions.jsonl", "--task-limit", "3", "--task-keep", "0.6", "--keep-models")
+        said = ok(*words("out", ",".join(METHODS), ",".join(KEEP), *tasks))
+        calls.update({name: len(found) for name, found in seen.items()})
+        (folder / "said.txt").write_text(said.out, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A furnished folder of the test's own, as the current one."""
+    monkeypatch.chdir(prepared(tmp_path, shared / "model"))
+    return tmp_path
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def test_rows(shared: Path) -> None:
+    record = results(shared / "out")
+    assert [(row["method"], row["keep"]) for row in record["rows"]] == [(m, float(k)) for k in KEEP for m in METHODS]
+    assert all("error" not in row for row in record["rows"])
+    model = load_model(str(shared / "model"))
+    sites = inspect_structure(model).sites
+    for row in record["rows"]:
+        budget = Budget(sites, row["keep"], row["storage"])
+        assert row["parameters_linears"] == budget.cost(row["ranks"]) <= budget.limit
+        assert row["keep_linears"] == row["parameters_linears"] / 15_360
+        assert row["peak_bytes"] > 10**7
+        for before, after, gap in zip(record["dense"]["perplexity"], row["perplexity"], row["gap"], strict=True):
+            assert gap == pytest.approx(math.log(after / before), abs=1e-9)
+        # third.txt is a copy of other.txt, measured on its own.
+        assert row["perplexity"][1] == pytest.approx(row["perplexity"][0], rel=1e-6)
+        assert (row["tasks"] == {}) == (row["keep"] == 0.8)
+    assert [text["source"] for text in record["texts"]] == ["other.txt", "third.txt"]
+    assert record["dense"]["tasks"]["questions.jsonl"]["examples"] == 3
+
+
+@pytest.mark.parametrize("name", ["default-0.6", "bolaco-5x1-0.8", "fwsvd-0.8", "svd-0.6"])
+def test_a_row_is_what_a_single_run_gives(name: str, shared: Path, place: Path) -> None:
+    """Also where the shared factors reach further, and are of more matrices, than the run's own."""
+    ok("run", str(shared / f"out/recipes/{name}.yaml"), "-o", "single")
+    single, row = info("single"), next(row for row in results(shared / "out")["rows"] if row["name"] == name)
+    assert single["ranks"] == row["ranks"]
+    assert single["perplexity"]["compressed"] == pytest.approx(row["perplexity"][0], rel=1e-4)
+    assert [t["ranks"] for t in single["trials"]] == [t["ranks"] for t in row["trials"]]
+    assert info(shared / f"out/models/{name}")["ranks"] == row["ranks"]
+
+
+def test_a_row_that_computes_its_own_factors(shared: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "shares_factors", lambda recipe: recipe.factorization.method != "fwsvd")
+    own = counted(monkeypatch, pipeline._Run, "_losses")
+    ok(*words("out", "svd,fwsvd", "0.8"))
+    known = {row["name"]: row for row in results(shared / "out")["rows"]}
+    for row in results("out")["rows"]:
+        assert row["ranks"] == known[row["name"]]["ranks"]
+        assert row["perplexity"] == pytest.approx(known[row["name"]]["perplexity"], rel=1e-4)
+    assert len(own) == 1  # of fwsvd, in its own run
+
+
+def test_what_is_shared_is_computed_once(shared: Path, calls: dict[str, int]) -> None:
+    assert calls["blocks"] == 2  # of the model, for four methods at two sizes
+    assert calls["gradients"] == 2  # one for each kind of statistic
+    assert calls["dense"] == 2 + 8  # the original on two texts, and the second text of every row
+    assert calls["again"] == 0  # no run estimates anything of its own
+
+
+def test_files(shared: Path) -> None:
+    out, record = shared / "out", results(shared / "out")
+    assert {path.name for path in out.iterdir()} == {
+        *("table.md", "table.csv", "results.json", "report.html", "frontier.svg", "recipes", "models")
+    }
+    names = {row["name"] for row in record["rows"]}
+    assert {path.stem for path in (out / "recipes").iterdir()} == {path.name for path in (out / "models").iterdir()}
+    assert {path.name for path in (out / "models").iterdir()} == names
+    for row in record["rows"]:
+        assert load_recipe(out / f"recipes/{row['name']}.yaml").model_dump(mode="json") == row["recipe"]
+    with (out / "table.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == ["dense", *(row["method"] for row in record["rows"])]
+    for cells, row in zip(table[1:], record["rows"], strict=True):
+        assert int(cells["parameters"]) == row["parameters"]
+        assert float(cells["perplexity other.txt"]) == row["perplexity"][0]
+        assert float(cells["gap third.txt"]) == row["gap"][1]
+    lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
+    widths = {line.count("|") for line in lines if line.startswith("| ") and "questions" not in line}
+    assert len([line for line in lines if line.startswith("| ")]) == 3 + 8 + 2 + 2
+    assert len(widths) == 2  # of the results, and of the tasks
+    svg = ET.parse(out / "frontier.svg").getroot()
+    assert len([e for e in svg.iter() if e.get("class") == "mark"]) == 8 + len(METHODS)  # and the legend
+    assert not (shared / "out.work").exists()
+
+
+def test_said(shared: Path) -> None:
+    said = (shared / "said.txt").read_text(encoding="utf-8")
+    assert said.endswith("written to out\n")
+    assert all(method in said for method in ("dense", *METHODS))
+    assert f"{results(shared / 'out')['rows'][0]['gap'][0]:.3f}" in said
+
+
+def test_a_loaded_model_is_left_as_it_is(place: Path) -> None:
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {k: v for k, v in SETTINGS.items() if not k.startswith("default:")}
+    found = api.compare(
+        *(model, ["svd", "svd", "svd-llm"], [0.7], "out"),
+        tokenizer=tiny_tokenizer(),
+        calibration="text.txt",
+        evaluation="other.txt",
+        seq_len=32,
+        options=options,
+    )
+    assert [row["name"] for row in found.record["rows"]] == ["svd-0.7", "svd-llm-0.7"]
+    assert found.failed == []
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {path.name for path in Path().iterdir()} >= {"out"}
+    assert not Path("out/models").exists()
+
+
+# --- names and keys -----------------------------------------------------------------------------------------------
+
+
+def test_names() -> None:
+    least = {"model": "m", "keep": 0.8}
+    assert recipe_of("mpifa", least).refinement.drift == 0.25
+    plain = recipe_of("afm", least)
+    assert (plain.factorization.method, plain.factorization.storage) == ("afm", "two-factor")
+    assert (plain.search.space, plain.refines) == ("uniform", False)
+    assert recipe_of("afm", least | {"search": {"space": "spectral"}}).search.space == "spectral"
+    with pytest.raises(RecipeError, match=r"unknown method or preset 'svd-lm'; did you mean 'svd-llm'\?"):
+        recipe_of("svd-lm", least)
+    with pytest.raises(RecipeError, match=r"known are default, .*kfac"):
+        recipe_of("zzzzzz", least)
+
+
+def test_what_decides_whether_something_is_shared() -> None:
+    plan = make_comparison("m", [*PRESETS, "svd"], [0.8, 0.5], options={"asvd:calibration.sequences": 7})
+    recipes = plan.recipes
+    for preset in PRESETS:
+        assert factors_key(recipes[f"{preset}-0.8"]) == factors_key(recipes[f"{preset}-0.5"])
+    assert factors_key(recipes["mpifa-0.8"]) == factors_key(recipes["svd-llm-0.8"])  # storage is no matter of factors
+    assert factors_key(recipes["kfac-svd-0.8"]) != factors_key(recipes["svd-llm-0.8"])
+    assert statistics_key(recipes["kfac-svd-0.8"]) == statistics_key(recipes["svd-llm-0.8"])
+    assert statistics_key(recipes["asvd-0.8"]) != statistics_key(recipes["svd-llm-0.8"])
+    assert recipes["fwsvd-0.8"].calibration.sequences == 128
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+
+def masked(line: str) -> str:
+    """Without what tests of other parts say."""
+    return re.sub(r"(expected one of|known are) .*", r"\1 ...", line)
+
+
+BAD = {
+    "unknown method": words(methods="svd,kfac-svt"),
+    "keep out of range": words(methods="svd", keep="0.8,1.2"),
+    "keep is no number": words(methods="svd", keep="0.8;0.7"),
+    "no method": words(methods=","),
+    "bad eval source": words("out", "svd", "0.8", "--eval", "other.txt,nothing.txt"),
+    "option of a stranger": words("out", "svd", "0.8", "--set", "asvd:search.min_keep=0.3"),
+    "unknown field": words("out", "svd", "0.8", "--set", "search.minkeep=0.3"),
+    "another model": words("out", "svd,afm", "0.8", "--set", "svd:dtype=bfloat16"),
+    "task limit without tasks": words("out", "svd", "0.8", "--task-limit", "3"),
+    "task keep": words("out", "svd", "0.8", "--tasks", "questions.jsonl", "--task-keep", "0.7"),
+    "task file": words("out", "svd", "0.8", "--tasks", "no.jsonl"),
+    "different text": words("out", "svd,bolaco-5x1", "0.8", "--eval", "text.txt"),
+}
+
+
+def test_errors_are_one_line_and_leave_nothing(place: Path) -> None:
+    before = snapshot()
+    lines = []
+    for name, given in BAD.items():
+        done = bolaco(*given)
+        assert done.code == 1, name
+        assert done.out == ""
+        error = [line for line in done.err.splitlines() if line != "loading model"]
+        lines.append(f"{name}: {masked(' '.join(error))}\n")
+        assert snapshot() == before, name
+    assert "".join(lines) == (GOLDEN / "compare-errors.txt").read_text(encoding="utf-8")
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("NO_COLOR", "1")
+    said = " ".join(bolaco("compare", "--help").out.split())
+    said = said.replace("-o OUT, --out OUT", "-o, --out OUT")  # as Python 3.13 writes it
+    expected = (GOLDEN / "compare-help.txt").read_text(encoding="utf-8")
+    assert said == " ".join(expected.split())
+
+
+def test_an_existing_output_is_refused(shared: Path, place: Path) -> None:
+    Path("out").mkdir()
+    before = snapshot()
+    done = bolaco(*words())
+    assert done.code == 1
+    assert done.err.startswith("bolaco: error: out: exists already")
+    assert snapshot() == before
+
+
+def test_a_method_that_fails_does_not_stop_the_others(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shared pass over the text, where it must not take the others with it."""
+
+    def broken(*_: Any) -> Any:
+        raise NonFiniteError("NaN in\nthe weights")
+
+    monkeypatch.setattr(fwsvd, "METHOD", replace(fwsvd.METHOD, prepare=broken))
+    done = ok(*words("out", "fwsvd,svd", "0.8"))
+    assert "fwsvd at keep 0.8 failed: NaN in the weights" in done.out
+    rows = {row["method"]: row for row in results("out")["rows"]}
+    assert rows["fwsvd"]["error"] == "NaN in the weights"
+    assert rows["svd"]["gap"][0] is not None
+    assert "failed: NaN in the weights" in Path("out/table.md").read_text(encoding="utf-8")
+    assert "NaN in the weights" in Path("out/report.html").read_text(encoding="utf-8")
+    alone = ok(*words("alone", "svd", "0.8"))
+    assert "failed" not in alone.out
+    assert results("alone")["rows"][0]["perplexity"] == rows["svd"]["perplexity"]
+
+
+def test_a_statistic_that_fails_stops_only_who_needs_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise NonFiniteError("a gradient is NaN")
+
+    monkeypatch.setattr(gradients._WeightFisher, "update", broken)
+    ok(*words("out", "fwsvd,kfac-svd", "0.8,0.7"))
+    errors = {row["name"]: row.get("error") for row in results("out")["rows"]}
+    assert "a gradient is NaN" in errors["fwsvd-0.8"]
+    assert errors["fwsvd-0.7"] == errors["fwsvd-0.8"]
+    assert errors["kfac-svd-0.8"] is errors["kfac-svd-0.7"] is None
+
+
+def test_a_budget_that_cannot_be_met_is_a_row(place: Path) -> None:
+    done = ok(*words("out", "kfac-svd", "0.8,0.01"))
+    assert re.search(r"kfac-svd at keep 0.01 failed: keep 0.01 allows 153 parameters", done.out)
+    assert ["error" in row for row in results("out")["rows"]] == [False, True]
+
+
+def test_nothing_but_failures(place: Path) -> None:
+    done = bolaco(*words("out", "kfac-svd", "0.01"))
+    assert done.code == 1
+    assert done.err.endswith("bolaco: error: out: no row has a result\n")
+    assert not Path("out/frontier.svg").exists()
+    assert Path("out/report.html").exists()
+
+
+def test_a_defect_is_not_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: Any) -> Any:
+        raise KeyError("ours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "measure", defect)
+        with pytest.raises(KeyError):
+            bolaco(*words("out", "svd", "0.8"))
+        full = OSError(28, "No space left on device", "disk")
+        patch.setattr(pipeline._Run, "measure", lambda *_: (_ for _ in ()).throw(full))
+        assert "no space left on the disk" in bolaco(*words("out", "svd", "0.8")).err
+    assert not Path("out").exists()
+    ok(*words("out", "svd", "0.8"))
+
+
+# --- resumption ---------------------------------------------------------------------------------------------------
+
+# moment -> (function, in which call of it, "before" or "after" it does its work)
+MOMENTS = {
+    "in the pass over the text": ("bolaco.factorize.store.FactorStore.save", 2, "after"),
+    "between two rows": ("bolaco.comparison.run._Run._row", 2, "before"),
+    "before a row is in the ledger": ("bolaco.comparison.run._Run._row", 2, "after"),
+    "while the result is written": ("bolaco.comparison.run.comparison_page", 1, "before"),
+}
+
+
+@pytest.fixture(scope="module")
+def starter() -> Iterator[subprocess.Popen[str]]:
+    """The process that starts those which are killed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import bolaco.comparison\n" + STARTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
+    yield process
+    process.communicate("")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shared)
+        ok(*words("undisturbed", "default,svd", "0.7"))
+    return shared / "undisturbed"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed(
+    moment: str, starter: subprocess.Popen[str], undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = words("out", "default,svd", "0.7")
+    assert starter.stdin is not None
+    assert starter.stdout is not None
+    starter.stdin.write(json.dumps([str(place), str(place / "log"), *MOMENTS[moment], given]) + "\n")
+    starter.stdin.flush()
+    assert starter.stdout.readline() == f"{-signal.SIGKILL}\n", (place / "log").read_text(encoding="utf-8")
+    (place / "log").unlink()
+    assert not Path("out").exists()
+    rows = counted(monkeypatch, comparing._Run, "_row")
+    runs = counted(monkeypatch, pipeline, "compress")
+    collected = counted(monkeypatch, run, "collect")
+    ok(*given)
+    number = list(MOMENTS).index(moment)
+    assert len(rows) == (2, 1, 1, 0)[number]
+    assert len(runs) == (2, 1, 0, 0)[number]
+    assert len(collected) == (1 if number == 0 else 0)
+    assert what_counts("out") == what_counts(undisturbed)
+    assert {path.name for path in Path().iterdir()} == {
+        *("model", "text.txt", "other.txt", "third.txt", "questions.jsonl", "out")
+    }
+
+
+def test_another_comparison_does_not_take_over(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert bolaco(*words("out", "svd", "0.8")).code == 130
+    done = bolaco(*words("out", "svd", "0.7"))
+    assert done.code == 1
+    assert "started with another recipe: keep ([0.8] there, [0.7] here)" in done.err
+    ok(*words("out", "svd", "0.8"))
