@@ -22,7 +22,7 @@ from bolaco.models.load import load_model
 from bolaco.pipeline import Result
 from bolaco.tune import run
 from bolaco.tune.mode import Context, Mode, matrices_of
-from bolaco.tune.registry import MODES, get_mode
+from bolaco.tune.registry import ADAPTERS, MODES, get_mode
 from bolaco.tune.settings import make_settings, resolve
 from bolaco.tune.trainer import _Watch
 from tests.command import digest, ok
@@ -120,7 +120,10 @@ def test_result_of_every_mode(name: str, family: str, tmp_path: Path) -> None:
         assert ranks(new) == ranks(old)
         assert sum(p.numel() for p in new.parameters()) == sum(p.numel() for p in old.parameters())
     again = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)
-    torch.testing.assert_close(logits(again), logits(new))
+    if name in ADAPTERS.values():  # what transformers loads is the input
+        assert torch.equal(logits(again), logits(old))
+    else:
+        torch.testing.assert_close(logits(again), logits(new))
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -234,12 +237,11 @@ def test_half_precision_goes_in_and_comes_out(name: str, dtype: str, tmp_path: P
     words = {"dtype": dtype, "options": {"training.autocast": True, "data.sequences": 8}}
     result = tune(tmp_path / "half", tmp_path / "out", name, **words)
     state = load_file(result.path / "model.safetensors")
-    assert {tensor.dtype for key, tensor in state.items() if not key.endswith("order")} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in state.items() if not key.endswith(("order", "codes"))} == {torch.bfloat16}
     assert math.isfinite(result.info["tuning"]["perplexity"]["after"])
-    assert any(
-        not torch.equal(tensor, load_file(tmp_path / "half" / "model.safetensors")[key])
-        for key, tensor in state.items()
-    )
+    before = load_file(tmp_path / "half" / "model.safetensors")
+    same = all(key in before and torch.equal(tensor, before[key]) for key, tensor in state.items())
+    assert same == (name in ADAPTERS.values())
 
 
 @pytest.mark.parametrize("name", ["factors", "diagonal"])

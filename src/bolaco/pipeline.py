@@ -96,7 +96,7 @@ def compress(
             refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
             texts = prepare_texts(recipe, tokenizer, config)
-            model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
+            model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device, "refuse")
             check_finite(model)
             structure = inspect_structure(model)
             space = space_of(recipe, structure)

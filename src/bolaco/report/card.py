@@ -38,13 +38,14 @@ def _tuning(info: dict[str, Any]) -> str:
         return ""
     ppl, settings = record["perplexity"], record["settings"]
     table = "The table above is of the model before that.\n" if "ranks" in info else ""
+    note = f"{record['note']}\n" if record.get("note") else ""
     return f"""
 ## Tuned
 
 `{record["model"]}` was tuned by `bolaco tune --mode {record["mode"]}` ({record["paper"]}): {record["steps"]} steps on
 `{settings["data"]["source"]}`, {record["trainable_parameters"]:,} trained parameters.
 Perplexity on {ppl["tokens"]:,} tokens of `{ppl["data"]}`: {ppl["before"]:.3f} before, {ppl["after"]:.3f} after.
-{table}"""
+{table}{note}"""
 
 
 def tuned_card(info: dict[str, Any], name: str) -> str:

@@ -114,12 +114,14 @@ class Prepared:
             result is compared with the input, bit by bit.
         on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules.
         save_extra: writes what belongs to the result and is not in the model into its folder.
+        note: for the model card, what a user of the result has to know; a sentence or two.
     """
 
     finish: Callable[[], PreTrainedModel]
     touched: frozenset[str]
     on_step: Callable[[int, int], None] | None = None
     save_extra: Callable[[Path], None] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class _Run:
             self.tokenizer = load_tokenizer(settings.model)
             self.data = prepare_data(settings, self.tokenizer, config, self.world)
             self._check_teacher(config)
-            self.model = load_model(settings.model, device=settings.device)
+            self.model = load_model(settings.model, device=settings.device, adapters="refuse")
             self.dtype = self.model.dtype
             self._as_trained(self.model)
             check_finite(self.model)
@@ -280,7 +280,7 @@ class _Run:
     def measure(self, folder: Path, before: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, compares and measures it, and returns the content of ``bolaco.json``."""
         assert self.prepared is not None
-        model = load_model(str(folder), device=str(self.model.device))
+        model = load_model(str(folder), device=str(self.model.device), adapters="leave")
         self._as_trained(model)
         unchanged = self._unchanged(model, self.prepared.touched)
         parameters = sum(p.numel() for p in model.parameters())
@@ -301,6 +301,7 @@ class _Run:
             "out_of_time": training["out_of_time"],
             "examples": len(self.data.train),
             "kind": self.data.kind,
+            "note": self.prepared.note,
             "perplexity": {
                 "before": _exp(before["loss"]),
                 "after": _exp(after["loss"]),
