@@ -366,8 +366,9 @@ save_file({"logits": logits}, sys.argv[2])
 """
 
 
-def test_a_result_loads_where_bolaco_is_not(tmp_path: Path) -> None:
-    result = tune(folder_of("phi3").path, tmp_path / "out", "factors")
+@pytest.mark.parametrize("name", ["factors", "sketch"])
+def test_a_result_loads_where_bolaco_is_not(name: str, tmp_path: Path) -> None:
+    result = tune(folder_of("phi3").path, tmp_path / "out", name)
     command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
     subprocess.run(command, check=True, capture_output=True)
     with torch.no_grad():

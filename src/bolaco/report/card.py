@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from bolaco.checkpoint.registry import PREFIX
 from bolaco.recipe import Recipe
 from bolaco.report.tables import seconds_line, summary_rows
 
@@ -53,7 +54,8 @@ def tuned_card(info: dict[str, Any], name: str) -> str:
     if "ranks" in info:
         return model_card(info, name)
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
-    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{_use(name, '')}\n"
+    use = _use(name, ", trust_remote_code=True" if info["tuning"]["result_type"].startswith(PREFIX) else "")
+    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{use}\n"
 
 
 def model_card(info: dict[str, Any], name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.registry import PREFIX
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import LowRankLinear, PivotedLinear, SplitLinear
-from bolaco.models.structure import inspect_structure
+from bolaco.layers import LowRankLinear, PivotedLinear, SketchLinear, SplitLinear
+from bolaco.models.structure import Structure, inspect_structure
+from bolaco.progress import Reporter
 from bolaco.recipe import Section
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Context:
         tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
             for modes that calibrate.
         original: loads the model that was compressed, on the same device and in the same type.
+        folder: of the run's intermediate results, where a mode may keep what took long to prepare; None in processes
+            that are not the first.
+        reporter: where progress goes.
     """
 
     model: PreTrainedModel
@@ -75,6 +79,8 @@ class Context:
     info: dict[str, Any]
     tokens: Callable[[int], list[Tensor]]
     original: Callable[[], PreTrainedModel]
+    folder: Path | None = None
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -154,6 +160,7 @@ class Mode:
         options: pydantic class of its options.
         exact_start: outputs before the first step are the input's.
         same_ranks: the result has the ranks and the parameter count of the input.
+        coded: takes models whose matrices are coded into tables (mode ``sketch``).
         check: raises what is wrong with the options for this model, before anything long is done.
         attach: puts on the loaded result what else is in its folder, before it is measured.
     """
@@ -166,6 +173,7 @@ class Mode:
     options: type[Options] = Options
     exact_start: bool = True
     same_ranks: bool = True
+    coded: bool = False
     check: Callable[[Context], Any] | None = None
     attach: Callable[[PreTrainedModel, Path], None] | None = None
 
@@ -176,15 +184,11 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
     Raises:
         UnsupportedModelError: the model's structure is not known.
     """
-    stock: PreTrainedModel = model
-    entries: dict[str, Any] = {}
-    if model.config.model_type.startswith(PREFIX):
-        from bolaco.checkpoint.export import stock_skeleton
-
-        stock, entries = stock_skeleton(model), model.config.lowrank["matrices"]
+    compressed = model.config.model_type.startswith(PREFIX)
+    entries: dict[str, Any] = model.config.lowrank["matrices"] if compressed else {}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     found: dict[str, Matrix] = {}
-    for site in inspect_structure(stock).sites:
+    for site in structure_of(model).sites:
         name, entry = site.module, entries.get(site.module)
         if site.part is not None and isinstance(model.base_model.get_submodule(name), SplitLinear):
             name = f"{name}.parts.{site.part}"
@@ -192,3 +196,21 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
         types = (*found[name].types, site.type) if name in found else (site.type,)
         found[name] = Matrix(prefix + name, site.layer, types, entry)
     return tuple(found.values())
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Blocks and matrices of a dense model, or of the one that a compressed model was made from.
+
+    Raises:
+        UnsupportedModelError: the model's structure is not known.
+    """
+    if not model.config.model_type.startswith(PREFIX):
+        return inspect_structure(model)
+    from bolaco.checkpoint.export import stock_skeleton
+
+    return inspect_structure(stock_skeleton(model))
+
+
+def is_coded(model: PreTrainedModel) -> bool:
+    """Whether a matrix of the model is coded into tables."""
+    return any(isinstance(module, SketchLinear) for module in model.modules())

@@ -14,6 +14,7 @@ MODES: dict[str, str] = {
     "factors": "bolaco.tune.modes.factors",
     "lora": "bolaco.tune.modes.lora",
     "continued": "bolaco.tune.modes.continued",
+    "sketch": "bolaco.tune.modes.sketch",
     "tt-lora": "bolaco.tune.modes.tt_lora",
 }
 # A file that a mode leaves beside the weights -> the mode, whose ``attach`` reads it.

@@ -135,6 +135,7 @@ MODE = Mode(
     prepare=prepare,
     options=TrainOptions,
     same_ranks=False,
+    coded=True,
     check=_chosen,
     attach=attach,
 )
