@@ -67,7 +67,8 @@ class Context:
         info: ``bolaco.json`` of the input, empty if there is none.
         tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
             for modes that calibrate.
-        original: loads the model that was compressed, on the same device and in the same type.
+        original: loads the model that was compressed, on the same device and in the same type: the one of this name,
+            or the one that ``bolaco.json`` names.
         folder: of the run's intermediate results, where a mode may keep what took long to prepare; None in processes
             that are not the first.
         reporter: where progress goes.
@@ -78,7 +79,7 @@ class Context:
     options: Any
     info: dict[str, Any]
     tokens: Callable[[int], list[Tensor]]
-    original: Callable[[], PreTrainedModel]
+    original: Callable[[str | None], PreTrainedModel]
     folder: Path | None = None
     reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
 

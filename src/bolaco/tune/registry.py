@@ -14,6 +14,7 @@ MODES: dict[str, str] = {
     "factors": "bolaco.tune.modes.factors",
     "lora": "bolaco.tune.modes.lora",
     "continued": "bolaco.tune.modes.continued",
+    "mixed-rank": "bolaco.tune.modes.mixed_rank",
     "sketch": "bolaco.tune.modes.sketch",
     "tt-lora": "bolaco.tune.modes.tt_lora",
 }

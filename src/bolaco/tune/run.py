@@ -186,8 +186,8 @@ class _Run:
         self._as_trained(model)
         return model.requires_grad_(False)
 
-    def _original(self) -> PreTrainedModel:
-        name = self.info.get("model")
+    def _original(self, name: str | None = None) -> PreTrainedModel:
+        name = name or self.info.get("model")
         if name is None:
             raise UnsupportedModelError(
                 f"{self.settings.model}: mode {self.mode.name!r} needs the model that was compressed, and there is no "
