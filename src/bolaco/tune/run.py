@@ -70,8 +70,7 @@ def tune(
     with WorkFolder(work, settings) as folder:
         run = _Run(settings, mode, options, work, folder, reporter)
         before = run.before()
-        with folder.timed("train"):
-            training = run.train()
+        training = run.train()
         with new_folder(out) as partial, folder.unfinished(partial):
             with folder.timed("write"):
                 run.write(partial)
@@ -215,7 +214,24 @@ class _Run:
 
     def train(self) -> dict[str, Any]:
         """Trains, or takes what an earlier call has trained; returns steps, curve and whether time ran out."""
-        settings, data = self.settings, self.data
+        done: dict[str, Any] | None = None if self.folder is None else self.folder.read("trained", dict)
+        with self._timed("prepare"):
+            student = self._student(distils=self.settings.distillation.weight > 0 and done is None)
+        if done is not None:
+            load_trained(self.model, self.work / TRAINED)
+            return done
+        with self._timed("train"):
+            done = self._trained(student)
+        if self.folder is not None:
+            partial = self.work / f"{TRAINED}.partial"
+            save_file(trained_state(self.model), partial)
+            partial.replace(self.work / TRAINED)
+            self.folder.write("trained", done)
+        return done
+
+    def _student(self, distils: bool) -> Student:
+        """The model as the mode prepares it, with its teacher."""
+        settings = self.settings
         set_seed(settings.seed)
         self.prepared = self.mode.prepare(self.context)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -227,17 +243,16 @@ class _Run:
             size = sum(p.numel() for p in self.model.parameters()) * self.dtype.itemsize
             needs = [(self.work, 3 * 3 * 4 * self.trainable), (self.work.parent, size)]
             require_space(needs, "checkpoints and the result")
-        done = None if self.folder is None else self.folder.read("trained", dict)
-        teacher = None
-        if settings.distillation.weight > 0 and done is None:
-            teacher = self._other(self._teacher_name)
+        teacher = self._other(self._teacher_name) if distils else None
         student = Student(self.model, settings.distillation.weight, teacher, settings.chunk)
         for parameter in trained.values():
             parameter.data = parameter.data.float()
         self.frozen = _frozen_digest(self.model)
-        if done is not None:
-            load_trained(self.model, self.work / TRAINED)
-            return dict(done)
+        return student
+
+    def _trained(self, student: Student) -> dict[str, Any]:
+        assert self.prepared is not None
+        settings, data = self.settings, self.data
         with quiet():
             _wait(self.arguments)
             steps = self.arguments.max_steps
@@ -260,18 +275,12 @@ class _Run:
                 elif last is not None:
                     load_trained(self.model, last[0] / TRAINED)
         state = last[1] if begun >= steps and last is not None else vars(trainer.state)
-        done = {
+        return {
             "steps": int(state["global_step"]),
             "of_steps": steps,
             "out_of_time": trainer.watch.out_of_time,
             "curve": _curve(state["log_history"]),
         }
-        if self.folder is not None:
-            partial = self.work / f"{TRAINED}.partial"
-            save_file(trained_state(self.model), partial)
-            partial.replace(self.work / TRAINED)
-            self.folder.write("trained", done)
-        return done
 
     def write(self, folder: Path) -> None:
         """Folds, and writes the model with its tokenizer."""
