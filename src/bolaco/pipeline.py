@@ -128,7 +128,7 @@ def compress(
             refuse_compressed(config)
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(recipe.model)
             texts = prepare_texts(recipe, tokenizer, config, calibrates(recipe)) if shared is None else shared.texts
-            model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device)
+            model = model if model is not None else load_model(recipe.model, recipe.dtype, recipe.device, "refuse")
             check_finite(model)
             structure = units_of(recipe, inspect_structure(model))
             run = _Run(recipe, model, structure, texts, folder, reporter, shared)

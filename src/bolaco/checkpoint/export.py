@@ -30,7 +30,7 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     Raises:
         UnsupportedModelError: not a compressed folder, or a bias has no place and ``drop_bias`` is false.
     """
-    model = load_model(folder)
+    model = load_model(folder, adapters="refuse")
     if not model.config.model_type.startswith(PREFIX):
         raise UnsupportedModelError(f"{folder}: a {model.config.model_type} model, not a compressed one")
     tokenizer = load_tokenizer(folder)

@@ -132,16 +132,7 @@ def _entry(
 
 def write_model(folder: Path, model: PreTrainedModel, state: CompressedState) -> None:
     """Writes configuration, weights, generation settings and modelling code into an existing folder."""
-    model_type = model.config.model_type
-    causal, config_cls = model_classes(model_type)[1], config_class(model_type)
-    values = model.config.to_dict()
-    values.pop("quantization_config", None)
-    values.update(
-        model_type=PREFIX + model_type,
-        auto_map=auto_map(model_type),
-        lowrank={"format": 1, "matrices": state.matrices},
-    )
-    config = config_cls.from_dict(values)
+    config, causal = _lowrank(model, state.matrices)
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
     with torch.device("meta"):
         skeleton = causal(config)
@@ -149,6 +140,33 @@ def write_model(folder: Path, model: PreTrainedModel, state: CompressedState) ->
     skeleton.generation_config = model.generation_config
     with quiet():
         skeleton.save_pretrained(folder, state_dict=state.tensors)
+
+
+def lowrank_model(model: PreTrainedModel, matrices: dict[str, Any]) -> PreTrainedModel:
+    """``model``, whose modules are those that ``matrices`` describes already, as a model of the compressed type.
+
+    It shares all tensors, and is there to be saved: what a checkpoint does not hold is on the meta device.
+    """
+    config, causal = _lowrank(model, matrices)
+    with torch.device("meta"):
+        made: PreTrainedModel = causal(config)
+    made.load_state_dict(model.state_dict(), assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made
+
+
+def _lowrank(model: PreTrainedModel, matrices: dict[str, Any]) -> tuple[Any, Any]:
+    """Configuration and class of the compressed model made of ``model``."""
+    model_type = model.config.model_type
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    values.update(
+        model_type=PREFIX + model_type,
+        auto_map=auto_map(model_type),
+        lowrank={"format": 1, "matrices": matrices},
+    )
+    return config_class(model_type).from_dict(values), model_classes(model_type)[1]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -122,8 +122,13 @@ def load_tokenizer(model: str) -> Any:
     return tokenizer
 
 
-def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    model: str, dtype: str = "auto", device: str = "auto", adapters: Literal["attach", "refuse", "leave"] = "attach"
+) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode, as plain tensors that can be saved again.
+
+    An adapter that ``bolaco tune`` has left beside the weights is put on, and then part of what is measured. Whoever
+    makes another model of this one refuses it, because it would be lost.
 
     ``dtype="auto"`` keeps the checkpoint's own type (float32 for GGUF files, which are dequantized).
     ``device="auto"`` takes a GPU when there is one.
@@ -133,6 +138,12 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
         CheckpointError: damaged weights, or tensors missing (transformers would fill them with random numbers).
     """
     source = resolve(model)
+    kept = _adapters(Path(source.path)) if adapters != "leave" else {}
+    if kept and adapters == "refuse":
+        raise UnsupportedModelError(
+            f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
+            "was made from with --set options.merge=true, which dense matrices allow, or remove the file"
+        )
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM
     wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
@@ -157,7 +168,18 @@ def load_model(model: str, dtype: str = "auto", device: str = "auto") -> PreTrai
             f"the first is {lacking[0]}"
         )
     loaded.eval()
-    return loaded.to(resolve_device(device))
+    loaded = loaded.to(resolve_device(device))
+    for mode in kept.values():
+        assert mode.attach is not None
+        mode.attach(loaded, Path(source.path))
+    return loaded
+
+
+def _adapters(folder: Path) -> dict[str, Any]:
+    """Adapters kept in a folder: file -> the tuning mode that wrote it."""
+    from bolaco.tune.registry import ADAPTERS, get_mode
+
+    return {file: get_mode(name) for file, name in ADAPTERS.items() if (folder / file).is_file()}
 
 
 def resolve_device(device: str) -> torch.device:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from bolaco.checkpoint.registry import PREFIX
 from bolaco.recipe import Recipe
 from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
@@ -62,13 +63,14 @@ def _tuning(info: dict[str, Any]) -> str:
         return ""
     ppl, settings = record["perplexity"], record["settings"]
     table = "The table above is of the model before that.\n" if "ranks" in info else ""
+    note = f"{record['note']}\n" if record.get("note") else ""
     return f"""
 ## Tuned
 
 `{record["model"]}` was tuned by `bolaco tune --mode {record["mode"]}` ({record["paper"]}): {record["steps"]} steps on
 `{settings["data"]["source"]}`, {record["trainable_parameters"]:,} trained parameters.
 Perplexity on {ppl["tokens"]:,} tokens of `{ppl["data"]}`: {ppl["before"]:.3f} before, {ppl["after"]:.3f} after.
-{table}"""
+{table}{note}"""
 
 
 def tuned_card(info: dict[str, Any], name: str) -> str:
@@ -76,7 +78,8 @@ def tuned_card(info: dict[str, Any], name: str) -> str:
     if "ranks" in info:
         return model_card(info, name)
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
-    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{_use(name, '')}\n"
+    use = _use(name, ", trust_remote_code=True" if info["tuning"]["result_type"].startswith(PREFIX) else "")
+    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{use}\n"
 
 
 def model_card(info: dict[str, Any], name: str) -> str:

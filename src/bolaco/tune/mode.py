@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.registry import PREFIX
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
-from bolaco.models.structure import inspect_structure
+from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SketchLinear, SplitLinear
+from bolaco.models.structure import Structure, inspect_structure
+from bolaco.progress import Reporter
 from bolaco.recipe import Section
 
 if TYPE_CHECKING:
@@ -66,7 +67,11 @@ class Context:
         info: ``bolaco.json`` of the input, empty if there is none.
         tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
             for modes that calibrate.
-        original: loads the model that was compressed, on the same device and in the same type.
+        original: loads the model that was compressed, on the same device and in the same type: the one of this name,
+            or the one that ``bolaco.json`` names.
+        folder: of the run's intermediate results, where a mode may keep what took long to prepare; None in processes
+            that are not the first.
+        reporter: where progress goes.
     """
 
     model: PreTrainedModel
@@ -74,7 +79,9 @@ class Context:
     options: Any
     info: dict[str, Any]
     tokens: Callable[[int], list[Tensor]]
-    original: Callable[[], PreTrainedModel]
+    original: Callable[[str | None], PreTrainedModel]
+    folder: Path | None = None
+    reporter: Reporter = field(default_factory=lambda: Reporter(quiet=True))
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -115,12 +122,14 @@ class Prepared:
             result is compared with the input, bit by bit.
         on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules.
         save_extra: writes what belongs to the result and is not in the model into its folder.
+        note: for the model card, what a user of the result has to know; a sentence or two.
     """
 
     finish: Callable[[], PreTrainedModel]
     touched: frozenset[str]
     on_step: Callable[[int, int], None] | None = None
     save_extra: Callable[[Path], None] | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,7 @@ class Mode:
         options: pydantic class of its options.
         exact_start: outputs before the first step are the input's.
         same_ranks: the result has the ranks and the parameter count of the input.
+        coded: takes models whose matrices are coded into tables (mode ``sketch``).
         check: raises what is wrong with the options for this model, before anything long is done.
         attach: puts on the loaded result what else is in its folder, before it is measured.
     """
@@ -165,6 +175,7 @@ class Mode:
     options: type[Options] = Options
     exact_start: bool = True
     same_ranks: bool = True
+    coded: bool = False
     check: Callable[[Context], Any] | None = None
     attach: Callable[[PreTrainedModel, Path], None] | None = None
 
@@ -175,15 +186,11 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
     Raises:
         UnsupportedModelError: the model's structure is not known.
     """
-    stock: PreTrainedModel = model
-    entries: dict[str, Any] = {}
-    if model.config.model_type.startswith(PREFIX):
-        from bolaco.checkpoint.export import stock_skeleton
-
-        stock, entries = stock_skeleton(model), model.config.lowrank["matrices"]
+    compressed = model.config.model_type.startswith(PREFIX)
+    entries: dict[str, Any] = model.config.lowrank["matrices"] if compressed else {}
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     found: dict[str, Matrix] = {}
-    for site in inspect_structure(stock).sites:
+    for site in structure_of(model).sites:
         name, entry = site.module, entries.get(site.module)
         if site.part is not None and isinstance(model.base_model.get_submodule(name), SplitLinear):
             name = f"{name}.parts.{site.part}"
@@ -191,3 +198,21 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
         types = (*found[name].types, site.type) if name in found else (site.type,)
         found[name] = Matrix(prefix + name, site.layer, types, entry)
     return tuple(found.values())
+
+
+def structure_of(model: PreTrainedModel) -> Structure:
+    """Blocks and matrices of a dense model, or of the one that a compressed model was made from.
+
+    Raises:
+        UnsupportedModelError: the model's structure is not known.
+    """
+    if not model.config.model_type.startswith(PREFIX):
+        return inspect_structure(model)
+    from bolaco.checkpoint.export import stock_skeleton
+
+    return inspect_structure(stock_skeleton(model))
+
+
+def is_coded(model: PreTrainedModel) -> bool:
+    """Whether a matrix of the model is coded into tables."""
+    return any(isinstance(module, SketchLinear) for module in model.modules())

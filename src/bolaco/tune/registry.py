@@ -14,7 +14,12 @@ MODES: dict[str, str] = {
     "factors": "bolaco.tune.modes.factors",
     "lora": "bolaco.tune.modes.lora",
     "continued": "bolaco.tune.modes.continued",
+    "mixed-rank": "bolaco.tune.modes.mixed_rank",
+    "sketch": "bolaco.tune.modes.sketch",
+    "tt-lora": "bolaco.tune.modes.tt_lora",
 }
+# A file that a mode leaves beside the weights -> the mode, whose ``attach`` reads it.
+ADAPTERS = {"adapter_tt.json": "tt-lora"}
 
 
 def get_mode(name: str) -> Mode:

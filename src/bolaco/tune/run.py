@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, set_seed
 from bolaco.checkpoint.info import INFO_FILE, read_info, versions, weight_bytes, write_info
 from bolaco.checkpoint.write import new_folder, refuse_existing, refuse_nested
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.layers import SketchLinear
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, quiet, resolve, resolve_device
 from bolaco.pipeline import Result
 from bolaco.progress import Reporter
@@ -31,7 +32,7 @@ from bolaco.report.html import REPORT_FILE, tuned_page
 from bolaco.tune.data import prepare_data
 from bolaco.tune.factored import growth
 from bolaco.tune.loss import Student, mean_loss
-from bolaco.tune.mode import Context, Mode, Prepared
+from bolaco.tune.mode import Context, Mode, Prepared, is_coded
 from bolaco.tune.registry import get_mode
 from bolaco.tune.settings import TuneSettings
 from bolaco.tune.settings import resolve as resolve_settings
@@ -107,11 +108,25 @@ class _Run:
             self.tokenizer = load_tokenizer(settings.model)
             self.data = prepare_data(settings, self.tokenizer, config, self.world)
             self._check_teacher(config)
-            self.model = load_model(settings.model, device=settings.device)
+            self.model = load_model(settings.model, device=settings.device, adapters="refuse")
             self.dtype = self.model.dtype
             self._as_trained(self.model)
             check_finite(self.model)
-            self.context = Context(self.model, settings, options, self.info, self.data.tokens, self._original)
+            self.context = Context(
+                self.model,
+                settings,
+                options,
+                self.info,
+                self.data.tokens,
+                self._original,
+                None if folder is None else work,
+                reporter,
+            )
+            if is_coded(self.model) and not mode.coded:
+                raise UnsupportedModelError(
+                    f"{settings.model}: its weights are coded into tables, and mode {mode.name!r} would lose that; "
+                    "use --mode sketch, or make it dense with `bolaco export --dense`"
+                )
             if mode.check is not None:
                 mode.check(self.context)
             steps = total_steps(settings, len(self.data.train), self.world)
@@ -172,8 +187,8 @@ class _Run:
         self._as_trained(model)
         return model.requires_grad_(False)
 
-    def _original(self) -> PreTrainedModel:
-        name = self.info.get("model")
+    def _original(self, name: str | None = None) -> PreTrainedModel:
+        name = name or self.info.get("model")
         if name is None:
             raise UnsupportedModelError(
                 f"{self.settings.model}: mode {self.mode.name!r} needs the model that was compressed, and there is no "
@@ -291,10 +306,10 @@ class _Run:
     def measure(self, folder: Path, before: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
         """Loads what was written, compares and measures it, and returns the content of ``bolaco.json``."""
         assert self.prepared is not None
-        model = load_model(str(folder), device=str(self.model.device))
+        model = load_model(str(folder), device=str(self.model.device), adapters="leave")
         self._as_trained(model)
         unchanged = self._unchanged(model, self.prepared.touched)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = weights_in(model)
         pivots = growth(model)
         if self.mode.attach is not None:
             self.mode.attach(model, folder)
@@ -303,8 +318,10 @@ class _Run:
             "mode": self.mode.name,
             "paper": self.mode.paper,
             "model": self.settings.model,
+            "result_type": model.config.model_type,
             "trainable_parameters": self.trainable,
             "parameters": parameters,
+            "bytes": weight_bytes(folder),
             "frozen_sha256": {"before": self.frozen, "after": self.frozen_after},
             "unchanged": unchanged,
             "steps": training["steps"],
@@ -312,6 +329,7 @@ class _Run:
             "out_of_time": training["out_of_time"],
             "examples": len(self.data.train),
             "kind": self.data.kind,
+            "note": self.prepared.note,
             "perplexity": {
                 "before": _exp(before["loss"]),
                 "after": _exp(after["loss"]),
@@ -353,6 +371,13 @@ def _info(model: str) -> dict[str, Any]:
     return read_info(folder, compressed=False) if (folder / INFO_FILE).is_file() else {}
 
 
+def weights_in(model: nn.Module) -> int:
+    """Parameters of a model; what is coded into tables counts as the weights it stands for."""
+    coded = [module for module in model.modules() if isinstance(module, SketchLinear)]
+    more = sum(module.in_features * module.out_features - module.lut.numel() for module in coded)
+    return sum(p.numel() for p in model.parameters()) + more
+
+
 def _hash(digest: Any, tensor: Tensor) -> None:
     digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -370,12 +395,12 @@ def _digests(model: nn.Module, names: Any = None) -> dict[str, str]:
 
 
 def _frozen_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters that are not trained."""
+    """SHA-256 of all parameters that are not trained, and of the buffers that a checkpoint holds."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not tensor.requires_grad:
             digest.update(name.encode())
-            _hash(digest, parameter)
+            _hash(digest, tensor)
     return digest.hexdigest()
 
 

@@ -1,0 +1,178 @@
+"""Weights coded into tables of a few numbers, of which only the tables are trained (SketchTune, arXiv 2410.06364).
+
+Block by block over calibration sequences, on the inputs that the coded blocks before give, every Linear of the chosen
+matrices is coded (:mod:`bolaco.tune.tables`): a dense matrix, or each factor of a factored one. Codes of 2 to 4 bits
+are what the checkpoint stores, packed; with the tables they are the model, there is no other copy of the weights. A
+model that is coded already keeps its codes, and its tables are trained on.
+
+Deviations: k-means of 16 centres takes the better of two starts, and factors of low-rank products are coded too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bolaco.checkpoint.registry import PREFIX
+from bolaco.checkpoint.write import lowrank_model
+from bolaco.layers import SketchLinear
+from bolaco.models.structure import weight_of
+from bolaco.statistics.blocks import BlockRunner
+from bolaco.statistics.moments import PooledMoments
+from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared, structure_of
+from bolaco.tune.tables import Coded, code, coded_layer, inverse_factor
+
+# In the work folder: tables and codes as they were before training.
+_FILE = "sketch.safetensors"
+
+
+class SketchOptions(Options):
+    """Size of the codes and tables, and how they are found."""
+
+    bits: Literal[2, 3, 4] = Field(3, description="of a code")
+    groups: int = Field(1, gt=0, description="tables of a row, each for a run of columns")
+    sequences: int = Field(128, gt=0, description="of the data, to calibrate on")
+    damping: float = Field(0.01, gt=0, description="of the inputs' second moment, in mean diagonals")
+    power: float = Field(3.0, ge=0, description="how much more k-means minds the columns whose errors cost more")
+
+
+def prepare(context: Context) -> Prepared:
+    """Codes the matrices, or takes the codes of an earlier call; the tables require gradients."""
+    model, options = context.model, context.options
+    matrices = context.matrices
+    wanted = [matrix for matrix in matrices if any(_leaves(model, matrix))]
+    file = None if context.folder is None else context.folder / _FILE
+    if file is not None and file.is_file():
+        state = load_file(file, device=str(model.device))
+        for name in {key.rpartition(".")[0] for key in state}:
+            _put(model, name, Coded(state[f"{name}.lut"], state[f"{name}.codes"]), options.bits)
+    elif wanted:
+        state = _code_blocks(context, wanted)
+        if file is not None:
+            partial = file.with_suffix(".partial")
+            save_file(state, partial)
+            partial.replace(file)
+    for matrix in matrices:
+        for module in matrix.of(model).modules():
+            if isinstance(module, SketchLinear):
+                module.lut.requires_grad_(True)
+
+    def finish() -> PreTrainedModel:
+        return _with_entries(model, wanted, options)
+
+    return Prepared(finish, frozenset(matrix.name for matrix in matrices))
+
+
+def _leaves(model: nn.Module, matrix: Matrix) -> Iterator[tuple[str, nn.Module]]:
+    """The uncoded Linears that a matrix consists of, by name in the model."""
+    for name, module in matrix.of(model).named_modules(prefix=matrix.name):
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _put(model: nn.Module, name: str, coded: Coded, bits: int) -> None:
+    leaf = Matrix(name, 0, (), None)
+    leaf.put(model, coded_layer(leaf.of(model), coded, bits))
+
+
+def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
+    """Codes all matrices in place; returns tables and codes, by name."""
+    model, options = context.model, context.options
+    sequences = [tokens[0] for tokens in context.tokens(options.sequences)]
+    # Instructions differ in length: one stream, cut to the length of the longest.
+    stream, length = torch.cat(sequences), max(map(len, sequences))
+    tokens = stream[: len(stream) // length * length].view(-1, length)
+    structure = structure_of(model)
+    runner = BlockRunner(model, structure, tokens, context.settings.training.batch)
+    state: dict[str, Tensor] = {}
+    with torch.no_grad(), context.reporter.stage("code", structure.num_layers) as tick:
+        hidden = runner.embed()
+        for layer in range(structure.num_layers):
+            leaves = {name: leaf for m in matrices if m.layer == layer for name, leaf in _leaves(model, m)}
+            moments = _moments(runner, layer, hidden, leaves)
+            factors = {id(m): inverse_factor(m.finalize().second_moment, options.damping) for m in moments.values()}
+            for name, leaf in leaves.items():
+                weight = weight_of(leaf)
+                coded = _empty(weight, options)
+                if weight.numel():
+                    coded = code(weight, factors[id(moments[name])], options.bits, options.groups, options.power)
+                _put(model, name, coded, options.bits)
+                state |= {f"{name}.lut": coded.lut, f"{name}.codes": coded.codes}
+            for rows in runner.slices:
+                hidden[rows] = runner.run(layer, hidden[rows]).to("cpu")
+            tick(1)
+    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+
+
+def _empty(weight: Tensor, options: SketchOptions) -> Coded:
+    lut = torch.zeros(len(weight), options.groups, 2**options.bits, dtype=weight.dtype, device=weight.device)
+    return Coded(lut, torch.zeros_like(weight, dtype=torch.uint8))
+
+
+def _moments(runner: BlockRunner, layer: int, hidden: Tensor, leaves: dict[str, nn.Module]) -> dict[str, PooledMoments]:
+    """Statistics of each Linear's input in a block; one object for those that are called with the same tensor."""
+    found: dict[str, PooledMoments] = {}
+    seen: list[tuple[Tensor, PooledMoments]] = []
+
+    def observe(name: str, x: Tensor) -> None:
+        for other, known in seen:
+            if other is x:
+                found[name] = known
+                return
+        if name not in found:
+            found[name] = PooledMoments(x.shape[-1], device=x.device)
+        found[name].update(x)
+        seen.append((x, found[name]))
+
+    handles = [
+        leaf.register_forward_pre_hook(lambda _, args, name=name: observe(name, args[0]))
+        for name, leaf in leaves.items()
+        if weight_of(leaf).numel()
+    ]
+    try:
+        for rows in runner.slices if handles else ():
+            runner.run(layer, hidden[rows])
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _with_entries(model: PreTrainedModel, matrices: list[Matrix], options: SketchOptions) -> PreTrainedModel:
+    """The model, its configuration saying what is coded; of a compressed type if it was none."""
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    coding: dict[str, int | None] = {"bits": options.bits, "groups": options.groups}
+    entries = {}
+    for matrix in matrices:
+        if matrix.entry is not None:
+            matrix.entry.update(coding)
+            continue
+        layer = matrix.of(model)
+        assert isinstance(layer, SketchLinear)
+        plain: dict[str, int | None] = {"out": layer.out_features, "rank": None, "bias": layer.bias is not None}
+        entries[matrix.name.removeprefix(prefix)] = plain | coding
+    if model.config.model_type.startswith(PREFIX):
+        model.config.lowrank["matrices"].update(entries)
+        return model
+    return lowrank_model(model, entries)
+
+
+MODE = Mode(
+    name="sketch",
+    paper="arXiv 2410.06364",
+    summary="weights as 2 to 4 bit codes into tables, and only the tables (SketchTune, SpaLLM); dense models too",
+    defaults=Defaults(learning_rate=8e-5, warmup=100, schedule="linear"),
+    prepare=prepare,
+    options=SketchOptions,
+    exact_start=False,
+    same_ranks=False,
+    coded=True,
+)

@@ -1,0 +1,141 @@
+"""Tensor-train adapters on q and v (TT-LoRA, arXiv 2408.01008): some hundred numbers a matrix, everything else frozen.
+
+The adapter adds to what a matrix computes, dense or factored alike. It is kept in files of its own beside the unchanged
+model, which ``bolaco.load`` and bolaco's commands put on; stock transformers does not know them. Into dense matrices it
+can be merged instead. A factored matrix would leave its rank by that, so there it cannot.
+
+Deviations: other sizes than the published ones are factored by rule (:func:`bolaco.tune.tensor_train.factorization`),
+and there is no early stopping.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared
+from bolaco.tune.tensor_train import TensorTrain, TrainAdapter, shape_of, train_sizes
+
+JSON_FILE, TENSOR_FILE = "adapter_tt.json", "adapter_tt.safetensors"
+# Matrix types that are adapted if the settings name none.
+TYPES = ("q", "v")
+_NOTE = (
+    f"The adapter is in `{TENSOR_FILE}` and `{JSON_FILE}`; what was trained is measured with it. Load the folder with "
+    "`bolaco.load` to have it. Stock transformers loads the model without the adapter, as it was before tuning."
+)
+
+
+class TrainOptions(Options):
+    """Size of the trains, and what becomes of them."""
+
+    rank: int = Field(5, gt=0, description="of every bond between two cores")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is multiplied by it")
+    factors: int = Field(
+        4, gt=0, description="numbers that a size is split into, at most; published sizes are as published"
+    )
+    merge: bool = Field(False, description="into dense matrices; refused where one is factored")
+
+
+def prepare(context: Context) -> Prepared:
+    """Adapters around the matrices, which alone require gradients."""
+    model, options = context.model, context.options
+    matrices = _chosen(context)
+    adapters: dict[str, TrainAdapter] = {}
+    for i, matrix in enumerate(matrices):
+        layer = matrix.of(model)
+        generator = torch.Generator().manual_seed(context.settings.seed * 100_003 + i)
+        inputs, outputs = train_sizes(*shape_of(layer), options.rank, options.factors)
+        train = TensorTrain(inputs, outputs, options.rank, generator, model.dtype, model.device)
+        adapters[matrix.name] = TrainAdapter(layer, train, options.alpha)
+        matrix.put(model, adapters[matrix.name])
+
+    def finish() -> PreTrainedModel:
+        for matrix in matrices:
+            adapter = adapters[matrix.name]
+            matrix.put(model, adapter.merged() if options.merge else adapter.layer)
+        return model
+
+    if options.merge:
+        return Prepared(finish, frozenset(f"{matrix.name}.weight" for matrix in matrices))
+    return Prepared(finish, frozenset(), save_extra=lambda folder: save(folder, adapters), note=_NOTE)
+
+
+def _chosen(context: Context) -> tuple[Matrix, ...]:
+    """The matrices that get an adapter.
+
+    Raises:
+        UnsupportedModelError: there is none.
+        RecipeError: one of them is not dense, and adapters are to be merged.
+    """
+    types = context.settings.types or TYPES
+    found = tuple(matrix for matrix in context.matrices if set(matrix.types) & set(types))
+    if not found:
+        raise UnsupportedModelError(f"{context.settings.model}: has no matrix of type {', '.join(types)} to adapt")
+    for matrix in found if context.options.merge else ():
+        if not isinstance(matrix.of(context.model), nn.Linear | Conv1D):
+            raise RecipeError(
+                f"options.merge: {matrix.name} is no dense matrix ({type(matrix.of(context.model)).__name__}), and "
+                "merging would raise its rank; leave the option out to keep the adapter in files of its own"
+            )
+    return found
+
+
+def save(folder: Path, adapters: dict[str, TrainAdapter]) -> None:
+    """Writes adapters, by the names of their matrices."""
+    tensors: dict[str, Tensor] = {}
+    matrices: dict[str, Any] = {}
+    for name, adapter in adapters.items():
+        train = adapter.train_of_cores
+        matrices[name] = {"in": train.inputs, "out": train.outputs, "rank": train.rank, "alpha": adapter.alpha}
+        for t, core in enumerate(train.cores):
+            tensors[f"{name}.{t}"] = core.detach().cpu().contiguous()
+    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
+    (folder / JSON_FILE).write_text(json.dumps({"format": 1, "matrices": matrices}, indent=1) + "\n", encoding="utf-8")
+
+
+def attach(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the adapters of a folder on its model, if it has some.
+
+    Raises:
+        CheckpointError: the files are damaged, or of another model.
+    """
+    file = folder / JSON_FILE
+    if not file.is_file():
+        return
+    try:
+        matrices = json.loads(file.read_text(encoding="utf-8"))["matrices"]
+        tensors = load_file(folder / TENSOR_FILE)
+        for name, entry in matrices.items():
+            layer = model.get_submodule(name)
+            train = TensorTrain(tuple(entry["in"]), tuple(entry["out"]), entry["rank"])
+            train.load_state_dict({f"cores.{t}": tensors[f"{name}.{t}"] for t in range(len(train.cores))})
+            made = TrainAdapter(layer, train.to(model.device, model.dtype), entry["alpha"]).requires_grad_(False)
+            product = [int(torch.tensor(sizes).prod()) for sizes in (train.inputs, train.outputs)]
+            if product != [*shape_of(layer)]:
+                raise ValueError(f"{name}: the adapter is for {product[0]} to {product[1]}, the matrix is not")
+            Matrix(name, 0, (), None).put(model, made.eval())
+    except Exception as error:  # files can hold anything
+        raise CheckpointError(f"{file}: damaged, or of another model ({error})") from error
+
+
+MODE = Mode(
+    name="tt-lora",
+    paper="arXiv 2408.01008",
+    summary="tensor-train adapters on q and v, kept beside the model or merged into dense matrices (TT-LoRA)",
+    defaults=Defaults(learning_rate=1e-3, warmup=0.05, schedule="linear"),
+    prepare=prepare,
+    options=TrainOptions,
+    same_ranks=False,
+    coded=True,
+    check=_chosen,
+    attach=attach,
+)

@@ -1,0 +1,185 @@
+"""Factors trained among the weights they replace: the schedule, both ends of the mixture, and the mode around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bolaco import api
+from bolaco.compressed import low_rank_linear
+from bolaco.errors import CheckpointError
+from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.models.load import load_model
+from bolaco.models.structure import inspect_structure
+from bolaco.tune.mode import Context, Prepared, matrices_of
+from bolaco.tune.modes.mixed_rank import MODE, MixedLinear, coin, probability
+from bolaco.tune.settings import make_settings, resolve
+from tests.models import FAMILIES, compress_tiny, compressed, save_tiny, text_file, token_blocks
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=token_blocks(2, 24, seed=8), use_cache=False).logits
+    return found
+
+
+def ranks(model: Any) -> dict[str, int]:
+    return {
+        matrix.name: module.rank
+        for matrix in matrices_of(model)
+        if isinstance(module := matrix.of(model), LowRankLinear | PivotedLinear)
+    }
+
+
+def prepared(path: Path, original: Any, **options: Any) -> tuple[Any, Prepared]:
+    """A loaded model in training mode, and what the mode made of it."""
+    model = load_model(str(path)).requires_grad_(False)
+    given = {f"options.{key}": value for key, value in options.items()}
+    settings, checked = resolve(make_settings(str(path), {"mode": "mixed-rank", "data": "x"}, given), MODE)
+    made = MODE.prepare(Context(model, settings, checked, {}, lambda _: [], lambda _: original))
+    for module in model.modules():
+        if isinstance(module, MixedLinear):
+            module.train()
+    return model, made
+
+
+# --- schedule ---------------------------------------------------------------------------------------------------------
+
+
+def test_probability_falls_to_zero_and_stays_there() -> None:
+    found = [probability(step, 10, 0.8, 0.5) for step in range(10)]
+    assert found == pytest.approx([0.8, 0.64, 0.48, 0.32, 0.16, 0, 0, 0, 0, 0])
+    assert probability(0, 3, 1.0, 1.0) == 1
+    assert probability(2, 4, 1.0, 1.0) == 0.5
+
+
+def test_coins_fall_with_their_probability_and_alike_every_time() -> None:
+    thrown = [coin(3, step, "q", 0.3) for step in range(4000)]
+    assert sum(thrown) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert thrown == [coin(3, step, "q", 0.3) for step in range(4000)]
+    for other in ([coin(4, s, "q", 0.3) for s in range(4000)], [coin(3, s, "k", 0.3) for s in range(4000)]):
+        both = sum(a and b for a, b in zip(thrown, other, strict=True)) / 4000
+        assert both == pytest.approx(0.09, abs=0.03)  # independent of seed and matrix
+    assert all(coin(0, step, "q", 1.0) for step in range(100))
+    assert not any(coin(0, step, "q", 0.0) for step in range(100))
+
+
+# --- the mixture ------------------------------------------------------------------------------------------------------
+
+
+def test_layer_is_one_or_the_other() -> None:
+    factors = low_rank_linear(normal(5, 2), normal(2, 7, seed=1), normal(5, seed=2)).requires_grad_(True)
+    weight, bias, x = normal(5, 7, seed=3), normal(5, seed=4), normal(3, 7, seed=5)
+    layer = MixedLinear(factors, weight, bias).train()
+    assert torch.equal(layer(x), factors(x))
+    layer.mixed = True
+    torch.testing.assert_close(layer(x), x @ weight.T + bias)
+    layer(x).sum().backward()
+    assert all(not parameter.grad.any() for parameter in factors.parameters() if parameter.grad is not None)
+    assert factors.reduce.weight.grad is not None
+    assert torch.equal(layer.eval()(x), factors(x))  # evaluation is of the factors
+    assert set(layer.state_dict()) == {f"layer.{key}" for key in factors.state_dict()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_both_ends_of_the_mixture(family: str) -> None:
+    """At p = 1 the model is the original, as far as matrices go; at p = 0 the factored model."""
+    source = compressed(family)
+    model, made = prepared(source.path, source.original)
+    assert made.on_step is not None
+    made.on_step(0, 10)
+    torch.testing.assert_close(logits(model), logits(source.original), rtol=1e-4, atol=1e-4)
+    made.on_step(5, 10)
+    torch.testing.assert_close(logits(model), logits(load_model(str(source.path))), rtol=1e-4, atol=1e-4)
+    made.on_step(2, 10)  # p = 0.6
+    states = {module.mixed for module in model.modules() if isinstance(module, MixedLinear)}
+    assert states == {True, False}
+    # Whatever the last coin was, the export is the factors.
+    wanted = logits(model.eval())
+    finished = made.finish()
+    torch.testing.assert_close(logits(finished), wanted, rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, MixedLinear) for module in finished.modules())
+
+
+def sparse_weights(original: Any) -> dict[str, Tensor]:
+    """Half of every matrix, by the names of the matrices."""
+    structure = inspect_structure(original)
+    weights = {
+        site.name: structure.weight(original, site).clone(memory_format=torch.contiguous_format)
+        for site in structure.sites
+    }
+    return {name: weight * (weight.abs() > weight.abs().median()) for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_pruned_weights_beside_the_model_are_what_is_mixed_in(family: str, tmp_path: Path) -> None:
+    source = compress_tiny(FAMILIES[family](), tmp_path / "small", method="svd")
+    weights = sparse_weights(source.original)
+    save_file(weights, source.path / "sparse.safetensors")
+    model, made = prepared(source.path, source.original)
+    assert made.on_step is not None
+    made.on_step(0, 10)
+    sparse, structure = source.original, inspect_structure(source.original)
+    changed = {matrix.name.replace(".parts.", ".") for matrix in matrices_of(load_model(str(source.path)))}
+    factored = {name.replace(".parts.", ".") for name in ranks(load_model(str(source.path)))}
+    assert factored <= changed
+    for site in structure.sites:
+        if site.name in factored:
+            structure.weight(sparse, site).copy_(weights[site.name])
+    torch.testing.assert_close(logits(model), logits(sparse), rtol=1e-4, atol=1e-4)
+
+
+def test_the_original_is_not_loaded_for_pruned_weights(tmp_path: Path) -> None:
+    """Where the architecture has no biases that it would be needed for."""
+    source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", method="svd")
+    save_file(sparse_weights(source.original), source.path / "sparse.safetensors")
+    model = load_model(str(source.path)).requires_grad_(False)
+    settings, options = resolve(make_settings(str(source.path), {"mode": "mixed-rank", "data": "x"}), MODE)
+    MODE.prepare(Context(model, settings, options, {}, lambda _: [], lambda _: pytest.fail("loaded")))
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", method="svd")
+    weights = {name: weight[:-1] for name, weight in sparse_weights(source.original).items()}
+    save_file(weights, source.path / "sparse.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"sparse.safetensors: has no matrix model.layers.0.* of shape \[32, 32\]"
+    ):
+        prepared(source.path, source.original)
+    (source.path / "sparse.safetensors").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"sparse.safetensors: damaged"):
+        prepared(source.path, source.original)
+
+
+# --- the mode ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["two-factor", "pivoted"])
+def test_a_run(storage: str, tmp_path: Path) -> None:
+    options = {"factorization.storage": storage}
+    source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", keep=0.6, options=options)
+    original = save_tiny(tmp_path / "original", source.original)
+    options = {"options.original": str(original), "data.sequences": 4, "evaluation.windows": 4}
+    options |= {"training.autocast": False, "training.warmup": 0}
+    words = {"max_steps": 30, "batch": 4, "seq_len": 32, "learning_rate": 3e-3}
+    result = api.tune(str(source.path), "mixed-rank", str(text_file()), tmp_path / "out", options=options, **words)
+    assert result is not None
+    curve = [point["loss"] for point in result.info["tuning"]["curve"]]
+    # From the middle on there are the factors only, on one batch: the loss has to fall.
+    assert curve[-1] < curve[15] - 0.05
+    old, new = load_model(str(source.path)), load_model(str(result.path))
+    assert ranks(new) == ranks(old)
+    assert {k: v.shape for k, v in new.state_dict().items() if "order" not in k}.keys() == {
+        k: v for k, v in old.state_dict().items() if "order" not in k
+    }.keys()
+    measured = api.evaluate(str(result.path), str(text_file()), seq_len=32, limit=4).perplexity
+    assert measured == pytest.approx(result.info["tuning"]["perplexity"]["after"], rel=1e-4)

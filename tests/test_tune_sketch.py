@@ -1,0 +1,292 @@
+"""Weights as codes into tables: packing, k-means and feedback against references, and the mode around them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from bolaco import api
+from bolaco.checkpoint.export import export_dense
+from bolaco.errors import RecipeError, UnsupportedModelError
+from bolaco.layers import SketchLinear, build_layer, pack, unpack
+from bolaco.models.load import load_model
+from bolaco.tune.modes import sketch
+from bolaco.tune.tables import Coded, clustering_error, code, coded_layer, inverse_factor, kmeans
+from bolaco.tune.trainer import TuneTrainer
+from tests.command import digest
+from tests.models import FAMILIES, compressed, save_tiny, text_file, tiny_llama, token_blocks
+
+# One batch, again and again, so that its loss has to fall.
+SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0, "data.sequences": 4}
+
+
+def run(model: Path, out: Path, options: dict[str, Any] | None = None, **words: Any) -> dict[str, Any]:
+    given = {"max_steps": 8, "batch": 4, "seq_len": 32, "learning_rate": 3e-3} | words
+    result = api.tune(str(model), "sketch", str(text_file()), out, options=SMALL | (options or {}), **given)
+    assert result is not None
+    return result.info
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=token_blocks(2, 24, seed=8), use_cache=False).logits
+    return found
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(count: int, dim: int, seed: int = 0) -> Tensor:
+    """Inputs of very different sizes that depend on each other."""
+    return normal(count, dim, seed=seed) @ (normal(dim, dim, seed=seed + 1) * torch.logspace(-1, 1, dim).double())
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """To nearest, on an even grid from the least to the greatest of a row."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    return low + ((weight - low) / step).round() * step
+
+
+def output_error(weight: Tensor, other: Tensor, x: Tensor) -> float:
+    return float(((weight - other) @ x.T).square().sum())
+
+
+# --- codes ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(bits=st.sampled_from([2, 3, 4]), rows=st.integers(0, 5), columns=st.integers(0, 40), seed=st.integers(0, 99))
+def test_packing_is_undone(bits: int, rows: int, columns: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, columns), generator=draw, dtype=torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (rows, bits * -(-columns // 8))  # truly so many bits a code
+    back = unpack(packed, bits)
+    assert torch.equal(back[:, :columns], codes)
+    assert not back[:, columns:].any()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("columns", "groups"), [(16, 1), (16, 4), (19, 3), (10, 7)])
+def test_layer_is_the_table_looked_up(bits: int, columns: int, groups: int) -> None:
+    size = -(-columns // groups)
+    lut, codes = normal(5, groups, 2**bits), torch.randint(2**bits, (5, columns), dtype=torch.uint8)
+    linear = torch.nn.Linear(columns, 5).double()
+    layer = coded_layer(linear, Coded(lut, codes), bits)
+    wanted = torch.stack([torch.stack([lut[i, j // size, int(codes[i, j])] for j in range(columns)]) for i in range(5)])
+    assert torch.equal(layer.weight, wanted)
+    assert torch.equal(Coded(lut, codes).weight, wanted)
+    x = normal(3, columns).requires_grad_()
+    layer.requires_grad_(True)
+    y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, wanted, linear.bias))
+    y.square().sum().backward()
+    # Gradient of a table entry: of all weights that take their value from it, added up.
+    dense = (2 * y).T.detach() @ x.detach()
+    gradient = torch.zeros_like(lut)
+    for i, j in itertools.product(range(5), range(columns)):
+        gradient[i, j // size, int(codes[i, j])] += dense[i, j]
+    torch.testing.assert_close(layer.lut.grad, gradient)
+    torch.testing.assert_close(x.grad, (2 * y).detach() @ wanted)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=30)
+@given(bits=st.sampled_from([1, 2, 3, 4]), columns=st.integers(1, 60), power=st.floats(0, 4), seed=st.integers(0, 99))
+def test_kmeans_is_no_worse_than_an_even_grid(bits: int, columns: int, power: float, seed: int) -> None:
+    values, weights = normal(4, columns, seed=seed) ** 3, normal(columns, seed=seed + 1).abs() ** power
+    centres = kmeans(values, weights, 2**bits)
+    assert centres.shape == (4, 2**bits)
+    assert (centres.diff(dim=1) >= 0).all()
+    found = clustering_error(values, weights, centres)
+    brute = (weights * ((values[..., None] - centres[:, None]) ** 2).amin(-1)).sum(1)
+    torch.testing.assert_close(found, brute)
+    grid = (weights * (values - rounded(values, bits).nan_to_num(0)) ** 2).sum(1)
+    if columns > 1:
+        assert (found <= grid * (1 + 1e-9)).all()
+
+
+def test_kmeans_finds_separate_values() -> None:
+    values = torch.tensor([[5.0, -1.0, 5.0, 2.0, -1.0, 9.0]], dtype=torch.float64)
+    centres = kmeans(values, torch.ones(6, dtype=torch.float64), 4)
+    assert centres.tolist() == [[-1.0, 2.0, 5.0, 9.0]]
+
+
+def test_kmeans_minds_weights() -> None:
+    values = torch.tensor([[0.0, 1.0, 10.0, 11.0, 12.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 3.0, 1.0, 1.0, 1e9], dtype=torch.float64)
+    centres = kmeans(values, weights, 2)
+    torch.testing.assert_close(centres, torch.tensor([[0.75, 12.0]], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_coding_loses_less_of_the_output_than_rounding(bits: int, groups: int) -> None:
+    """Of the calibration outputs; and feedback less than the nearest entry of the same tables."""
+    weight, x = normal(24, 150, seed=3), correlated(400, 150, seed=4)
+    made = code(weight, inverse_factor(x.T @ x / len(x), 0.01), bits, groups, 3.0)
+    error = output_error(weight, made.weight, x)
+    assert error < output_error(weight, rounded(weight, bits), x)
+    size = -(-150 // groups)
+    pieces = [(weight[:, g * size :][:, :size], made.lut[:, g]) for g in range(groups)]
+    nearest = torch.cat([lut.gather(1, (w[..., None] - lut[:, None]).abs().argmin(-1)) for w, lut in pieces], dim=1)
+    assert error < output_error(weight, nearest, x)
+
+
+def test_feedback_is_the_inverse_hessian() -> None:
+    x = correlated(60, 20)
+    order, upper = inverse_factor(x.T @ x / 60, 0.05)
+    hessian = 2 * x.T @ x / 60
+    hessian += 0.05 * hessian.diagonal().mean() * torch.eye(20)
+    torch.testing.assert_close(upper.T @ upper, torch.linalg.inv(hessian[order][:, order]))
+    assert torch.equal(upper, upper.triu())
+    assert (hessian.diagonal()[order].diff() <= 0).all()
+
+
+def test_columns_without_input_are_coded_too() -> None:
+    x = correlated(60, 12)
+    x[:, 4:] = 0
+    for inputs in (x, torch.zeros_like(x)):
+        made = code(normal(3, 12), inverse_factor(inputs.T @ inputs / 60, 0.01), 2, 1, 3.0)
+        assert torch.isfinite(made.weight).all()
+
+
+def test_without_correlation_the_nearest_entry_is_taken() -> None:
+    """And columns that weigh the same give plain k-means."""
+    weight = normal(6, 30)
+    made = code(weight, inverse_factor(torch.eye(30, dtype=torch.float64), 0.01), 3, 1, 3.0)
+    lut = kmeans(weight, torch.ones(30, dtype=torch.float64), 8)
+    torch.testing.assert_close(made.lut[:, 0], lut)
+    nearest = (weight[..., None] - made.lut).abs().argmin(-1)
+    assert torch.equal(made.codes.long(), nearest)
+
+
+# --- the mode ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_tables_are_trained_and_codes_are_not(
+    family: str, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny(tmp_path / "model", FAMILIES[family]()) if dense else compressed(family).path
+    coded: dict[str, Tensor] = {}
+    code_blocks = sketch._code_blocks
+    monkeypatch.setattr(sketch, "_code_blocks", lambda *args: coded.update(code_blocks(*args)) or coded)
+    record = run(source, tmp_path / "out")
+    curve = record["tuning"]["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
+    assert record["tuning"]["result_type"] == f"lowrank_{family}"
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
+    assert sum(layer.lut.numel() for layer in layers.values()) == record["tuning"]["trainable_parameters"]
+    assert {f"{name}.codes" for name in layers} == {key for key in coded if key.endswith("codes")}
+    for name, layer in layers.items():
+        codes = unpack(layer.codes, layer.bits)[:, : layer.in_features]
+        assert torch.equal(codes, coded[f"{name}.codes"])
+        assert layer.out_features == 0 or not torch.equal(layer.lut, coded[f"{name}.lut"])
+    # Saved again it is the same, and it generates.
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load_model(str(tmp_path / "again"))), logits(model))
+    made = model.generate(token_blocks(1, 6), max_new_tokens=4, do_sample=False)
+    assert made.shape[1] > 6
+    unchanged = record["tuning"]["unchanged"]["tensors"]
+    outside = [k for k in load_model(str(source)).state_dict() if not any(part in k for part in (".mlp.", "attn."))]
+    assert unchanged >= len(outside)
+
+
+def test_coding_is_sequential_and_near(tmp_path: Path) -> None:
+    """A dense model at 4 bits is close to what it was, closer than at 2, on the text it was calibrated on."""
+    source = save_tiny(tmp_path / "model", tiny_llama(hidden_size=64, intermediate_size=96))
+    before, loss = logits(load_model(str(source))), {}
+    for bits in (2, 4):
+        out = tmp_path / f"out{bits}"
+        run(source, out, {"options.bits": bits, "data.sequences": 16}, max_steps=1, learning_rate=1e-12)
+        loss[bits] = float((logits(load_model(str(out))) - before).square().mean() / before.var())
+    assert loss[4] < 0.2 * loss[2]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_file_is_small(bits: int, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    model = tiny_llama(**sizes).bfloat16()
+    source = save_tiny(tmp_path / "model", model)
+    record = run(source, tmp_path / "out", {"options.bits": bits}, max_steps=1)
+    linears = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    shapes = [(m.out_features, m.in_features) for m in linears]
+    wanted = sum(out * (bits * inside // 8 + 2 * 2**bits) for out, inside in shapes)
+    rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(a * b for a, b in shapes))
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == record["tuning"]["bytes"]
+    assert wanted + rest <= size <= wanted + rest + 8192  # the header
+    assert record["tuning"]["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_only_the_types_asked_for_are_coded(tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model")
+    run(source, tmp_path / "out", max_steps=1, types=("o", "down"))
+    config = load_model(str(tmp_path / "out")).config
+    names = {name.rpartition(".")[2] for name in config.lowrank["matrices"]}
+    assert names == {"o_proj", "down_proj"}
+
+
+def test_a_coded_model_is_tuned_on_its_codes_and_made_dense(tmp_path: Path) -> None:
+    run(compressed("llama").path, tmp_path / "first", max_steps=2)
+    record = run(tmp_path / "first", tmp_path / "second", max_steps=2)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    changed = {key for key in first if not torch.equal(first[key], second[key])}
+    assert changed == {key for key in first if key.endswith(".lut") and first[key].numel()}
+    assert record["tuning"]["earlier"]["mode"] == "sketch"
+    export_dense(str(tmp_path / "second"), tmp_path / "dense", drop_bias=True)
+    assert "lut" not in "".join(load_file(tmp_path / "dense" / "model.safetensors"))
+    with pytest.raises(UnsupportedModelError, match="coded into tables, and mode 'factors' would lose that"):
+        api.tune(str(tmp_path / "second"), "factors", str(text_file()), tmp_path / "third", max_steps=1, seq_len=32)
+
+
+def test_dense_export_of_coded_matrices_is_the_same_model(tmp_path: Path) -> None:
+    run(save_tiny(tmp_path / "model"), tmp_path / "out", max_steps=1)
+    export_dense(str(tmp_path / "out"), tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(logits(dense), logits(load_model(str(tmp_path / "out"))))
+
+
+def test_resumed_run_takes_the_codes_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = compressed("llama").path
+    run(source, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(TuneTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out")
+    monkeypatch.setattr(sketch, "_code_blocks", lambda *_: pytest.fail("coded again"))
+    run(source, tmp_path / "out")
+    assert digest(tmp_path / "out" / "model.safetensors") == digest(tmp_path / "whole" / "model.safetensors")
+
+
+def test_other_code_lengths_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"options\.bits"):
+        run(compressed("llama").path, tmp_path / "out", {"options.bits": 5})
+
+
+def test_entries_describe_layers() -> None:
+    entry = {"out": 6, "rank": 2, "bias": True, "bits": 3, "groups": 2, "side": "rows"}
+    layer = build_layer(9, entry)
+    kinds = {name: type(module).__name__ for name, module in layer.named_children()}
+    assert kinds == {"pivot": "SketchLinear", "rest": "SketchLinear"}
+    assert isinstance(build_layer(9, entry | {"rank": None}), SketchLinear)
+    assert entry["bits"] == 3
