@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
-# All presets at keep 0.9, 0.8 and 0.7 on SmolLM2-135M, side by side:
+# All methods at keep 0.9, 0.8 and 0.7 on SmolLM2-135M, side by side:
 #   DATA=folder benchmarks/compare.sh OUT [more options of `bolaco compare`]
 # DATA has c4_sample.jsonl and wikitext2_raw_test.txt. Documents 1-1000 of C4 calibrate, 1001-1300 are searched on, the
 # others and WikiText-2 are reported on. The same command continues a comparison that was stopped.
+# KEEP, METHODS and WINDOWS make it smaller.
 set -euo pipefail
 : "${DATA:?the folder with c4_sample.jsonl and wikitext2_raw_test.txt}"
 out=${1:?the folder to write}
 shift
+all=default,bolaco,kfac-svd,svd-llm,afm,asvd,fwsvd,svd,welore,joint,lpaf,chop,aa-svd,mpifa
 bolaco compare smollm2-135m \
-  --methods default,kfac-svd,svd-llm,asvd,fwsvd,welore,aa-svd,mpifa,bolaco-5x1,svd \
-  --keep 0.9,0.8,0.7 --seq-len 512 \
+  --methods "${METHODS:-$all}" --keep "${KEEP:-0.9,0.8,0.7}" --seq-len 512 \
   --calibration "$DATA/c4_sample.jsonl[:1000]" --validation "$DATA/c4_sample.jsonl[1000:1300]" \
   --eval "$DATA/wikitext2_raw_test.txt,$DATA/c4_sample.jsonl[1300:]" \
   --set calibration.sequences=64 --set calibration.gradient_sequences=24 \
-  --set validation.sequences=8 --set validation.candidates=16 --set search.trials=30 \
-  --set default:refinement.steps=20 --set aa-svd:refinement.steps=20 \
-  --set evaluation.seq_len=1024 --set evaluation.windows=16 \
+  --set evaluation.seq_len=1024 --set evaluation.windows="${WINDOWS:-16}" \
   -o "$out" "$@"
