@@ -1,0 +1,309 @@
+"""Folders, disks and signals that are in the way cost nobody anything: no file is lost, none is left behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bolaco import blockstore, pipeline
+from bolaco.models import inspect_structure
+from tests.bad_input.common import one_line, refused
+from tests.command import bolaco, compress, ok, snapshot, what_counts
+from tests.models import english, save_tiny, tiny_llama
+
+PYTHON_LOCK = """
+import sys
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+# --- output and work folder ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full folder", "empty folder", "file"])
+def test_existing_output(place: Path, kind: str) -> None:
+    if kind == "file":
+        Path("out").write_text("mine")
+    else:
+        Path("out").mkdir()
+    if kind == "full folder":
+        Path("out/notes.txt").write_text("mine")
+    refused(compress("out"), "out: exists already and is not overwritten")
+    refused(["export", "model", "--dense", "-o", "out"], "")
+
+
+def test_output_that_appears_meanwhile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = pipeline._Run.measure
+
+    def slow(*args: Any) -> Any:
+        Path("out").mkdir()
+        Path("out/notes.txt").write_text("mine")
+        return measure(*args)
+
+    monkeypatch.setattr(pipeline._Run, "measure", slow)
+    one_line(bolaco(*compress("out", "--search", "none")), "out: exists already and is not overwritten")
+    assert snapshot("out").keys() == {"out/notes.txt"}
+    assert list(Path().glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("out", "work"), [("same", "same"), ("work/out", "work"), ("out", "out/work"), ("out", "./out")]
+)
+def test_output_and_work_folder_inside_each_other(place: Path, out: str, work: str) -> None:
+    refused(compress(out, "--work", work), "must not be one inside the other")
+
+
+@pytest.mark.parametrize("out", ["text.txt/out", "text.txt/deep/out"])
+def test_a_file_where_a_folder_should_be(place: Path, out: str) -> None:
+    refused(compress(out), "is not a folder")
+
+
+def test_a_file_as_work_folder(place: Path) -> None:
+    refused(compress("out", "--work", "text.txt"), "text.txt: exists and is not a folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(place: Path) -> None:
+    Path("closed").mkdir(mode=0o500)
+    refused(compress("closed/out"), "closed", "Permission denied")
+
+
+def test_unrelated_work_folder(place: Path) -> None:
+    Path("papers").mkdir()
+    Path("papers/thesis.tex").write_text("mine")
+    refused(compress("out", "--work", "papers"), "papers: not a work folder of bolaco")
+    Path("papers/recipe.json").write_text('{"dough": "500 g"}')
+    refused(compress("out", "--work", "papers"), "papers: not a work folder of bolaco")
+    Path("papers/thesis.tex").unlink()
+    refused(compress("out", "--work", "papers"), "papers: not a work folder of bolaco")
+    Path("papers/recipe.json").write_text("[]")
+    refused(compress("out", "--work", "papers"), "papers/recipe.json: damaged")
+
+
+def test_work_folder_of_another_recipe(begun: Path) -> None:
+    words = compress("out", "--seed", "4", search_min_keep=0.3)
+    refused(words, "out.work: started with another recipe", "search.min_keep (0.2 there, 0.3 here)")
+    refused(words, "seed (0 there, 4 here)")
+
+
+def test_work_folder_of_other_weights(begun: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.01
+    Path("model").unlink()
+    save_tiny(Path("model"), model)
+    refused(compress("out"), "out.work: the model's weights have changed")
+
+
+def test_work_folder_of_another_text(begun: Path) -> None:
+    Path("text.txt").write_text(english(1200, seed=7))
+    refused(compress("out"), "out.work: the text or its tokens have changed")
+
+
+def test_work_folder_in_use(begun: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", PYTHON_LOCK, "out.work.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refused(compress("out"), "out.work: another run is using this work folder")
+    finally:
+        holder.communicate("")
+    ok(*compress("out"))
+
+
+JSON_DAMAGE = [
+    (name, text)
+    for name in ("recipe", "seconds", "model", "texts", "dense", "selection")
+    for text in ("", '{"half": ', "17")
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [(f"{name}.json", text) for name, text in JSON_DAMAGE]
+    + [("selection.json", "[0, 1, 99]"), ("selection.json", '["a"]'), ("selection.json", "[]"), ("dense.json", "{}")],
+)
+def test_damaged_work_folder(begun: Path, file: str, text: str) -> None:
+    assert (begun / file).exists()
+    (begun / file).write_text(text)
+    refused(compress("out"), f"out.work/{file}: damaged", "delete the folder out.work")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"x" * len(data)])
+def test_damaged_factors(begun: Path, shared: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = begun / "factors" / "block-00001.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    one_line(bolaco(*compress("out")), f"out.work/factors/{file.name}: missing or damaged", "delete")
+    file.unlink()  # as the message says
+    ok(*compress("out"))
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"garbage\n" + data,
+        lambda data: data + b"garbage\n",
+        lambda data: b'{"op_code": 3}\n' + data,
+        lambda data: data + b'{"op_code": 99, "worker_id": "x"}\n',
+        lambda data: b"\xff\xfe\x00\n" * 3,
+        lambda data: b"[]\n" + data,
+        lambda data: data.replace(b"levels", b"lovels"),
+        lambda data: data.replace(b'"objective":', b'"objective":"', 1),
+    ],
+    ids=["first line", "last line", "no fields", "unknown operation", "binary", "list", "renamed", "half a string"],
+)
+def test_damaged_journal(begun: Path, shared: Path, damage: Callable[[bytes], bytes]) -> None:
+    file = begun / "trials.journal"
+    before = file.read_bytes()
+    file.write_bytes(damage(before))
+    assert file.read_bytes() != before
+    one_line(bolaco(*compress("out")), "out.work/trials.journal: the trial journal is damaged")
+    file.unlink()  # as the message says
+    ok(*compress("out"))
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------
+
+
+def bytes_needed() -> int:
+    """Factors of every matrix but v at its highest multiple of 4, and at most 21,664 parameters of a checkpoint."""
+    sites = [site for site in inspect_structure(tiny_llama()).sites if site.type != "v"]
+    sides = [(site.out_features + site.in_features, site.size) for site in sites]
+    return 4 * (sum((size - 1) // both // 4 * 4 * both for both, size in sides) + 21_664)
+
+
+def test_too_little_space_is_seen_before_the_work(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = bytes_needed()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    refused(compress("out"), "no space left for the factors and the checkpoint: about 0.1 MiB are needed")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    ok(*compress("out", "--search", "none"))
+
+
+def test_the_cache_on_disk_counts_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = bytes_needed() + 8 * 32 * 32 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    refused(compress("out", calibration_cache="disk"), "no space left")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    ok(*compress("out", "--search", "none", calibration_cache="disk"))
+
+
+@pytest.mark.parametrize("kind", ["OSError", "SafetensorError"])
+def test_full_disk_while_writing_factors(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    calls = []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) < 2:
+            save_file(tensors, path)
+            return
+        path.write_bytes(b"half")
+        if kind == "OSError":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise blockstore.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blockstore, "save_file", full)
+        one_line(bolaco(*compress("out", "--search", "none")), "no space left on the disk", "give the same command")
+    first = Path("out.work/factors/block-00000.safetensors")
+    written = first.stat().st_mtime_ns
+    assert not Path("out").exists()
+    ok(*compress("out", "--search", "none", "--keep-work"))
+    assert first.stat().st_mtime_ns == written
+    ok(*compress("fresh", "--search", "none"))
+    assert what_counts("out") == what_counts("fresh")
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a small disk, or changes how it is mounted."""
+    disk = tmp_path / "disk"
+
+    def mounted(*options: str) -> Path:
+        disk.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(disk)]
+        try:
+            subprocess.run(words, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("may not mount a disk here")
+        return disk
+
+    yield mounted
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_disk_that_is_full_from_the_start(place: Path, mount: Callable[..., Path]) -> None:
+    (mount("size=8k") / "data").write_bytes(bytes(8192))
+    refused(compress("disk/out"), "no space left on the disk")
+
+
+@pytest.mark.parametrize(("size", "stage"), [("32k", "factorize"), ("148k", "write")])
+def test_really_full_disk(
+    place: Path, mount: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, size: str, stage: str
+) -> None:
+    disk = mount(f"size={size}")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))  # the estimate lets it pass
+    words = compress("disk/out", "--search", "none")
+    one_line(bolaco(*words), "no space left on the disk")
+    assert not (disk / "out").exists()
+    assert list(disk.glob(".*")) == []
+    finished = {file: file.stat().st_mtime_ns for file in disk.glob("out.work/factors/*.safetensors")}
+    assert len(finished) == {"factorize": 0, "write": 2}[stage]
+    assert (disk / "out.work").exists() == (stage == "write")
+    mount("remount", "size=4m")
+    ok(*words, "--keep-work")
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    ok(*compress("fresh", "--search", "none"))
+    assert what_counts("disk/out") == what_counts("fresh")
+
+
+def test_read_only_disk(place: Path, mount: Callable[..., Path]) -> None:
+    mount("size=1m", "ro")
+    refused(compress("disk/out"), "disk/out.work.lock: Read-only file system")
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------------------------
+
+
+def test_interrupt(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = pipeline._Evaluator.scores
+    calls = []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return scores(*args)
+
+    words = compress("out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Evaluator, "scores", interrupted)
+        done = bolaco(*words)
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == "bolaco: stopped; the same command continues where this one was"
+    assert "Traceback" not in done.err
+    assert not Path("out").exists()
+    assert not Path("out.work.lock").exists()
+    again = ok(*words)
+    assert "search: 2 trials are in the ledger already" in again.err
+    assert what_counts("out") == what_counts(shared / "out")
