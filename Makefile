@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_STEPS ?= 20
 DEMO_OUT ?= demo-output
+TEST_PROCESSES ?= 2
 
 .PHONY: setup demo test test-slow lint clean
 
@@ -30,7 +31,7 @@ demo: $(VENV)/.model
 	$(BIN)/python examples/generate.py $(DEMO_OUT)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(VENV)/.model
 	$(BIN)/python -m pytest -m slow
