@@ -8,9 +8,11 @@ set -euo pipefail
 : "${DATA:?the folder with c4_sample.jsonl and wikitext2_raw_test.txt}"
 out=${1:?the folder to write}
 shift
-all=default,bolaco,kfac-svd,svd-llm,afm,asvd,fwsvd,svd,welore,joint,lpaf,chop,aa-svd,mpifa
+methods=${METHODS:-default,bolaco,kfac-svd,svd-llm,afm,asvd,fwsvd,svd,welore,joint,lpaf,chop,aa-svd,mpifa}
+# As many steps as the default has; the paper's are 200.
+case ",$methods," in *,aa-svd,*) set -- --set aa-svd:refinement.steps=20 "$@" ;; esac
 bolaco compare smollm2-135m \
-  --methods "${METHODS:-$all}" --keep "${KEEP:-0.9,0.8,0.7}" --seq-len 512 \
+  --methods "$methods" --keep "${KEEP:-0.9,0.8,0.7}" --seq-len 512 \
   --calibration "$DATA/c4_sample.jsonl[:1000]" --validation "$DATA/c4_sample.jsonl[1000:1300]" \
   --eval "$DATA/wikitext2_raw_test.txt,$DATA/c4_sample.jsonl[1300:]" \
   --set calibration.sequences=64 --set calibration.gradient_sequences=24 \
