@@ -296,9 +296,14 @@ def test_interrupt(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -
         return scores(*args)
 
     words = compress("out")
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Evaluator, "scores", interrupted)
-        done = bolaco(*words)
+    # A shell's background jobs ignore the signal, and so would this process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline._Evaluator, "scores", interrupted)
+            done = bolaco(*words)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == 130
     assert done.err.splitlines()[-1] == "bolaco: stopped; the same command continues where this one was"
     assert "Traceback" not in done.err
