@@ -26,7 +26,7 @@ from bolaco.tune import run
 from bolaco.tune.mode import Context, Mode, matrices_of
 from bolaco.tune.registry import ADAPTERS, MODES, get_mode
 from bolaco.tune.settings import make_settings, resolve
-from bolaco.tune.trainer import _Watch
+from bolaco.tune.trainer import TuneTrainer, _Watch
 from tests.command import digest, ok
 from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, scratch, text_file, token_blocks
 
@@ -207,12 +207,50 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
     assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
 
 
+def by_the_clock(monkeypatch: pytest.MonkeyPatch, seconds: float = 40) -> list[float]:
+    """Every training step takes so long; returns where the learning rates of the steps are collected."""
+    now, rates = [0.0], []
+    step = TuneTrainer.training_step
+
+    def timed(trainer: TuneTrainer, *args: Any, **kwargs: Any) -> Any:
+        now[0] += seconds
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(TuneTrainer, "training_step", timed)
+    monkeypatch.setattr("bolaco.tune.trainer.time.monotonic", lambda: now[0])
+    return rates
+
+
 def test_the_budget_of_minutes_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 10_000, 40))
-    monkeypatch.setattr("bolaco.tune.trainer.time.monotonic", lambda: float(next(clock)))
-    result = tune(folder_of("llama").path, tmp_path / "out", "factors", max_steps=50, minutes=2)
-    record = result.info["tuning"]
-    assert (record["steps"], record["of_steps"], record["out_of_time"]) == (3, 50, True)
+    rates = by_the_clock(monkeypatch)
+    words = {"max_steps": 500, "minutes": 4, "learning_rate": 1.0, "options": {"training.warmup": 0.5}}
+    record = tune(folder_of("llama").path, tmp_path / "out", "factors", **words).info["tuning"]
+    assert (record["steps"], record["of_steps"], record["out_of_time"]) == (6, 500, True)
+    # Half of the time is warm-up, and the rate has fallen to its end when time has: not after 500 steps.
+    assert rates[1:4] == pytest.approx([1 / 3, 2 / 3, 1.0], abs=0.01)
+    assert rates[3] > rates[4] > rates[5]
+
+
+def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, words = folder_of("llama").path, {"max_steps": 50, "minutes": 4, "options": {"training.save_steps": 1}}
+    rates = by_the_clock(monkeypatch)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4, True)
+        with pytest.raises(Stopped):
+            tune(model, tmp_path / "out", "factors", **words)
+    before = len(rates)
+    record = tune(model, tmp_path / "out", "factors", **words).info["tuning"]
+    assert (record["steps"], record["out_of_time"]) == (6, True)
+    assert len(rates) - before == 2
+
+
+def test_no_step_is_given_away_to_a_rate_of_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = by_the_clock(monkeypatch)
+    tune(folder_of("llama").path, tmp_path / "out", "factors", max_steps=4, learning_rate=1.0)
+    assert 0.8 < rates[0] < 1
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------

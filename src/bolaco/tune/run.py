@@ -272,15 +272,18 @@ class _Run:
                     train_dataset=data.train,
                     data_collator=data.collate,
                 )
-                if begun < steps:
-                    trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
-                elif last is not None:
+                out_of_time = last is not None and trainer.out_of_time(last[0]) and begun < steps
+                finished = last is not None and (begun >= steps or out_of_time)
+                if last is not None and finished:
                     load_trained(self.model, last[0] / TRAINED)
-        state = last[1] if begun >= steps and last is not None else vars(trainer.state)
+                else:
+                    trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+                    out_of_time = trainer.watch.out_of_time
+        state = last[1] if last is not None and finished else vars(trainer.state)
         return {
             "steps": int(state["global_step"]),
             "of_steps": steps,
-            "out_of_time": trainer.watch.out_of_time,
+            "out_of_time": out_of_time,
             "curve": _curve(state["log_history"]),
         }
 

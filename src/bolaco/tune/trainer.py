@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bolaco.errors import NonFiniteError, RecipeError, ResumeError
@@ -22,6 +23,7 @@ from bolaco.tune.mode import Prepared
 from bolaco.tune.settings import TuneSettings
 
 TRAINED = "trained.safetensors"
+_CLOCK = "clock.json"
 _SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -115,31 +117,110 @@ def last_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def _agreed(value: float, device: torch.device) -> float:
+    """The first process's value, in all of them: one clock decides."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.broadcast(shared, 0)
+    return float(shared)
+
+
+def _seconds(file: Path) -> float:
+    """What :class:`TuneTrainer` wrote of its clock.
+
+    Raises:
+        ResumeError: missing or damaged.
+    """
+    try:
+        return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ResumeError(f"{file}: damaged ({error}); delete the work folder to start anew") from error
+
+
+class _Clock:
+    """Time spent on training, of a budget; what was spent before an interruption counts.
+
+    Args:
+        minutes: the budget; None is without end.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.budget = None if minutes is None else 60 * minutes
+        self.earlier, self.start = 0.0, time.monotonic()
+
+    def begin(self, earlier: float = 0.0) -> None:
+        """Starts, with so many seconds spent before."""
+        self.earlier, self.start = earlier, time.monotonic()
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return self.earlier + time.monotonic() - self.start
+
+    @property
+    def share(self) -> float:
+        """What is spent of the budget, from 0; always 0 without one."""
+        return 0.0 if self.budget is None else self.spent / self.budget
+
+
 class TuneTrainer(Trainer):
     """Trains a :class:`Student`; its checkpoints hold what is trained, not the whole model."""
 
     model: Student
 
     def __init__(self, student: Student, prepared: Prepared, minutes: float | None, tick: Tick, **more: Any) -> None:
-        self.watch = _Watch(prepared, minutes, tick)
+        self.clock = _Clock(minutes)
+        self.watch = _Watch(prepared, self.clock, tick)
         super().__init__(model=student, callbacks=[self.watch], **more)
         self.remove_callback(PrinterCallback)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """transformers' schedule, run by the clock where time ends before the steps do.
+
+        It is asked for one step later than transformers does: its warm-up begins with a learning rate of zero, and a
+        short run has no step to give away.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            steps, shapes = num_training_steps, scheduler.lr_lambdas
+
+            def timed(shape: Any) -> Any:
+                return lambda step: shape(min(steps, max(step + 1, math.ceil(self._share() * steps))))
+
+            scheduler.lr_lambdas = [timed(shape) for shape in shapes]
+            # The first step's rate was set when the schedule was made.
+            for group, rate, shape in zip(
+                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+            ):
+                group["lr"] = rate * shape(0)
+        return scheduler
+
+    def out_of_time(self, checkpoint: Path) -> bool:
+        """Whether training stopped at this checkpoint because its time was spent."""
+        return self.clock.budget is not None and _seconds(checkpoint / _CLOCK) >= self.clock.budget
+
+    def _share(self) -> float:
+        """Of the budget of time that is spent, the same in all processes."""
+        return _agreed(self.clock.share, self.args.device) if self.clock.budget is not None else 0.0
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CLOCK).write_text(json.dumps({"seconds": self.clock.spent}), encoding="utf-8")
         save_file(trained_state(self.model.model), folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trained(self.model.model, Path(resume_from_checkpoint) / TRAINED)
+        folder = Path(resume_from_checkpoint)
+        load_trained(self.model.model, folder / TRAINED)
+        self.clock.begin(_seconds(folder / _CLOCK))
 
 
 class _Watch(TrainerCallback):
     """Progress, the mode's schedule, the budget of time, and a look at the loss."""
 
-    def __init__(self, prepared: Prepared, minutes: float | None, tick: Tick) -> None:
-        self.prepared, self.tick = prepared, tick
-        self.until = None if minutes is None else time.monotonic() + 60 * minutes
+    def __init__(self, prepared: Prepared, clock: _Clock, tick: Tick) -> None:
+        self.prepared, self.clock, self.tick = prepared, clock, tick
         self.out_of_time = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -147,12 +228,7 @@ class _Watch(TrainerCallback):
             self.prepared.on_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.until is None:
-            return
-        over = torch.tensor(float(time.monotonic() >= self.until), device=args.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(over, 0)  # one clock: all processes stop at the same step
-        if over.item():
+        if self.clock.budget is not None and _agreed(self.clock.share, args.device) >= 1:
             self.out_of_time = state.global_step < state.max_steps
             control.should_training_stop = control.should_save = True
 
