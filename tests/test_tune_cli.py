@@ -166,7 +166,7 @@ def test_peft_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "peft", None)
     done = bolaco(*words("out", mode="lora"))
     assert done.code == 1
-    assert "--mode lora needs PEFT" in done.err.splitlines()[-1]
+    assert "mode lora and its adapters need PEFT" in done.err.splitlines()[-1]
     assert "pip install 'bolaco[tune]'" in done.err.splitlines()[-1]
 
 

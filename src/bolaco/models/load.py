@@ -142,7 +142,7 @@ def load_model(
     if kept and adapters == "refuse":
         raise UnsupportedModelError(
             f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
-            "was made from with --set options.merge=true, which dense matrices allow, or remove the file"
+            "was made from with --set options.merge=true, or remove the adapter"
         )
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM

@@ -19,7 +19,7 @@ MODES: dict[str, str] = {
     "tt-lora": "bolaco.tune.modes.tt_lora",
 }
 # A file that a mode leaves beside the weights -> the mode, whose ``attach`` reads it.
-ADAPTERS = {"adapter_tt.json": "tt-lora"}
+ADAPTERS = {"adapter_tt.json": "tt-lora", "adapter/adapter_config.json": "lora"}
 
 
 def get_mode(name: str) -> Mode:

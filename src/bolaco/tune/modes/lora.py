@@ -2,7 +2,7 @@
 
 A factored matrix is two plain Linears, and each gets an adapter of its own. Merged into them the adapters leave the
 rank of the product, and the size of the model, as they are. Kept apart they are a standard PEFT adapter in the folder
-``adapter`` of a model that is otherwise the input.
+``adapter`` of a model that is otherwise the input; ``bolaco.load`` and bolaco's commands put it on.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from pydantic import Field
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from bolaco.errors import MissingPackageError, UnsupportedModelError
+from bolaco.errors import CheckpointError, MissingPackageError, UnsupportedModelError
 from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
 from bolaco.models.load import quiet
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
 ADAPTER = "adapter"
+_NOTE = (
+    "The adapter is a PEFT folder, `adapter`: `bolaco.load` puts it on, or `PeftModel.from_pretrained(model, "
+    '"FOLDER/adapter")`. Stock transformers loads the model without it, as it was before tuning.'
+)
 
 
 class LoraOptions(Options):
@@ -33,21 +37,30 @@ class LoraOptions(Options):
     merge: bool = Field(True, description="false: the adapters are kept in a folder of their own")
 
 
-def check(context: Context) -> None:
-    """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
+def _peft() -> Any:
+    """PEFT.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
     try:
-        import peft  # noqa: F401
+        import peft
     except ImportError as error:
         raise MissingPackageError(
-            f"--mode lora needs PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
+            f"mode lora and its adapters need PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
         ) from error
+    return peft
+
+
+def check(context: Context) -> None:
+    """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
+    _peft()
     _linears(context, context.options.on)
 
 
 def prepare(context: Context) -> Prepared:
     """Adapters, which alone require gradients."""
-    import peft
-
+    peft = _peft()
     options: LoraOptions = context.options
     names = _linears(context, options.on)
     config = peft.LoraConfig(
@@ -76,7 +89,7 @@ def prepare(context: Context) -> Prepared:
         config.save_pretrained(str(folder / ADAPTER))
         save_file(kept, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
 
-    return Prepared(finish, frozenset(), save_extra=save)
+    return Prepared(finish, frozenset(), save_extra=save, note=_NOTE)
 
 
 def _linears(context: Context, on: str) -> list[str]:
@@ -101,10 +114,22 @@ def _linears(context: Context, on: str) -> list[str]:
 
 
 def attach(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the adapters on, if they were kept apart."""
-    if (folder / ADAPTER).is_dir():
+    """Puts the adapters of a folder on its model, if they were kept apart.
+
+    Raises:
+        MissingPackageError: PEFT is not there.
+        CheckpointError: the adapter is damaged, or of another model.
+    """
+    kept = folder / ADAPTER
+    if not kept.is_dir():
+        return
+    _peft()
+    try:
         with quiet():
-            model.load_adapter(str(folder / ADAPTER))
+            model.load_adapter(str(kept))
+    except Exception as error:
+        raise CheckpointError(f"{kept}: damaged, or of another model ({str(error).splitlines()[0]})") from error
+    model.eval().requires_grad_(False)
 
 
 MODE = Mode(
