@@ -306,6 +306,8 @@ def test_store_gives_back_what_it_got(tmp_path: Path, dtype: torch.dtype) -> Non
     assert loaded.keys() == kept.keys()
     for name in kept:
         assert_same_factors(loaded[name], kept[name])
+        assert torch.equal(store.read(3, "/spectrum")[f"{name}/spectrum"], kept[name].spectrum)
+    assert store.read(3, "/spectrum").keys() == {f"{name}/spectrum" for name in kept}
     assert sorted(p.name for p in store.folder.iterdir()) == [store.path(3).name]
 
 

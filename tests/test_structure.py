@@ -14,7 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, 
 from bolaco.allocate import Budget, Ranks
 from bolaco.checkpoint.registry import config_class, model_classes
 from bolaco.errors import UnsupportedModelError
-from bolaco.models.structure import Structure, inspect_structure, meta_model
+from bolaco.models.structure import Structure, inspect_structure, meta_model, stacked
 from tests.models import FAMILIES, build, compress_tiny, tiny_llama, token_blocks
 
 GATED = ("q", "k", "v", "o", "gate", "up", "down")
@@ -57,6 +57,16 @@ def test_every_matrix_of_the_blocks_is_a_site(family: str) -> None:
     matrices = [p for p in structure.block_list(model).parameters() if p.ndim == 2]
     assert sum(site.size for site in structure.sites) == sum(p.numel() for p in matrices)
     assert len({site.module for site in structure.sites}) == len(matrices)
+
+
+@families
+def test_the_modules_of_a_block_hold_all_its_matrices(family: str) -> None:
+    structure = inspect_structure(FAMILIES[family]())
+    for layer in range(structure.num_layers):
+        for whole in (structure, stacked(structure)):
+            modules = whole.modules(layer)
+            assert [site for sites in modules.values() for site in sites] == structure.of_layer(layer)
+            assert all(site.module == name for name, sites in modules.items() for site in sites)
 
 
 @families

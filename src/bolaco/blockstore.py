@@ -32,15 +32,15 @@ class BlockStore:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
         partial.replace(self.path(layer))
 
-    def read(self, layer: int) -> dict[str, Tensor]:
-        """Reads one block.
+    def read(self, layer: int, ending: str = "") -> dict[str, Tensor]:
+        """Reads one block, or of it the tensors whose names end so.
 
         Raises:
             ResumeError: missing or damaged; names the file.
         """
         try:
             with safe_open(self.path(layer), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                return {name: file.get_tensor(name) for name in file.keys() if name.endswith(ending)}  # noqa: SIM118 - not a dict
         except (OSError, SafetensorError) as error:
             raise self.damaged(layer, error) from error
 

@@ -15,15 +15,6 @@ from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear
 from bolaco.models.structure import Site, Structure
 
 
-def modules_of(structure: Structure, layer: int) -> dict[str, list[Site]]:
-    """Sites of a block by the name of their module inside it."""
-    found: dict[str, list[Site]] = {}
-    for site in structure.of_layer(layer):
-        for member in site.members:
-            found.setdefault(structure.name_in_block(member), []).append(member)
-    return found
-
-
 def compressed_block(
     model: PreTrainedModel,
     structure: Structure,
@@ -42,7 +33,8 @@ def compressed_block(
         rank = ranks.get(site.name)
         if rank is not None:
             layers |= _factored(site, factors[site.name], rank, structure.bias(model, site))
-    for name, sites in modules_of(structure, layer).items():
+    for sites in structure.modules(layer).values():
+        name = structure.name_in_block(sites[0])
         if any(site.name in layers for site in sites):
             parts = {
                 site.type: layers[site.name]
@@ -56,7 +48,8 @@ def compressed_block(
 
 def trainable_copy(model: PreTrainedModel, structure: Structure, layer: int, block: nn.Module) -> nn.Module:
     """``block`` with nothing shared, every dense matrix a Linear, and fused ones in parts: ready to be changed."""
-    for name, sites in modules_of(structure, layer).items():
+    for sites in structure.modules(layer).values():
+        name = structure.name_in_block(sites[0])
         module = block.get_submodule(name)
         if isinstance(module, LowRankLinear | FollowerLinear | SplitLinear):
             continue
@@ -83,7 +76,8 @@ def restored_block(model: PreTrainedModel, structure: Structure, layer: int, sta
             continue
         pairs = {n: (state[f"{at}.expand.weight"], state.get(f"{at}.expand.bias")) for n, at in places.items()}
         layers |= _on_one_input(state[f"{first}.reduce.weight"], pairs)
-    for name, sites in modules_of(structure, layer).items():
+    for sites in structure.modules(layer).values():
+        name = structure.name_in_block(sites[0])
         parts = {site.type: layers[site.name] for site in sites}
         _put(block, name, next(iter(parts.values())) if sites[0].part is None else SplitLinear(parts))
     block.load_state_dict(dict(state))

@@ -82,11 +82,10 @@ class ElasticModel:
 
     def __enter__(self) -> ElasticModel:
         by_module: dict[str, list[Site]] = {}
-        for site in self.structure.sites:
-            by_module.setdefault(site.module, []).append(site)
         factors: dict[str, Factors] = {}
         for layer in range(self.structure.num_layers):
-            factors.update(self.store.load(layer))
+            by_module |= self.structure.modules(layer)
+            factors |= self.store.load(layer)
         device = self.model.device
         for name, sites in by_module.items():
             parts = []

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.checkpoint.modelling import auto_map
 from bolaco.checkpoint.registry import PREFIX, config_class, model_classes
-from bolaco.compressed import modules_of
 from bolaco.errors import NonFiniteError, OutputExistsError, RecipeError, UnsupportedModelError
 from bolaco.factorize.pivot import pivot
 from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear
@@ -70,7 +69,8 @@ def compressed_state(
         for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
             del result.tensors[key]
         tensors = dict(block.state_dict())
-        for name, sites in modules_of(structure, layer).items():
+        for sites in structure.modules(layer).values():
+            name = structure.name_in_block(sites[0])
             module = block.get_submodule(name)
             if not isinstance(module, SplitLinear):
                 entry = _entry(sites[0], name, module, tensors, storage, result.growth) | _sharing(

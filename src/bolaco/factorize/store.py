@@ -37,4 +37,9 @@ class FactorStore(BlockStore):
 
     def spectra(self, layers: int) -> dict[str, Tensor]:
         """The spectrum of every factored matrix."""
-        return {name: item.spectrum for layer in range(layers) for name, item in self.load(layer).items()}
+        ending = "/spectrum"
+        return {
+            name.removesuffix(ending): spectrum
+            for layer in range(layers)
+            for name, spectrum in self.read(layer, ending).items()
+        }

@@ -129,6 +129,14 @@ class Structure:
         """Sites of one decoder block."""
         return [site for site in self.sites if site.layer == layer]
 
+    def modules(self, layer: int) -> dict[str, list[Site]]:
+        """The model's matrices of one decoder block by the name of their module; a fused module holds several."""
+        found: dict[str, list[Site]] = {}
+        for site in self.of_layer(layer):
+            for member in site.members:
+                found.setdefault(member.module, []).append(member)
+        return found
+
     def block_list(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder blocks of ``model``."""
         blocks = model.base_model.get_submodule(self.blocks)

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.allocate.budget import Ranks
 from bolaco.blockstore import BlockStore
 from bolaco.compressed import compressed_block, restored_block, trainable_copy
-from bolaco.errors import NonFiniteError
 from bolaco.factorize.method import Method
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Structure
@@ -85,15 +83,14 @@ class Refiner:
                 for layer in layers:
                     if store.has(layer):
                         block = stored_block(store, self.model, self.structure, layer)
-                        self._advance(layer, original)
+                        self.runner.advance(layer, original)
                         tick(per_block - len(original))
                     else:
                         block, losses = self._refined(layer, original, compressed, tick)
                         if on_block and losses:
                             on_block(layer, losses)
                         store.write(layer, block.state_dict())
-                    self._advance(layer, compressed, block)
-                    tick(len(original))
+                    self.runner.advance(layer, compressed, block, tick=tick)
         finally:
             for name in ("original", "compressed"):
                 file = self._file(name)
@@ -114,23 +111,10 @@ class Refiner:
         if settings.fit:
             losses = None if self.losses is None else self.losses.of_layer(layer, self.model.device)
             self.fit.run(layer, block, original, compressed, losses, tick)
-        self._advance(layer, original)
-        tick(len(original))
+        self.runner.advance(layer, original, tick=tick)
         if not settings.steps:
             return block, []
         return block, train_block(self.runner, layer, block, compressed, original, settings, self.recipe.seed, tick)
-
-    def _advance(self, layer: int, hidden: Tensor, block: nn.Module | None = None) -> None:
-        """Replaces ``hidden`` by the outputs of the block."""
-        for rows in self.runner.slices:
-            with torch.no_grad():
-                output = self.runner.run(layer, hidden[rows], block)
-            if not torch.isfinite(output).all():
-                which = "original" if block is None else "compressed"
-                raise NonFiniteError(
-                    f"block {layer}: the {which} model's output holds NaN or infinity; try --dtype float32"
-                )
-            hidden[rows] = output.to("cpu")
 
 
 def stored_block(store: BlockStore, model: PreTrainedModel, structure: Structure, layer: int) -> nn.Module:

@@ -7,6 +7,7 @@ depends on the batch's size only and is recorded once.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Site, Structure
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -117,6 +119,36 @@ class BlockRunner:
         args, kwargs = _cast((args, kwargs), dtype)
         output = block(state.to(self.model.device, dtype), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def advance(
+        self,
+        layer: int,
+        hidden: Tensor,
+        block: nn.Module | None = None,
+        before: Callable[[slice], Any] | None = None,
+        tick: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Replaces the hidden states of all sequences by the outputs of block ``layer`` or of ``block`` in its place.
+
+        ``before`` is called with each batch before it is run, ``tick`` with its size after.
+
+        Raises:
+            NonFiniteError: an output with NaN or infinity.
+        """
+        for rows in self.slices:
+            if before:
+                before(rows)
+            with torch.no_grad():
+                output = self.run(layer, hidden[rows], block)
+            if not torch.isfinite(output).all():
+                which = "its" if block is None else "the compressed model's"
+                raise NonFiniteError(
+                    f"block {layer}: {which} output holds NaN or infinity on calibration sequences "
+                    f"{rows.start}-{rows.stop - 1}; try --dtype float32"
+                )
+            hidden[rows] = output.to("cpu")
+            if tick:
+                tick(rows.stop - rows.start)
 
     def input_of(self, site: Site, state: Tensor, block: nn.Module | None = None) -> Tensor:
         """Input ``[batch, length, in]`` of one matrix when its block runs on ``state``; what follows it is not run."""

@@ -60,18 +60,7 @@ class BlockWalk:
         """
         handles, first = self._observe(observe) if observe else ([], {})
         try:
-            for rows in self.runner.slices:
-                first["rows"] = rows
-                with torch.no_grad():
-                    output = self.runner.run(self.layer, self.hidden[rows])
-                if not torch.isfinite(output).all():
-                    raise NonFiniteError(
-                        f"block {self.layer}: its output holds NaN or infinity on calibration sequences "
-                        f"{rows.start}-{rows.stop - 1}; try --dtype float32"
-                    )
-                self.hidden[rows] = output.to("cpu")
-                if tick:
-                    tick(rows.stop - rows.start)
+            self.runner.advance(self.layer, self.hidden, before=lambda rows: first.update(rows=rows), tick=tick)
         finally:
             for handle in handles:
                 handle.remove()
@@ -81,10 +70,7 @@ class BlockWalk:
         """Hooks on the block's projections; the dict carries the batch's rows and each group's input pointer."""
         state: dict[str, Any] = {}
         handles = []
-        modules: dict[str, Site] = {}
-        for site in self.structure.of_layer(self.layer):
-            for member in site.members:
-                modules.setdefault(member.module, member)
+        modules = {name: sites[0] for name, sites in self.structure.modules(self.layer).items()}
         leaders = {site.input_group: name for name, site in reversed(modules.items())}
 
         def make(name: str, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:

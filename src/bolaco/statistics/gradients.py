@@ -211,10 +211,7 @@ class GradientWalk:
 
     def _backward(self, layer: int, tick: Callable[[int], Any] | None) -> dict[str, Tensor]:
         """Runs one block again with autograd; moves the gradient to its input."""
-        sites: dict[str, list[Site]] = {}
-        for stack in self.structure.of_layer(layer):
-            for site in stack.members:
-                sites.setdefault(site.module, []).append(site)
+        sites = self.structure.modules(layer)
         kind = _WeightFisher if self._weights else _OutputMoment
         statistics = {site.name: kind(site, self.model.device) for members in sites.values() for site in members}
         size = 0
