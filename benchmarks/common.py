@@ -16,6 +16,7 @@ from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bolaco import api
 from bolaco.allocate import Budget, Ranks, max_rank
 from bolaco.data import TokenStream
 from bolaco.elastic import ElasticModel
@@ -64,6 +65,33 @@ def protocol_texts(
         rest.take(None, 1024, "held-out C4"),
         TokenStream(str(data / "wikitext2_raw_test.txt"), tokenizer).take(windows, 1024, "evaluation"),
     )
+
+
+class TuningTexts:
+    """Sources of the protocol of tuning: on C4 documents 1001-1300, held out are the last 180 of 1480 and WikiText-2.
+
+    Models were calibrated on documents 1-1000, so no document serves two purposes.
+    """
+
+    FIRST, LAST, HELD_OUT = 1000, 1300, 180
+
+    def __init__(self, data: Path) -> None:
+        c4 = data / "c4_sample.jsonl"
+        with c4.open(encoding="utf-8") as file:
+            documents = sum(1 for line in file if line.strip())
+        if documents - self.HELD_OUT < self.LAST:
+            raise SystemExit(f"{c4}: {documents} documents; {self.LAST + self.HELD_OUT} are needed")
+        self.tuning = f"{c4}[{self.FIRST}:{self.LAST}]"
+        self.held_out = f"{c4}[{documents - self.HELD_OUT}:]"
+        self.wikitext = str(data / "wikitext2_raw_test.txt")
+
+    def perplexities(self, model: str, window: int, windows: int) -> dict[str, float]:
+        """Of a folder or model: on so many windows of WikiText-2, and on half as many of held-out C4."""
+        words = {"seq_len": window, "reporter": Reporter()}
+        return {
+            "wikitext": api.evaluate(model, self.wikitext, limit=windows, **words).perplexity,
+            "c4": api.evaluate(model, self.held_out, limit=windows // 2, **words).perplexity,
+        }
 
 
 @dataclass
@@ -160,6 +188,7 @@ __all__ = [
     "Ledger",
     "Prepared",
     "Texts",
+    "TuningTexts",
     "arguments",
     "gap",
     "median",

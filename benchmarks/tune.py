@@ -20,9 +20,8 @@ from bolaco import api
 from bolaco.checkpoint.info import read_info
 from bolaco.progress import Reporter
 from bolaco.tune.registry import MODES
-from common import Ledger, gap, print_table
+from common import Ledger, TuningTexts, gap, print_table
 
-TUNING, HELD_OUT = (1000, 1300), 180
 # Name -> mode and settings. Modes that are not named here run with their defaults.
 NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "diagonal, distilled": ("diagonal", {"distillation.weight": 1.0}),
@@ -41,21 +40,10 @@ def variants(only: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]:
 class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        c4 = args.data / "c4_sample.jsonl"
-        with c4.open(encoding="utf-8") as file:
-            documents = sum(1 for line in file if line.strip())
-        if documents - HELD_OUT < TUNING[1]:
-            raise SystemExit(f"{c4}: {documents} documents; {TUNING[1] + HELD_OUT} are needed")
-        self.tuning = f"{c4}[{TUNING[0]}:{TUNING[1]}]"
-        self.held_out = f"{c4}[{documents - HELD_OUT}:]"
-        self.wikitext = str(args.data / "wikitext2_raw_test.txt")
+        self.texts = TuningTexts(args.data)
 
     def perplexities(self, model: str) -> dict[str, float]:
-        limit = {"seq_len": self.args.window, "reporter": Reporter()}
-        return {
-            "wikitext": api.evaluate(model, self.wikitext, limit=self.args.windows, **limit).perplexity,
-            "c4": api.evaluate(model, self.held_out, limit=self.args.windows // 2, **limit).perplexity,
-        }
+        return self.texts.perplexities(model, self.args.window, self.args.windows)
 
     def run(self, name: str, mode: str, options: dict[str, Any]) -> dict[str, float]:
         args = self.args
@@ -64,9 +52,9 @@ class Bench:
             info = read_info(out, compressed=False)
         else:
             words = {"max_steps": args.max_steps, "minutes": args.minutes, "seq_len": args.length, "batch": args.batch}
-            words |= {"evaluation": self.held_out, "reporter": Reporter()}
+            words |= {"evaluation": self.texts.held_out, "reporter": Reporter()}
             given = {"evaluation.windows": 4, "training.gradient_accumulation": args.accumulation} | options
-            result = api.tune(str(args.folder), mode, self.tuning, out, options=given, **words)
+            result = api.tune(str(args.folder), mode, self.texts.tuning, out, options=given, **words)
             assert result is not None
             info = result.info
         record = info["tuning"]
