@@ -502,6 +502,18 @@ def test_dry_run_needs_no_weights(place: Path, shared: Path, monkeypatch: pytest
     assert "search 5x1: 3 trials on 3 x 32 tokens of text.txt, dimensions qk, o, gate, up, down" in done.out
 
 
+@pytest.mark.parametrize("search", ["uniform", "spectral"])
+def test_dry_run_of_a_search_without_trials(search: str, place: Path) -> None:
+    """Uniform ranks are known before the run; of the closed form the size is."""
+    words = [*compress("out", "--keep", "0.7"), "--search", search]
+    said = ok(*words, "--dry-run").out
+    assert "rank of the uniform allocation" in said
+    assert ("come from the spectra" in said) == (search == "spectral")
+    if search == "uniform":
+        ok(*words)
+        assert f"uniform allocation {info(place / 'out')['parameters_linears']:,} " in said
+
+
 def test_dry_run_of_a_recipe_file(place: Path) -> None:
     Path("recipe.yaml").write_text("model: model\nkeep: 0.5\nsearch: {space: none, rank_multiple: 4}\n")
     done = ok("run", "recipe.yaml", "--dry-run")

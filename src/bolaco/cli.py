@@ -320,12 +320,12 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(recipe: Any, console: Console) -> None:
-    from bolaco.allocate import Budget, hand_keeps
+    from bolaco.allocate import Budget
     from bolaco.checkpoint.write import refuse_compressed
     from bolaco.factorize import get_method
     from bolaco.models.load import load_config
     from bolaco.models.structure import inspect_structure, meta_model
-    from bolaco.pipeline import space_of, units_of
+    from bolaco.pipeline import BY_HAND, first_keeps, space_of, units_of
     from bolaco.report.tables import blocks_line, plan_table
     from bolaco.transform import get_transform
 
@@ -344,11 +344,13 @@ def _plan(recipe: Any, console: Console) -> None:
         )
         return
     space = space_of(recipe, structure)
-    console.print(plan_table(structure, space.budget, space.ranks(space.settle(hand_keeps(space)))))
+    name = "hand" if recipe.search.space in BY_HAND else "uniform"
+    ranks = space.ranks(space.settle(first_keeps(recipe, space)))
+    console.print(plan_table(structure, space.budget, ranks, name))
     calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
     console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
     if search.space in ("spectral", "welore"):
-        console.print("ranks come from the spectra of the matrices; the hand allocation is shown for its size")
+        console.print("ranks come from the spectra of the matrices; the uniform allocation is shown for its size")
     if recipe.searches:
         length = validation.seq_len or calibration.seq_len
         console.print(

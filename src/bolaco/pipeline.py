@@ -199,6 +199,10 @@ def units_of(recipe: Recipe, structure: Structure) -> Structure:
     return stacked(structure, recipe.dense_types) if recipe.factorization.storage == "shared" else structure
 
 
+# Searches whose first allocation is the one by hand.
+BY_HAND = ("5x1", "5x4", "none")
+
+
 def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
     """The search space of a recipe on a structure."""
     search = recipe.search
@@ -211,6 +215,11 @@ def space_of(recipe: Recipe, structure: Structure) -> SearchSpace:
         search.min_keep,
         search.fill,
     )
+
+
+def first_keeps(recipe: Recipe, space: SearchSpace) -> list[float]:
+    """Keep ratios that need no look at the weights: by hand, or one for all where no search starts from the former."""
+    return hand_keeps(space) if recipe.search.space in BY_HAND else [recipe.keep] * len(space.names)
 
 
 def top_ranks(recipe: Recipe, structure: Structure) -> dict[str, int]:
@@ -335,9 +344,7 @@ class _Run:
         if not self.recipe.searches:
             if warm is not None and self.space.budget.cost(warm) <= self.space.budget.limit:
                 return warm, []
-            uniform = self.recipe.search.space == "uniform"
-            keeps = [self.recipe.keep] * len(self.space.names) if uniform else hand_keeps(self.space)
-            keeps = keeps if warm is None else self.space.keeps_of(warm)
+            keeps = first_keeps(self.recipe, self.space) if warm is None else self.space.keeps_of(warm)
             return self.space.ranks(self.space.settle(keeps)), []
         with ElasticModel(self.model, self.structure, self.store) as elastic:
             evaluator = _Evaluator(elastic, self.space, self.recipe, self.texts.candidates)

@@ -150,12 +150,12 @@ def trials_table(trials: list[dict[str, Any]], limit: int = 10) -> Table:
     return table
 
 
-def plan_table(structure: Structure, budget: Budget, ranks: Ranks) -> Table:
-    """What a run would do, matrix type by matrix type: `--dry-run`."""
-    table = Table("type", "matrices", "shape", "rank of the hand allocation", title_justify="left")
+def plan_table(structure: Structure, budget: Budget, ranks: Ranks, name: str) -> Table:
+    """What a run would do, matrix type by matrix type: `--dry-run`; ``name`` is that of the allocation ``ranks``."""
+    table = Table("type", "matrices", "shape", f"rank of the {name} allocation", title_justify="left")
     table.title = (
         f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
-        f"hand allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
+        f"{name} allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
     )
     for kind in (*STACKS, *TYPES):
         sites = [site for site in structure.sites if site.type == kind]
