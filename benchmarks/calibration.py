@@ -8,7 +8,10 @@ covariance per shared input); and the naive way, a hook on every linear that for
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
+from contextlib import suppress
 
 import torch
 
@@ -16,7 +19,7 @@ from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import inspect_structure
 from bolaco.statistics import collect
 from bolaco.statistics.collect import BlockWalk
-from common import arguments, median, print_table, protocol_texts
+from common import PeakMemory, arguments, median, print_table, protocol_texts
 
 
 def bare(model, structure, blocks) -> None:
@@ -54,6 +57,13 @@ def naive(model, structure, blocks) -> None:
             handle.remove()
 
 
+def give_back() -> None:
+    """Memory that is not in use, to the system, where the C library can."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--sequences", type=int, default=16)
@@ -65,20 +75,24 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     blocks = protocol_texts(args.data, tokenizer, args.sequences, args.length, 1, 512, 1).calibration
     ways = {"bare forward": bare, "bolaco": ours, "naive hooks": naive}
-    seconds = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    memory: dict[str, list[float]] = {name: [] for name in ways}
     bare(model, structure, blocks[:4])
     for _ in range(args.rounds):
         for name, way in ways.items():
-            start = time.perf_counter()
+            give_back()
+            peak, start = PeakMemory(), time.perf_counter()
+            before = peak.bytes()  # the mark is at what is resident now
             way(model, structure, blocks)
             seconds[name].append(time.perf_counter() - start)
+            memory[name].append((peak.bytes() - before) / 1e6)
     print(f"{args.sequences} x {args.length} tokens, {torch.get_num_threads()} threads, {args.rounds} rounds in turn")
     rows = []
     for name, values in seconds.items():
         over = [a / b for a, b in zip(values, seconds["bare forward"])]
         over_naive = [a / b for a, b in zip(values, seconds["naive hooks"])]
-        rows.append([name, median(values), median(over), median(over_naive)])
-    print_table(["pass", "seconds (median)", "over bare", "over naive"], rows)
+        rows.append([name, median(values), median(over), median(over_naive), median(memory[name])])
+    print_table(["pass", "seconds (median)", "over bare", "over naive", "peak above the model, MB"], rows)
 
 
 if __name__ == "__main__":

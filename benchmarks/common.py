@@ -8,6 +8,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from bolaco.elastic import ElasticModel
 from bolaco.factorize import get_method
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
+from bolaco.memory import PeakMemory
 from bolaco.models.load import load_model
 from bolaco.models.structure import Structure, inspect_structure
 from bolaco.objective import Head, score
@@ -108,6 +111,20 @@ class Prepared:
             return score(self.model, Head(self.model), blocks).perplexity
 
 
+@contextmanager
+def with_blocks(model: PreTrainedModel, structure: Structure, blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """The model has these decoder blocks while this lasts, and its own again afterwards."""
+    stack = structure.block_list(model)
+    own = list(stack)
+    try:
+        for layer, block in enumerate(blocks):
+            stack[layer] = block
+        yield
+    finally:
+        for layer, block in enumerate(own):
+            stack[layer] = block
+
+
 def prepare(
     args: argparse.Namespace,
     blocks: Tensor,
@@ -131,19 +148,6 @@ def prepare(
 
 def _key(blocks: Tensor, *words: object) -> str:
     return hashlib.sha256(blocks.numpy().tobytes() + "/".join(map(str, words)).encode()).hexdigest()[:12]
-
-
-class PeakMemory:
-    """Largest resident memory of this process since :meth:`start` (Linux)."""
-
-    @staticmethod
-    def start() -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    @staticmethod
-    def megabytes() -> float:
-        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1000
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:
@@ -186,6 +190,7 @@ def median(values: list[float]) -> float:
 __all__ = [
     "Budget",
     "Ledger",
+    "PeakMemory",
     "Prepared",
     "Texts",
     "TuningTexts",
@@ -195,4 +200,5 @@ __all__ = [
     "prepare",
     "print_table",
     "protocol_texts",
+    "with_blocks",
 ]

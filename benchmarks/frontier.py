@@ -29,7 +29,7 @@ from bolaco.progress import Reporter
 from bolaco.recipe import make_recipe
 from bolaco.refine import Refiner
 from bolaco.refine.run import stored_block
-from common import Ledger, PeakMemory, Prepared, arguments, gap, prepare, print_table, protocol_texts
+from common import Ledger, PeakMemory, Prepared, arguments, gap, prepare, print_table, protocol_texts, with_blocks
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Bench:
     def run(self, name: str, variant: Variant, keep: float) -> dict[str, float]:
         """Compresses, measures, and gives the model back as it was."""
         prepared = self.prepared(variant.method)
-        PeakMemory.start()
+        memory = PeakMemory()
         start = time.perf_counter()
         structure, model = prepared.structure, prepared.model
         ranks, ratio = self.ranks(variant, keep)
@@ -122,16 +122,9 @@ class Bench:
         else:
             made = self._refined(name, variant, keep, ranks)
         seconds = time.perf_counter() - start
-        stack = structure.block_list(model)
-        originals = list(stack)
-        try:
-            for layer in layers:
-                stack[layer] = made[layer]
+        with with_blocks(model, structure, made):
             found = self.perplexities(prepared)
-        finally:
-            for layer in layers:
-                stack[layer] = originals[layer]
-        return {"keep": ratio, "seconds": seconds, "peak": PeakMemory.megabytes(), **found}
+        return {"keep": ratio, "seconds": seconds, "peak": memory.bytes() / 1e6, **found}
 
     def _refined(self, name: str, variant: Variant, keep: float, ranks: Ranks) -> list[torch.nn.Module]:
         prepared, method = self.prepared(variant.method), get_method(variant.method)

@@ -23,7 +23,7 @@ from bolaco.models.structure import Site, inspect_structure
 from bolaco.objective import Head, score
 from bolaco.statistics.gradients import GradientWalk
 from bolaco.statistics.moments import PooledMoments
-from common import arguments, gap, print_table
+from common import arguments, gap, print_table, with_blocks
 
 
 class Weighted:
@@ -129,20 +129,15 @@ def main() -> None:
     print(f"statistics and factors: {time.perf_counter() - start:.0f} s")
     dense = {name: score(model, Head(model), blocks).perplexity for name, blocks in texts.items()}
     rows: list[list[object]] = [["dense", *(x for value in dense.values() for x in (value, 0.0))]]
-    stack = structure.block_list(model)
-    originals = list(stack)
     for label, factors in made.items():
         spectra = {name: item.spectrum for block in factors for name, item in block.items()}
         ranks = spectral_ranks(structure.sites, spectra, Budget(structure.sites, args.keep, "pivoted"), 8)
-        for layer in layers:
-            stack[layer] = compressed_block(model, structure, layer, factors[layer], ranks)
         row: list[object] = [label]
-        for name, blocks in texts.items():
-            value = score(model, Head(model), blocks).perplexity
-            row += [value, round(gap(value, dense[name]), 3)]
+        with with_blocks(model, structure, [compressed_block(model, structure, n, factors[n], ranks) for n in layers]):
+            for name, blocks in texts.items():
+                value = score(model, Head(model), blocks).perplexity
+                row += [value, round(gap(value, dense[name]), 3)]
         rows.append(row)
-        for layer in layers:
-            stack[layer] = originals[layer]
     header = ["metric", *(x for name in texts for x in (name, "gap"))]
     print_table(header, rows)
 

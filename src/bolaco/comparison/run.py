@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +37,7 @@ from bolaco.evaluation.tasks import TaskSet, evaluate_tasks, read_tasks
 from bolaco.factorize import Method, get_method
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
+from bolaco.memory import PeakMemory
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, resolve_device
 from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
@@ -168,28 +167,6 @@ def _finite(value: float) -> float | None:
 
 def _log_ratio(after: float, before: float) -> float | None:
     return math.log(after) - math.log(before) if math.isfinite(after) and math.isfinite(before) else None
-
-
-class PeakMemory:
-    """Largest resident memory of this process since this was made; since its start where the mark cannot be reset.
-
-    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process.
-    """
-
-    def __init__(self) -> None:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self.reset = True
-        except OSError:
-            self.reset = False
-
-    def bytes(self) -> int:
-        """The mark."""
-        if self.reset:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class _Run:

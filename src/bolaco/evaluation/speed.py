@@ -6,7 +6,6 @@ Every model is measured in a process of its own, so that peak memory is its own 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -20,11 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
+from bolaco.memory import largest_resident
 from bolaco.models.load import evaluation_mode, load_model
 from bolaco.models.structure import weight_of
-
-# getrusage counts kilobytes, on a Mac bytes.
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def measure(
             prefill[batch] = batch * prompt / prefill_seconds(loaded, tokens, repeats)
             decode[batch] = batch / decode_seconds(loaded, tokens, new)
     on_gpu = loaded.device.type == "cuda"
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    resident = largest_resident()
     return Speed(
         model=model,
         dtype=str(loaded.dtype).removeprefix("torch."),

@@ -1,0 +1,34 @@
+"""Resident memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+
+def largest_resident() -> int:
+    """Largest resident memory of this process since its start, in bytes."""
+    # getrusage counts kilobytes, on a Mac bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class PeakMemory:
+    """Largest resident memory of this process since this was made; since its start where the mark cannot be reset.
+
+    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process.
+    """
+
+    def __init__(self) -> None:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self.reset = True
+        except OSError:
+            self.reset = False
+
+    def bytes(self) -> int:
+        """The mark."""
+        if self.reset:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+        return largest_resident()
