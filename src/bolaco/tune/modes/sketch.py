@@ -28,6 +28,7 @@ from bolaco.statistics.blocks import BlockRunner
 from bolaco.statistics.moments import PooledMoments
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared, structure_of
 from bolaco.tune.tables import Coded, code, coded_layer, inverse_factor
+from bolaco.work import require_space
 
 # In the work folder: tables and codes as they were before training.
 _FILE = "sketch.safetensors"
@@ -54,6 +55,9 @@ def prepare(context: Context) -> Prepared:
         for name in {key.rpartition(".")[0] for key in state}:
             _put(model, name, Coded(state[f"{name}.lut"], state[f"{name}.codes"]), options.bits)
     elif wanted:
+        if file is not None:  # a byte for each weight, before hours of coding
+            leaves = [weight_of(leaf) for matrix in wanted for _, leaf in _leaves(model, matrix)]
+            require_space([(file.parent, sum(weight.numel() for weight in leaves))], "the codes")
         state = _code_blocks(context, wanted)
         if file is not None:
             partial = file.with_suffix(".partial")
@@ -105,8 +109,7 @@ def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
                     coded = code(weight, factors[id(moments[name])], options.bits, options.groups, options.power)
                 _put(model, name, coded, options.bits)
                 state |= {f"{name}.lut": coded.lut, f"{name}.codes": coded.codes}
-            for rows in runner.slices:
-                hidden[rows] = runner.run(layer, hidden[rows]).to("cpu")
+            runner.advance(layer, hidden)
             tick(1)
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
