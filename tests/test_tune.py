@@ -273,7 +273,7 @@ def test_distillation_brings_the_model_nearer_to_its_original(tmp_path: Path) ->
 
 def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
     mode = get_mode("factors")
-    for weight, rate in ((0.0, 5e-5), (0.5, 2e-4)):
+    for weight, rate in ((0.0, 5e-5), (0.5, 1e-4)):
         made = make_settings("m", {"mode": "factors", "data": "d", "distill": weight})
         assert resolve(made, mode)[0].training.learning_rate == rate
 

@@ -57,7 +57,7 @@ MODE = Mode(
     paper="arXiv 2407.11239",
     summary="the low-rank factors themselves, everything else frozen (WeLore, LRC-only)",
     defaults=Defaults(
-        learning_rate=5e-5, distill_rate=2e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.0
+        learning_rate=5e-5, distill_rate=1e-4, warmup=0.2, schedule="cosine", final_rate=0.1, weight_decay=0.0
     ),
     prepare=prepare,
     check=lambda context: context.factored,

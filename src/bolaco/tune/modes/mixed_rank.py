@@ -153,7 +153,7 @@ MODE = Mode(
     paper="arXiv 2306.14152",
     summary="the factors, in steps that replace them by the original or pruned weight ever more rarely (LPAF)",
     defaults=Defaults(
-        learning_rate=5e-5, distill_rate=2e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.0
+        learning_rate=5e-5, distill_rate=1e-4, warmup=0.2, schedule="cosine", final_rate=0.1, weight_decay=0.0
     ),
     prepare=prepare,
     options=MixedOptions,
