@@ -590,4 +590,4 @@ def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
 
 
 def test_presets_offered_are_those_there_are() -> None:
-    assert tuple(importlib.import_module("bolaco.recipe").PRESETS) == importlib.import_module("bolaco.cli").PRESETS
+    assert tuple(importlib.import_module("bolaco.recipe").PRESETS) == importlib.import_module("bolaco.parser").PRESETS

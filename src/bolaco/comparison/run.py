@@ -40,6 +40,7 @@ from bolaco.factorize.store import FactorStore
 from bolaco.memory import PeakMemory
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, resolve_device
 from bolaco.models.structure import inspect_structure
+from bolaco.planning import calibrates, top_ranks
 from bolaco.progress import Reporter
 from bolaco.recipe import Recipe
 from bolaco.report.charts import frontier_chart
@@ -126,7 +127,7 @@ def _texts(comparison: Comparison, tokenizer: Any, config: Any) -> dict[str, Tex
     found: dict[str, Texts] = {}
     first = next(iter(comparison.recipes))
     # Recipes that share a pass share its text, those that do not need it too.
-    readers = {statistics_key(recipe) for recipe in comparison.recipes.values() if pipeline.calibrates(recipe)}
+    readers = {statistics_key(recipe) for recipe in comparison.recipes.values() if calibrates(recipe)}
     for name, recipe in comparison.recipes.items():
         sections = (recipe.calibration, recipe.validation, recipe.evaluation)
         reads = statistics_key(recipe) in readers
@@ -234,7 +235,7 @@ class _Run:
                 continue
             key = factors_key(recipe)
             ranks = top.setdefault(key, {})
-            for site, rank in pipeline.top_ranks(recipe, self.structure).items():
+            for site, rank in top_ranks(recipe, self.structure).items():
                 ranks[site] = max(rank, ranks.get(site, 0))
             if name not in self.ledger:
                 waiting.setdefault(statistics_key(recipe), {}).setdefault(key, recipe)
@@ -375,7 +376,7 @@ class _Run:
         calibrations = [
             f"{r.calibration.sequences} x {r.calibration.seq_len} tokens of {r.calibration.source}"
             for r in recipes
-            if pipeline.calibrates(r)
+            if calibrates(r)
         ]
         parameters = sum(p.numel() for p in self.model.parameters())
         return {

@@ -1,0 +1,226 @@
+"""The words of the command line: commands, their options and their help. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+
+import bolaco
+
+_EXAMPLES = """
+examples:
+  bolaco compress smollm2-135m --keep 0.8 --calibration pydoc -o small
+  bolaco compress Qwen/Qwen3-0.6B --keep 0.8 --calibration c4.jsonl --search 5x4 --trials 50 -o small
+  bolaco compress ./my-finetune --keep 0.8 --calibration text/ --warm-start ./base-small --trials 20 -o small
+  bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
+  bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
+  bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
+  bolaco tune small --mode factors --data c4.jsonl[1000:] --distill 1 --max-steps 500 -o tuned
+  bolaco compare smollm2-135m --methods default,kfac-svd,svd-llm --keep 0.9,0.8 --calibration c4.jsonl \
+    --eval wikitext.txt -o compared
+  bolaco bench meta-llama/Llama-2-7b-hf small
+  bolaco inspect small
+  bolaco export small --dense -o stock
+
+MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
+SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or pydoc (the text of Python's own
+documentation); SRC[:1000] takes the first thousand documents, SRC[1000:] the others.
+An interrupted run continues when the same command is given again.
+"""
+
+
+# The names in recipe.py, which is not imported for --help.
+PRESETS = (
+    "default",
+    "paper",
+    "bolaco-5x1",
+    "bolaco-5x4",
+    "svd-llm",
+    "kfac-svd",
+    "asvd",
+    "fwsvd",
+    "welore",
+    "aa-svd",
+    "mpifa",
+    "lpaf",
+    "joint",
+    "chop",
+)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser of ``bolaco``; each command is in ``args.command``."""
+    parser = argparse.ArgumentParser(
+        prog="bolaco",
+        description="Low-rank compression of large language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"bolaco {bolaco.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    compress = commands.add_parser("compress", help="compress a model")
+    compress.add_argument("model", metavar="MODEL")
+    compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
+    compress.add_argument(
+        "--search",
+        choices=("spectral", "5x1", "5x4", "uniform", "welore", "none"),
+        help="how ranks are found (spectral)",
+    )
+    compress.add_argument(
+        "--storage", choices=("two-factor", "pivoted", "shared"), help="of factored matrices (pivoted)"
+    )
+    compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
+    compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
+    compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
+    compress.add_argument(
+        "--validation",
+        metavar="SRC",
+        help="text allocations are compared on (the rest of the calibration source)",
+    )
+    compress.add_argument(
+        "--eval",
+        metavar="SRC",
+        dest="evaluation",
+        help="text of the final table (the rest of the validation source)",
+    )
+    compress.add_argument(
+        "--seq-len", type=int, help="length of calibration sequences, and of the others by default (1024)"
+    )
+    compress.add_argument("--warm-start", metavar="OUT", help="earlier result whose allocation is tried first")
+    compress.add_argument("--seed", type=int)
+    compress.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    compress.add_argument("--device")
+    compress.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
+    )
+    compress.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of the recipe, such as search.min_keep=0.3",
+    )
+    compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
+    _run_options(compress)
+
+    compare = commands.add_parser("compare", help="several methods at several sizes, side by side")
+    compare.add_argument("model", metavar="MODEL")
+    compare.add_argument(
+        "--methods",
+        required=True,
+        metavar="NAMES",
+        help="presets, or methods (in two factors, one ratio for all matrices), with commas between",
+    )
+    compare.add_argument("--keep", required=True, metavar="RATIOS", help="keep ratios, with commas between")
+    compare.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
+    compare.add_argument("--validation", metavar="SRC", help="text that searches compare allocations on")
+    compare.add_argument(
+        "--eval", metavar="SRC,..", dest="evaluation", help="texts of the table, with commas between; headline first"
+    )
+    compare.add_argument("--seq-len", type=int, help="length of calibration sequences, and of the others by default")
+    compare.add_argument("--tasks", metavar="NAMES", help="accuracy on tasks too, as for `bolaco eval`")
+    compare.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
+    compare.add_argument("--task-keep", type=float, metavar="RATIO", help="keep ratio tasks are run at (the first)")
+    compare.add_argument("--seed", type=int)
+    compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    compare.add_argument("--device")
+    compare.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any field of all recipes, or of one method: aa-svd:refinement.steps=20",
+    )
+    compare.add_argument("--keep-models", action="store_true", help="keep the checkpoints, in OUT/models")
+    compare.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    compare.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
+    compare.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+
+    run = commands.add_parser("run", help="compress as a recipe file says")
+    run.add_argument("recipe", metavar="RECIPE.yaml")
+    _run_options(run)
+
+    evaluate = commands.add_parser("eval", help="perplexity of a model, and its accuracy on tasks")
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("--data", metavar="SRC", help="text to measure perplexity on")
+    evaluate.add_argument(
+        "--tasks",
+        metavar="NAMES",
+        help="tasks of lm-evaluation-harness, .jsonl files of questions and folders of them, with commas between",
+    )
+    evaluate.add_argument("--seq-len", type=int, default=1024, help="length of the windows of --data (1024)")
+    evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows of --data only")
+    evaluate.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
+    evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at once (4 windows, 8 answers)")
+    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    evaluate.add_argument("--device", default="auto")
+    evaluate.add_argument(
+        "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
+    )
+
+    tune = commands.add_parser("tune", help="train a compressed model, or a part of it")
+    tune.add_argument("model", metavar="MODEL", help="a compressed folder, or any model")
+    tune.add_argument("--mode", required=True, help="what is trained, one of `bolaco methods`")
+    tune.add_argument("--data", metavar="SRC", help="text, or a .jsonl file of instructions and responses")
+    tune.add_argument(
+        "--eval", metavar="SRC", dest="evaluation", help="what is measured before and after (the beginning of --data)"
+    )
+    tune.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps (as many as the epochs have)")
+    tune.add_argument("--epochs", type=float, metavar="N", help="passes over the data (the mode's)")
+    tune.add_argument("--minutes", type=float, metavar="M", help="stop training after so many")
+    tune.add_argument("--batch", type=int, metavar="N", help="sequences of a forward pass (4)")
+    tune.add_argument("--seq-len", type=int, help="tokens of a sequence (1024)")
+    tune.add_argument("--learning-rate", type=float, metavar="X", help="default: the mode's")
+    tune.add_argument("--distill", type=float, metavar="W", help="weight of KL(teacher || model) in the loss (0)")
+    tune.add_argument("--teacher", metavar="MODEL", help="the original that bolaco.json names")
+    tune.add_argument("--types", metavar="NAMES", help="matrix types that are tuned, such as q,k,v (all)")
+    tune.add_argument("--seed", type=int)
+    tune.add_argument("--dtype", choices=("float32", "auto"), help="of frozen weights in memory; auto: as stored")
+    tune.add_argument("--device")
+    tune.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="any other setting, such as training.warmup=0.1, options.NAME of the mode, trainer.NAME of transformers",
+    )
+    tune.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
+    tune.add_argument("--work", metavar="DIR", help="folder of checkpoints (OUT.work)")
+    tune.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+
+    bench = commands.add_parser("bench", help="speed and memory of models, side by side")
+    bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
+    bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
+    bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
+    bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
+    bench.add_argument("--json", metavar="FILE", help="write the result there too")
+    bench.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    bench.add_argument("--device", default="auto")
+
+    inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
+    inspect.add_argument("folder", metavar="OUT")
+    inspect.add_argument("--html", metavar="FILE", help="write the report there too; must not exist")
+
+    export = commands.add_parser("export", help="multiply the factors back")
+    export.add_argument("folder", metavar="OUT")
+    export.add_argument(
+        "--dense", action="store_true", required=True, help="to the stock architecture, at its full size"
+    )
+    export.add_argument(
+        "--drop-bias", action="store_true", help="leave out biases the stock architecture has no place for"
+    )
+    export.add_argument("-o", "--out", required=True)
+
+    commands.add_parser("methods", help="list what is registered")
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", help="folder to write; must not exist")
+    parser.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
+    parser.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, without loading weights")
