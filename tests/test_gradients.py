@@ -9,6 +9,7 @@ from bolaco.errors import NonFiniteError
 from bolaco.models import inspect_structure
 from bolaco.objective import Head
 from bolaco.statistics.gradients import GradientWalk
+from bolaco.statistics.symmetric import fold, folded_size, unfold
 from tests.models import FAMILIES
 
 
@@ -98,6 +99,17 @@ def test_own_labels_are_the_next_tokens_in_any_slab(monkeypatch, slab):
     logits = model.get_output_embeddings()(leaf)[:, :-1]
     F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").backward()
     torch.testing.assert_close(walk._label_gradient(state, torch.Generator(), tokens), leaf.grad)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 64, 65])
+def test_a_folded_symmetric_matrix_is_half_and_comes_back(n: int):
+    matrix = torch.randn(n, n, generator=torch.Generator().manual_seed(n))
+    matrix = matrix + matrix.T
+    folded = fold(matrix)
+    assert folded.numel() == folded_size(n) == n * (n + 1) // 2
+    assert torch.equal(unfold(folded), matrix)
+    sorted_numbers = matrix[torch.ones(n, n, dtype=torch.bool).tril()].sort().values
+    assert torch.equal(folded.flatten().sort().values, sorted_numbers)
 
 
 def test_a_gradient_that_is_not_finite_is_named():

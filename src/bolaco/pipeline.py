@@ -50,7 +50,7 @@ from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
 from bolaco.report.curves import matrix_curves, thinned
 from bolaco.report.html import REPORT_FILE, result_page
-from bolaco.statistics.site import LossStatistics
+from bolaco.statistics.site import LossStatistics, gradient_bytes
 from bolaco.texts import Texts, prepare_texts
 from bolaco.transform import get_transform
 from bolaco.transform.prune import prune, with_weights
@@ -212,7 +212,7 @@ class _Run:
             if self.method.prunes:
                 factors += sum(site.size for site in self.structure.sites) * itemsize
             if self.method.gradients:
-                factors += sum(4 * site.out_features**2 for site in self.structure.sites)
+                factors += gradient_bytes(self.structure.sites)
             if self.recipe.calibration.cache == "disk":
                 factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
         if self.recipe.refines:

@@ -47,7 +47,7 @@ from bolaco.report.charts import frontier_chart
 from bolaco.report.comparison import comma_separated, labels, markdown
 from bolaco.report.html import REPORT_FILE, comparison_page
 from bolaco.report.svg import standalone
-from bolaco.statistics.site import LossStatistics
+from bolaco.statistics.site import LossStatistics, gradient_bytes
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -255,7 +255,7 @@ class _Run:
         sharing = filter(shares_factors, self.comparison.recipes.values())
         methods = [get_method(recipe.factorization.method) for recipe in sharing]
         if any(method.gradients for method in methods):
-            size += sum(4 * site.out_features**2 for site in self.structure.sites)
+            size += gradient_bytes(self.structure.sites)
         require_space([(self.folder.path, size)], "the factors and a checkpoint")
 
     def _prepare_group(self, recipes: Mapping[str, Recipe], top: Mapping[str, Mapping[str, int]]) -> None:

@@ -15,6 +15,7 @@ from bolaco.models.structure import Site, Structure
 from bolaco.progress import Reporter
 from bolaco.statistics.gradients import GradientWalk
 from bolaco.statistics.moments import Moments
+from bolaco.statistics.symmetric import fold, folded_size, unfold
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[st
         else:
             joined[field] = torch.cat(values) if field == "outputs" else torch.stack(values).sum(dim=0)
     return joined
+
+
+def gradient_bytes(sites: Iterable[Site]) -> int:
+    """What the gradients' moments of these matrices take on disk."""
+    return sum(4 * folded_size(member.out_features) for site in sites for member in site.members)
 
 
 # Field of SiteStatistics -> folder of its blocks.
@@ -105,7 +111,9 @@ class LossStatistics:
             walk = GradientWalk(model, structure, tokens, batch, seed, folder, weights=field == "fisher")
             with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
                 for layer, found in walk.run(tick):
-                    store.write(layer, {name: value.float() for name, value in found.items()})
+                    values = {name: value.float() for name, value in found.items()}
+                    # Half of what a run of a wide model has on disk.
+                    store.write(layer, {n: fold(v) for n, v in values.items()} if field == "gradient" else values)
 
     def put(self, field: str, layer: int, values: Mapping[str, Tensor]) -> None:
         """Stores a field of one block's matrices that was found elsewhere, by site name."""
@@ -120,5 +128,6 @@ class LossStatistics:
         result: dict[str, dict[str, Tensor]] = {}
         for field, store in self._stores.items():
             for name, value in store.read(layer).items():
-                result.setdefault(name, {})[field] = value.to(device)
+                value = value.to(device)
+                result.setdefault(name, {})[field] = unfold(value) if field == "gradient" else value
         return result

@@ -1,0 +1,40 @@
+"""Symmetric matrices in half the numbers: one triangle, folded into a rectangle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def folded_size(n: int) -> int:
+    """Numbers of a folded ``[n, n]`` matrix."""
+    return n * (n + 1) // 2
+
+
+def fold(matrix: Tensor) -> Tensor:
+    """The lower triangle of a symmetric ``[n, n]`` matrix as ``[n/2, n+1]``, of an odd one as ``[n, (n+1)/2]``.
+
+    Its lower right block is turned into the empty half of the upper left one, so whole blocks are copied and no index
+    of single elements is made.
+    """
+    n = len(matrix)
+    half = (n + 1) // 2
+    rest = n - half
+    block = matrix.new_zeros(half, rest + 1)
+    block[:, :half] = matrix[:half, :half].tril()
+    block[:rest, 1:] += matrix[half:, half:].triu()
+    return torch.cat([block, matrix[half:, :half]], dim=0 if n % 2 else 1)
+
+
+def unfold(folded: Tensor) -> Tensor:
+    """The symmetric matrix that :func:`fold` was given."""
+    rows, columns = folded.shape
+    odd = rows == 2 * columns - 1
+    half = columns if odd else rows
+    rest = half - odd
+    block, corner = folded.split([half, rest], dim=0) if odd else folded.split([rest + 1, half], dim=1)
+    matrix = folded.new_zeros(half + rest, half + rest)
+    matrix[:half, :half] = block[:, :half].tril()
+    matrix[half:, half:] = block[:rest, 1:].triu().T
+    matrix[half:, :half] = corner
+    return matrix + matrix.tril(-1).T
