@@ -374,7 +374,7 @@ MOMENTS = {
     "in the pass over the text": ("bolaco.factorize.store.FactorStore.save", 2, "after"),
     "between two rows": ("bolaco.comparison.run._Run._row", 2, "before"),
     "before a row is in the ledger": ("bolaco.comparison.run._Run._row", 2, "after"),
-    "while the result is written": ("bolaco.comparison.run.comparison_page", 1, "before"),
+    "while the result is written": ("bolaco.comparison.run._write", 1, "before"),
 }
 
 
@@ -414,11 +414,17 @@ def test_killed(
     assert starter.stdout.readline() == f"{-signal.SIGKILL}\n", (place / "log").read_text(encoding="utf-8")
     (place / "log").unlink()
     assert not Path("out").exists()
+    number = list(MOMENTS).index(moment)
+    if number:  # what is finished can be looked at
+        table = Path("out.work/table.md").read_text(encoding="utf-8").splitlines()
+        assert [line.split("|")[1].strip() for line in table if "| 0.7 |" in line] == ["default", "svd"][
+            : (1, 1, 2)[number - 1]
+        ]
+        assert "<html" in Path("out.work/report.html").read_text(encoding="utf-8")
     rows = counted(monkeypatch, comparing._Run, "_row")
     runs = counted(monkeypatch, pipeline, "compress")
     collected = counted(monkeypatch, run, "collect")
     ok(*given)
-    number = list(MOMENTS).index(moment)
     assert len(rows) == (2, 1, 1, 0)[number]
     assert len(runs) == (2, 1, 0, 0)[number]
     assert len(collected) == (1 if number == 0 else 0)

@@ -322,10 +322,20 @@ class _Run:
                     self.reporter.say(f"{name} failed: {row['error']}")
                 self.ledger[name] = row | {"recipe": recipe.model_dump(mode="json"), "recipe_yaml": recipe.to_yaml()}
                 self.folder.write("rows", self.ledger)
+                self._write_so_far(dense, points)
             if not self.comparison.keep_models:
                 shutil.rmtree(self._place(name), ignore_errors=True)
             shutil.rmtree(self._place(f"{name}.work"), ignore_errors=True)
         return [self.ledger[row_name(*point)] for point in points]
+
+    def _write_so_far(self, dense: Mapping[str, Any], points: Sequence[tuple[str, float]]) -> None:
+        """Table and report of the rows that are finished, in the work folder: long comparisons are looked at early."""
+        done = [self.ledger[row_name(*point)] for point in points if row_name(*point) in self.ledger]
+        record = self.record(dense, done)
+        for name, text in (("table.md", markdown(record)), (REPORT_FILE, comparison_page(record))):
+            partial = self.folder.path / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.folder.path / name)
 
     def _place(self, name: str) -> Path:
         return self.folder.path / "rows" / name
