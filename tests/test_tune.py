@@ -245,12 +245,18 @@ def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.
     assert len(rates) - before == 2
 
 
-def test_no_step_is_given_away_to_a_rate_of_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_no_step_is_given_away_to_a_rate_of_zero(
+    schedule: str, warmup: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rates = by_the_clock(monkeypatch)
-    tune(folder_of("llama").path, tmp_path / "out", "factors", max_steps=4, learning_rate=1.0)
-    assert 0.8 < rates[0] < 1
-    assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(0.1)
+    options = {"training.warmup": warmup, "training.schedule": schedule, "training.final_rate": 0.0}
+    tune(folder_of("llama").path, tmp_path / "out", "factors", options, max_steps=5, learning_rate=1.0)
+    assert min(rates) > 0.01
+    assert rates[:warmup] == pytest.approx([0.25, 0.75][:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert rates[warmup] > 0.8
 
 
 # --- distillation -----------------------------------------------------------------------------------------------------

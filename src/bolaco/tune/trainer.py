@@ -178,15 +178,15 @@ class TuneTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' schedule, run by the clock where time ends before the steps do.
 
-        It is asked for one step later than transformers does: its warm-up begins with a learning rate of zero, and a
-        short run has no step to give away.
+        It is asked for the middle of each step: at their beginnings a warm-up has a learning rate of zero, at their
+        ends a linear schedule has, and a short run has no step to give away.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, LambdaLR):
             steps, shapes = num_training_steps, scheduler.lr_lambdas
 
             def timed(shape: Any) -> Any:
-                return lambda step: shape(min(steps, max(step + 1, math.ceil(self._share() * steps))))
+                return lambda step: shape(min(steps, max(step + 0.5, self._share() * steps)))
 
             scheduler.lr_lambdas = [timed(shape) for shape in shapes]
             # The first step's rate was set when the schedule was made.
