@@ -36,7 +36,7 @@ MOMENTS = {
 DEFAULT_MOMENTS = {
     "between two blocks of gradients": ("bolaco.blockstore.BlockStore.write", 1, "after"),
     "between two refined blocks": ("bolaco.refine.run.train_block", 2, "before"),
-    "while a refined block is written": ("bolaco.blockstore.save_file", 6, "after"),
+    "while a refined block is written": ("bolaco.blockstore.save_file", 8, "after"),
 }
 # Starts processes that run the command line and kill themselves, with no handler and no clean-up. They are forked, so
 # that everything is imported once.
@@ -265,17 +265,20 @@ def test_a_stage_that_fails_is_repeated_and_no_other(
     assert what_counts("out") == what_counts(shared / "out")
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_interrupted_in_the_loss_gradients(blocks: int, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stage before the factors that some methods have; finished, it is not repeated."""
-    words = ["--search", "none", "--method", "kfac"]
+@pytest.mark.parametrize(("method", "folder"), [("kfac", "gradients"), ("fwsvd", "fisher")])
+@pytest.mark.parametrize(("after", "blocks", "again"), [("statistics", 1, 2), ("walk", 1, 1), ("statistics", 2, 0)])
+def test_interrupted_in_the_loss_gradients(
+    method: str, folder: str, after: str, blocks: int, again: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage before the factors that some methods have: it goes on below the last block it finished."""
+    words = ["--search", "none", "--method", method]
     ok(*compress("undisturbed", *words))
     save = BlockStore.write
     calls = []
 
     def interrupted(*args: Any) -> None:
         save(*args)
-        calls.extend([args] if args[0].folder.name == "gradients" else [])
+        calls.extend([args] if args[0].folder.name == (folder if after == "statistics" else "walk") else [])
         if len(calls) == blocks:
             raise KeyboardInterrupt
 
@@ -284,7 +287,7 @@ def test_interrupted_in_the_loss_gradients(blocks: int, place: Path, monkeypatch
         assert bolaco(*compress("out", *words)).code == 130
     saved = counted(monkeypatch, BlockStore, "write")
     ok(*compress("out", *words))
-    assert len([call for call in saved if call[0].folder.name == "gradients"]) == {1: 2, 2: 0}[blocks]
+    assert len([call for call in saved if call[0].folder.name == folder]) == again
     assert what_counts("out") == what_counts("undisturbed")
 
 

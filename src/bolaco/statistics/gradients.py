@@ -105,6 +105,9 @@ class GradientWalk:
         folder: record block inputs in memory-mapped files here instead of in memory.
         weights: the empirical Fisher of the weights by input ``[in]``, instead of the outputs' second moments
             ``[out, out]``.
+
+    Attributes:
+        gradient: ``[sequences, length, d]`` of the loss at the input of the block that was yielded last.
     """
 
     def __init__(
@@ -123,25 +126,33 @@ class GradientWalk:
         self.head = Head(model)
         self._seed, self._folder = seed, folder
         self._inputs: list[Tensor] = []
-        self._gradient = torch.empty(0)
+        self.gradient = torch.empty(0)
 
-    def run(self, tick: Callable[[int], Any] | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def run(
+        self, tick: Callable[[int], Any] | None = None, earlier: tuple[int, Tensor] | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields ``(layer, {site name: statistic in float64})``, last block first.
 
-        ``tick`` is called with the sequences done, ``num_layers + 1`` times each sequence in all.
+        ``tick`` is called with the sequences done, ``num_layers + 1`` times each sequence in all. ``earlier`` is the
+        last layer of a walk that was interrupted, and its :attr:`gradient` then: this one goes on below it.
 
         Raises:
             NonFiniteError: a gradient with NaN or infinity; names the matrix.
         """
+        top = self.structure.num_layers
+        if earlier is not None:
+            top, self.gradient = earlier[0], earlier[1].clone()
+            if tick:
+                tick((self.structure.num_layers - top) * len(self.tokens))
         with _frozen(self.model):
-            self._forward(tick)
-            for layer in reversed(range(self.structure.num_layers)):
+            self._forward(tick, differentiate=earlier is None)
+            for layer in reversed(range(top)):
                 yield layer, self._backward(layer, tick)
         self.close()
 
     def close(self) -> None:
         """Frees what was recorded."""
-        self._inputs, self._gradient = [], torch.empty(0)
+        self._inputs, self.gradient = [], torch.empty(0)
         if self._folder is not None:
             for file in self._folder.glob("inputs-*.cache"):
                 file.unlink()
@@ -150,8 +161,8 @@ class GradientWalk:
         file = None if self._folder is None else self._folder / f"inputs-{index:05d}.cache"
         return cache_tensor((len(self.tokens), *shape[1:]), dtype, file)
 
-    def _forward(self, tick: Callable[[int], Any] | None) -> None:
-        """Records every block's input and arguments, and the loss gradient at the last block's output."""
+    def _forward(self, tick: Callable[[int], Any] | None, differentiate: bool) -> None:
+        """Records every block's input and arguments, and if asked the loss gradient at the last block's output."""
         seen: list[tuple[Arguments, Tensor]] = []
         leaves: list[Tensor] = []
 
@@ -172,18 +183,19 @@ class GradientWalk:
             for rows in self.runner.slices:
                 seen.clear()
                 leaves.clear()
-                with torch.enable_grad():
+                with torch.set_grad_enabled(differentiate):
                     tokens = self.tokens[rows].to(self.model.device)
                     final = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-                    upstream = self._label_gradient(final.detach(), generator, tokens if self._weights else None)
-                    (gradient,) = torch.autograd.grad(final, leaves[0], upstream)
+                    if differentiate:
+                        upstream = self._label_gradient(final.detach(), generator, tokens if self._weights else None)
+                        (gradient,) = torch.autograd.grad(final, leaves[0], upstream)
+                        if self.gradient.numel() == 0:
+                            self.gradient = torch.empty((len(self.tokens), *gradient.shape[1:]), dtype=gradient.dtype)
+                        self.gradient[rows] = gradient.to("cpu")
                 for index, (_, state) in enumerate(seen):
                     if len(self._inputs) <= index:
                         self._inputs.append(self._allocate(index, state.shape, state.dtype))
                     self._inputs[index][rows] = state.to("cpu")
-                if self._gradient.numel() == 0:
-                    self._gradient = torch.empty((len(self.tokens), *gradient.shape[1:]), dtype=gradient.dtype)
-                self._gradient[rows] = gradient.to("cpu")
                 self.runner.arguments[rows.stop - rows.start] = [rest for rest, _ in seen]
                 if tick:
                     tick(rows.stop - rows.start)
@@ -241,8 +253,8 @@ class GradientWalk:
                 with torch.enable_grad():
                     state = self._inputs[layer][rows].to(self.model.device).requires_grad_()
                     output = self.runner.run(layer, state)
-                    (gradient,) = torch.autograd.grad(output, state, self._gradient[rows].to(self.model.device))
-                self._gradient[rows] = gradient.to("cpu")
+                    (gradient,) = torch.autograd.grad(output, state, self.gradient[rows].to(self.model.device))
+                self.gradient[rows] = gradient.to("cpu")
                 if tick:
                     tick(rows.stop - rows.start)
         finally:

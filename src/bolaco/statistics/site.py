@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,18 @@ def gradient_bytes(sites: Iterable[Site]) -> int:
     return sum(4 * folded_size(member.out_features) for site in sites for member in site.members)
 
 
+def _at(store: BlockStore) -> BlockStore:
+    """Where a walk is: the gradient at the input of the last block it has finished."""
+    return BlockStore(store.folder / "walk")
+
+
+def _interrupted(store: BlockStore, layers: int) -> tuple[int, Tensor] | None:
+    """Last block of a walk that was interrupted, and the gradient at its input."""
+    at = _at(store)
+    finished = [layer for layer in range(layers) if at.has(layer)]
+    return (finished[0], at.read(finished[0])["gradient"]) if finished else None
+
+
 # Field of SiteStatistics -> folder of its blocks.
 _FOLDERS = {"gradient": "gradients", "fisher": "fisher", "outputs": "importance-out", "inputs": "importance-in"}
 
@@ -110,10 +123,13 @@ class LossStatistics:
             folder = store.folder / "inputs" if cache else None
             walk = GradientWalk(model, structure, tokens, batch, seed, folder, weights=field == "fisher")
             with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
-                for layer, found in walk.run(tick):
+                for layer, found in walk.run(tick, _interrupted(store, layers)):
                     values = {name: value.float() for name, value in found.items()}
                     # Half of what a run of a wide model has on disk.
                     store.write(layer, {n: fold(v) for n, v in values.items()} if field == "gradient" else values)
+                    _at(store).write(layer, {"gradient": walk.gradient})
+                    _at(store).path(layer + 1).unlink(missing_ok=True)
+            shutil.rmtree(_at(store).folder)
 
     def put(self, field: str, layer: int, values: Mapping[str, Tensor]) -> None:
         """Stores a field of one block's matrices that was found elsewhere, by site name."""
