@@ -191,7 +191,7 @@ def test_files(shared: Path) -> None:
         assert float(cells["gap third.txt"]) == row["gap"][1]
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
     widths = {line.count("|") for line in lines if line.startswith("| ") and "questions" not in line}
-    assert len([line for line in lines if line.startswith("| ")]) == 3 + 8 + 2 + 2
+    assert len([line for line in lines if line.startswith("| ")]) == (3 + 8) + 2 * (3 + 4)
     assert len(widths) == 2  # of the results, and of the tasks
     svg = ET.parse(out / "frontier.svg").getroot()
     assert len([e for e in svg.iter() if e.get("class") == "mark"]) == 8 + len(METHODS)  # and the legend

@@ -22,6 +22,7 @@ from bolaco.api import tune
 from bolaco.checkpoint.info import read_curves, read_info
 from bolaco.models.structure import Site
 from bolaco.report.charts import rank_map, search_chart
+from bolaco.report.comparison import task_tables
 from bolaco.report.curves import matrix_curves, retained_energy, thinned
 from bolaco.report.html import comparison_page, number, result_page, tuned_page
 from bolaco.report.svg import Series, chart, standalone, ticks
@@ -292,6 +293,23 @@ def test_a_result_without_ranks(searched: Compressed) -> None:
     text = result_page(searched.info | {"ranks": {}, "trials": []}, {"matrices": {}, "refinement": {}}, "x")
     assert check(text).tags["svg"] == 0
     assert "<h2>Ranks</h2>" not in text
+
+
+def test_tasks_have_a_mean_where_there_are_several(searched: Compressed) -> None:
+    record = comparison(searched.path)
+    dense = {"examples": 9, "acc": 0.6, "acc_stderr": 0.3, "acc_norm": 0.5, "acc_norm_stderr": None}
+    record["dense"]["tasks"] = {
+        "a": dense,
+        "b": dense | {"acc": 0.2, "acc_stderr": 0.4},
+        "c": {"examples": 3, "f1": 0.1},
+    }
+    record["rows"] = [record["rows"][0] | {"tasks": {"a": dense, "b": {"examples": 9}}}]
+    acc, norm, f1 = task_tables(record)
+    assert acc.columns == ["method", "a (9)", "b (9)", "mean"]
+    assert acc.rows[0] == ["dense", "0.6000 ± 0.3000", "0.2000 ± 0.4000", "0.4000 ± 0.2500"]
+    assert acc.rows[1][1:] == ["0.6000 ± 0.3000", "", ""]
+    assert norm.rows[0][-1] == "0.5000"
+    assert (f1.columns, f1.rows[0]) == (["method", "c (3)"], ["dense", "0.1000"])
 
 
 def test_a_comparison_shows_every_row(searched: Compressed) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +81,45 @@ def memory_note(record: Mapping[str, Any]) -> str:
     return f"Peak memory is the resident memory of the process {since}: the original and mapped files count."
 
 
-def task_table(record: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Accuracies at one keep ratio: (models, (task and metric, a cell for each model)); empty without tasks."""
-    if not record["dense"]["tasks"]:
-        return [], []
+@dataclass(frozen=True)
+class TaskTable:
+    """One metric of the tasks at one keep ratio: a row for each model, a column for each task, and their mean."""
+
+    metric: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+def task_tables(record: Mapping[str, Any]) -> list[TaskTable]:
+    """A table for each metric that a task has; empty without tasks."""
     rows = [row for row in record["rows"] if row["keep"] == record["task_keep"] and "error" not in row]
-    scores = [record["dense"]["tasks"], *(row["tasks"] for row in rows)]
-    table = []
-    for task, values in scores[0].items():
-        for metric in values:
-            if metric in ("examples", "shots") or metric.endswith("_stderr"):
-                continue
-            table.append((f"{task}, {metric}", [_score(score.get(task, {}), metric) for score in scores]))
-    return ["dense", *(row["method"] for row in rows)], table
+    scores = [("dense", record["dense"]["tasks"]), *((row["method"], row["tasks"]) for row in rows)]
+    first: Mapping[str, Mapping[str, Any]] = scores[0][1]
+    metrics = dict.fromkeys(metric for values in first.values() for metric in values)
+    tables = []
+    for metric in metrics:
+        if metric in ("examples", "shots") or metric.endswith("_stderr"):
+            continue
+        tasks = [task for task, values in first.items() if metric in values]
+        table = [
+            [name, *(_score(found.get(task, {}), metric) for task in tasks), _mean(found, tasks, metric)]
+            for name, found in scores
+        ]
+        columns = [f"{task} ({first[task]['examples']})" for task in tasks] + ["mean"]
+        if len(tasks) == 1:
+            columns, table = columns[:1], [cells[:-1] for cells in table]
+        tables.append(TaskTable(metric, ["method", *columns], table))
+    return tables
+
+
+def _mean(found: Mapping[str, Mapping[str, Any]], tasks: Sequence[str], metric: str) -> str:
+    """Mean over tasks, and its standard error from theirs, which are independent."""
+    values = [found[task][metric] for task in tasks if found.get(task, {}).get(metric) is not None]
+    if len(values) < len(tasks):
+        return ""
+    errors = [error for task in tasks if (error := found[task].get(f"{metric}_stderr")) is not None]
+    error = math.hypot(*errors) / len(tasks) if len(errors) == len(tasks) else None
+    return _score({metric: math.fsum(values) / len(tasks), f"{metric}_stderr": error}, metric)
 
 
 def _score(values: Mapping[str, Any], metric: str) -> str:
@@ -142,11 +170,9 @@ def markdown(record: Mapping[str, Any]) -> str:
         + ", ".join(f"{stage} {value:.1f}" for stage, value in record["seconds"].items())
         + f". {memory_note(record)}",
     ]
-    names, rows = task_table(record)
-    if rows:
-        tasks = [_line(["task", *names]), _line(["---", *("---:" for _ in names)])]
-        tasks += [_line([task, *cells]) for task, cells in rows]
-        parts += [f"## Tasks at keep {record['task_keep']:g}", "\n".join(tasks)]
+    for table in task_tables(record):
+        lines = [_line(table.columns), _line(["---", *("---:" for _ in table.columns[1:])]), *map(_line, table.rows)]
+        parts += [f"## Tasks at keep {record['task_keep']:g}: {_safe(table.metric)}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,7 +23,7 @@ from bolaco.report.charts import (
     spectrum_charts,
     types_of,
 )
-from bolaco.report.comparison import cells_of, columns_of, dense_cells, labels, leaders, memory_note, task_table
+from bolaco.report.comparison import cells_of, columns_of, dense_cells, labels, leaders, memory_note, task_tables
 from bolaco.report.tables import layer_of, mib, millions, type_of
 
 REPORT_FILE = "report.html"
@@ -151,7 +151,6 @@ def comparison_page(record: Mapping[str, Any]) -> str:
     rows: Sequence[Mapping[str, Any]] = record["rows"]
     columns = columns_of(record)
     best = leaders(record)
-    task_columns, task_rows = task_table(record)
     return (
         _environment()
         .get_template("comparison.html.j2")
@@ -162,8 +161,7 @@ def comparison_page(record: Mapping[str, Any]) -> str:
             best=best,
             dense=dense_cells(record),
             memory_note=memory_note(record),
-            task_columns=task_columns,
-            task_rows=task_rows,
+            task_tables=task_tables(record),
             charts=[
                 (name, drawn)
                 for i, name in enumerate(labels([text["source"] for text in record["texts"]]))
