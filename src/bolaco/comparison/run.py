@@ -307,6 +307,7 @@ class _Run:
     def rows(self, dense: Mapping[str, Any]) -> list[dict[str, Any]]:
         """All rows in order; each is written into the ledger when it is finished."""
         points = [(method, keep) for keep in self.comparison.keep for method in self.comparison.methods]
+        self._write_so_far(dense, points)
         for number, (method, keep) in enumerate(points, start=1):
             name = row_name(method, keep)
             if name not in self.ledger:
