@@ -232,6 +232,20 @@ def test_the_budget_of_minutes_ends_training(tmp_path: Path, monkeypatch: pytest
     assert rates[3] > rates[4] > rates[5]
 
 
+def test_a_mode_s_own_schedule_goes_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_the_clock(monkeypatch)
+    seen = []
+    begin = _Watch.on_step_begin
+
+    def spied(self: _Watch, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.prepared.on_step = lambda step, steps: seen.append((step, steps))
+        begin(self, args, state, control, **more)
+
+    monkeypatch.setattr(_Watch, "on_step_begin", spied)
+    tune(folder_of("llama").path, tmp_path / "out", "factors", max_steps=600, minutes=4)
+    assert seen == [(step, 600) for step in range(0, 600, 100)]
+
+
 def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, words = folder_of("llama").path, {"max_steps": 50, "minutes": 4, "options": {"training.save_steps": 1}}
     rates = by_the_clock(monkeypatch)

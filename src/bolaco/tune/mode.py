@@ -120,7 +120,8 @@ class Prepared:
         finish: called once after training; folds what folds, and returns the model to save with ``save_pretrained``.
         touched: names of modules or parameters of the loaded model that may come out changed. Everything else in the
             result is compared with the input, bit by bit.
-        on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules.
+        on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules. Where
+            time ends sooner the number is the one that the clock stands for.
         save_extra: writes what belongs to the result and is not in the model into its folder.
         note: for the model card, what a user of the result has to know; a sentence or two.
     """

@@ -225,7 +225,8 @@ class _Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.prepared.on_step is not None:
-            self.prepared.on_step(state.global_step, state.max_steps)
+            share = 0.0 if self.clock.budget is None else _agreed(self.clock.share, args.device)
+            self.prepared.on_step(max(state.global_step, int(share * state.max_steps)), state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.clock.budget is not None and _agreed(self.clock.share, args.device) >= 1:
