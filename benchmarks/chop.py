@@ -31,7 +31,7 @@ def main() -> None:
     chopped, fresh = args.cache / f"chopped-{args.keep}", args.cache / f"chopped-{args.keep}-random"
     if not chopped.exists():
         words = {"evaluation": texts.wikitext, "options": {"evaluation.windows": 4}}
-        api.compress(args.model, chopped, keep=args.keep, preset="chop", reporter=Reporter(), **words)
+        api.compress(args.model, keep=args.keep, out=chopped, preset="chop", reporter=Reporter(), **words)
     if not fresh.exists():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(chopped)).float().save_pretrained(fresh)
