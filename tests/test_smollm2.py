@@ -45,7 +45,20 @@ def test_dense_perplexity_agrees_with_an_independent_measurement() -> None:
 
 def test_compress_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    words = ["compress", MODEL, "--keep", "0.8", "--calibration", "pydoc", "--seq-len", "256", "--trials", "3"]
+    words = [
+        "compress",
+        MODEL,
+        "--preset",
+        "bolaco-5x1",
+        "--keep",
+        "0.8",
+        "--calibration",
+        "pydoc",
+        "--seq-len",
+        "256",
+        "--trials",
+        "3",
+    ]
     for name, value in (SMALL | {"validation.candidates": 4, "validation.sequences": 2, "search.initial": 1}).items():
         words += ["--set", f"{name}={value}"]
     assert main([*words, "-o", str(out)]) == 0
@@ -66,7 +79,8 @@ def test_curvature_and_closed_form_ranks_beat_the_hand_allocation(tmp_path: Path
         "hand": {"search": "none"},
         "kfac": {"method": "kfac", "search": "spectral", "storage": "pivoted"},
     }.items():
-        run = bolaco.compress(MODEL, 0.8, tmp_path / name, calibration="pydoc", seq_len=256, options=SMALL, **words)
+        words |= {"preset": "bolaco-5x1", "calibration": "pydoc", "seq_len": 256, "options": SMALL}
+        run = bolaco.compress(MODEL, 0.8, tmp_path / name, **words)
         ppl = run.info["perplexity"]
         gaps[name] = torch.tensor(ppl["compressed"] / ppl["dense"]).log().item()
         assert run.info["parameters_linears"] <= 0.8 * run.info["parameters_linears_dense"]
