@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -107,6 +107,7 @@ def test_layer_is_the_table_looked_up(bits: int, columns: int, groups: int) -> N
 
 @settings(deadline=None, max_examples=30)
 @given(bits=st.sampled_from([1, 2, 3, 4]), columns=st.integers(1, 60), power=st.floats(0, 4), seed=st.integers(0, 99))
+@example(bits=1, columns=2, power=1.0, seed=0)
 def test_kmeans_is_no_worse_than_an_even_grid(bits: int, columns: int, power: float, seed: int) -> None:
     values, weights = normal(4, columns, seed=seed) ** 3, normal(columns, seed=seed + 1).abs() ** power
     centres = kmeans(values, weights, 2**bits)
@@ -117,7 +118,9 @@ def test_kmeans_is_no_worse_than_an_even_grid(bits: int, columns: int, power: fl
     torch.testing.assert_close(found, brute)
     grid = (weights * (values - rounded(values, bits).nan_to_num(0)) ** 2).sum(1)
     if columns > 1:
-        assert (found <= grid * (1 + 1e-9)).all()
+        # Where both are exact they differ by squares of rounding errors, about 1e-32 of the values' squares.
+        rounding = 1e-28 * (weights * values**2).sum(1)
+        assert (found <= grid * (1 + 1e-9) + rounding).all()
 
 
 def test_kmeans_finds_separate_values() -> None:
