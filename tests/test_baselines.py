@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bolaco.blockstore import BlockStore
+from bolaco.errors import ResumeError
 from bolaco.factorize import SiteStatistics, get_method
 from bolaco.factorize.store import FactorStore
 from bolaco.models import inspect_structure
@@ -100,4 +102,9 @@ def test_both_kinds_of_gradients_for_a_method_that_asks_for_both(tmp_path: Path)
     for site in structure.of_layer(1):
         assert found[site.name]["gradient"].shape == (site.out_features,) * 2
         assert found[site.name]["fisher"].shape == (site.in_features,)
+    # As an earlier version wrote it.
+    file = next((tmp_path / "gradients").glob("block-00001*"))
+    save_file({name: values["gradient"] for name, values in found.items()}, file)
+    with pytest.raises(ResumeError, match=r"block-00001.*no folded symmetric matrix.*delete this file"):
+        losses.of_layer(1, torch.device("cpu"))
     assert LossStatistics(tmp_path / "nothing").of_layer(0, torch.device("cpu")) == {}

@@ -144,6 +144,9 @@ class LossStatistics:
         result: dict[str, dict[str, Tensor]] = {}
         for field, store in self._stores.items():
             for name, value in store.read(layer).items():
-                value = value.to(device)
-                result.setdefault(name, {})[field] = unfold(value) if field == "gradient" else value
+                try:
+                    whole = unfold(value.to(device)) if field == "gradient" else value.to(device)
+                except ValueError as error:
+                    raise store.damaged(layer, error) from error
+                result.setdefault(name, {})[field] = whole
         return result

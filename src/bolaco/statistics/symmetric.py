@@ -27,9 +27,15 @@ def fold(matrix: Tensor) -> Tensor:
 
 
 def unfold(folded: Tensor) -> Tensor:
-    """The symmetric matrix that :func:`fold` was given."""
+    """The symmetric matrix that :func:`fold` was given.
+
+    Raises:
+        ValueError: no folded matrix has this shape.
+    """
     rows, columns = folded.shape
     odd = rows == 2 * columns - 1
+    if not odd and columns != 2 * rows + 1:
+        raise ValueError(f"{rows} x {columns} is no folded symmetric matrix")
     half = columns if odd else rows
     rest = half - odd
     block, corner = folded.split([half, rest], dim=0) if odd else folded.split([rest + 1, half], dim=1)
