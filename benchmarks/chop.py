@@ -27,8 +27,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of WikiText-2; half as many of C4")
     args = parser.parse_args()
     texts = TuningTexts(args.data)
-    ledger = Ledger(args.cache / f"chop-{args.keep}-{args.max_steps}-{args.windows}.json")
-    chopped, fresh = args.cache / f"chopped-{args.keep}", args.cache / f"chopped-{args.keep}-random"
+    name = f"{Path(args.model).name}-{args.keep}"
+    ledger = Ledger(args.cache / f"chop-{name}-{args.max_steps}-{args.windows}.json")
+    chopped, fresh = args.cache / f"chopped-{name}", args.cache / f"chopped-{name}-random"
     if not chopped.exists():
         words = {"evaluation": texts.wikitext, "options": {"evaluation.windows": 4}}
         api.compress(args.model, keep=args.keep, out=chopped, preset="chop", reporter=Reporter(), **words)
@@ -47,11 +48,11 @@ def main() -> None:
         return {**texts.perplexities(str(out), 1024, args.windows), "minutes": record["seconds"]["train"] / 60}
 
     rows: list[list[object]] = []
-    for name, source in (("chopped", chopped), ("random start", fresh)):
-        before: Any = ledger.get(name, lambda s=source: texts.perplexities(str(s), 1024, args.windows))
-        after: Any = ledger.get(f"{name}, tuned", lambda s=source: tuned(s))
-        rows.append([name, 0, before["wikitext"], before["c4"], ""])
-        rows.append([f"{name}, continued", args.max_steps, after["wikitext"], after["c4"], after["minutes"]])
+    for start, source in (("chopped", chopped), ("random start", fresh)):
+        before: Any = ledger.get(start, lambda s=source: texts.perplexities(str(s), 1024, args.windows))
+        after: Any = ledger.get(f"{start}, tuned", lambda s=source: tuned(s))
+        rows.append([start, 0, before["wikitext"], before["c4"], ""])
+        rows.append([f"{start}, continued", args.max_steps, after["wikitext"], after["c4"], after["minutes"]])
     print_table(["start", "steps", "WikiText-2", "C4 held out", "minutes"], rows)
 
 

@@ -158,10 +158,9 @@ class _Clock:
         """Seconds."""
         return self.earlier + time.monotonic() - self.start
 
-    @property
-    def share(self) -> float:
-        """What is spent of the budget, from 0; always 0 without one."""
-        return 0.0 if self.budget is None else self.spent / self.budget
+    def share(self, device: torch.device) -> float:
+        """What is spent of the budget, from 0, the same in all processes; always 0 without one."""
+        return 0.0 if self.budget is None else _agreed(self.spent / self.budget, device)
 
 
 class TuneTrainer(Trainer):
@@ -186,7 +185,7 @@ class TuneTrainer(Trainer):
             steps, shapes = num_training_steps, scheduler.lr_lambdas
 
             def timed(shape: Any) -> Any:
-                return lambda step: shape(min(steps, max(step + 0.5, self._share() * steps)))
+                return lambda step: shape(min(steps, max(step + 0.5, self.clock.share(self.args.device) * steps)))
 
             scheduler.lr_lambdas = [timed(shape) for shape in shapes]
             # The first step's rate was set when the schedule was made.
@@ -199,10 +198,6 @@ class TuneTrainer(Trainer):
     def out_of_time(self, checkpoint: Path) -> bool:
         """Whether training stopped at this checkpoint because its time was spent."""
         return self.clock.budget is not None and _seconds(checkpoint / _CLOCK) >= self.clock.budget
-
-    def _share(self) -> float:
-        """Of the budget of time that is spent, the same in all processes."""
-        return _agreed(self.clock.share, self.args.device) if self.clock.budget is not None else 0.0
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -225,11 +220,11 @@ class _Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.prepared.on_step is not None:
-            share = 0.0 if self.clock.budget is None else _agreed(self.clock.share, args.device)
-            self.prepared.on_step(max(state.global_step, int(share * state.max_steps)), state.max_steps)
+            step = int(self.clock.share(args.device) * state.max_steps)
+            self.prepared.on_step(max(state.global_step, step), state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.clock.budget is not None and _agreed(self.clock.share, args.device) >= 1:
+        if self.clock.share(args.device) >= 1:
             self.out_of_time = state.global_step < state.max_steps
             control.should_training_stop = control.should_save = True
 

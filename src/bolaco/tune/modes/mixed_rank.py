@@ -25,7 +25,8 @@ from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.models.load import resolve
 from bolaco.models.structure import inspect_structure
 from bolaco.tune.factored import stored, two_factors
-from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared, structure_of
+from bolaco.tune.mode import Context, Matrix, Mode, Options, Prepared, structure_of
+from bolaco.tune.modes import factors
 
 # In the input's folder: weights ``[out, in]`` by the names of the matrices, ``.q`` and so on behind a fused module's.
 SPARSE_FILE = "sparse.safetensors"
@@ -152,9 +153,7 @@ MODE = Mode(
     name="mixed-rank",
     paper="arXiv 2306.14152",
     summary="the factors, in steps that replace them by the original or pruned weight ever more rarely (LPAF)",
-    defaults=Defaults(
-        learning_rate=5e-5, distill_rate=1e-4, warmup=0.2, schedule="cosine", final_rate=0.1, weight_decay=0.0
-    ),
+    defaults=factors.MODE.defaults,  # the same parameters are trained
     prepare=prepare,
     options=MixedOptions,
     check=lambda context: context.factored,
