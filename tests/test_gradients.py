@@ -1,6 +1,7 @@
 """Gradient statistics against plain autograd on the whole model."""
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
@@ -8,7 +9,10 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.errors import NonFiniteError
 from bolaco.models import inspect_structure
 from bolaco.objective import Head
+from bolaco.progress import Reporter
+from bolaco.recipe import Calibration
 from bolaco.statistics.gradients import GradientWalk
+from bolaco.statistics.site import LossStatistics, loss_bytes
 from bolaco.statistics.symmetric import fold, folded_size, unfold
 from tests.models import FAMILIES
 
@@ -133,6 +137,29 @@ def test_labels_follow_the_model():
     assert float(gradients.mean(0).norm()) < 0.1 * float(gradients.norm(dim=1).mean())
     covariance = gradients.T @ gradients / len(gradients)
     assert float((covariance - spread).norm()) < 0.15 * float(spread.norm())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("fields", [("gradient",), ("fisher",), ("gradient", "fisher"), ("outputs",)])
+def test_disk_space_is_foreseen(family, cache, fields, monkeypatch, tmp_path):
+    model = FAMILIES[family]()
+    structure = inspect_structure(model)
+    tokens = torch.randint(5, model.config.vocab_size - 1, (6, 64), generator=torch.Generator().manual_seed(1))
+    largest = 0
+
+    def save_and_look(tensors, path):
+        nonlocal largest
+        safetensors.torch.save_file(tensors, path)
+        largest = max(largest, sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
+
+    monkeypatch.setattr("bolaco.blockstore.save_file", save_and_look)
+    settings = Calibration(gradient_sequences=4, cache=cache)
+    foreseen = loss_bytes(fields, model, structure, tokens, settings)
+    if "outputs" not in fields:
+        LossStatistics(tmp_path, fields).estimate(model, structure, tokens[:4], 2, Reporter(), cache=cache == "disk")
+    headers = 2048 * (2 * structure.num_layers + 2)
+    assert largest - headers <= foreseen <= 1.3 * largest
 
 
 def test_same_seed_same_moments():

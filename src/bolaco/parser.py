@@ -71,40 +71,24 @@ def command_parser() -> argparse.ArgumentParser:
     )
     compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
     compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
-    compress.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
-    compress.add_argument(
-        "--validation",
-        metavar="SRC",
-        help="text allocations are compared on (the rest of the calibration source)",
-    )
-    compress.add_argument(
-        "--eval",
-        metavar="SRC",
-        dest="evaluation",
-        help="text of the final table (the rest of the validation source)",
-    )
-    compress.add_argument(
-        "--seq-len", type=int, help="length of calibration sequences, and of the others by default (1024)"
+    _texts(
+        compress,
+        validation="text allocations are compared on (the rest of the calibration source)",
+        evaluation="text of the final table (the rest of the validation source)",
     )
     compress.add_argument("--warm-start", metavar="OUT", help="earlier result whose allocation is tried first")
     compress.add_argument("--seed", type=int)
-    compress.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    compress.add_argument("--device")
+    _placement(compress)
     compress.add_argument(
         "--preset",
         choices=PRESETS,
         default="default",
         help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
     )
-    compress.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any field of the recipe, such as search.min_keep=0.3",
-    )
+    _settings(compress, "any field of the recipe, such as search.min_keep=0.3")
     compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
-    _run_options(compress)
+    _folders(compress, required=False)
+    _dry_run(compress)
 
     compare = commands.add_parser("compare", help="several methods at several sizes, side by side")
     compare.add_argument("model", metavar="MODEL")
@@ -115,33 +99,25 @@ def command_parser() -> argparse.ArgumentParser:
         help="presets, or methods (in two factors, one ratio for all matrices), with commas between",
     )
     compare.add_argument("--keep", required=True, metavar="RATIOS", help="keep ratios, with commas between")
-    compare.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
-    compare.add_argument("--validation", metavar="SRC", help="text that searches compare allocations on")
-    compare.add_argument(
-        "--eval", metavar="SRC,..", dest="evaluation", help="texts of the table, with commas between; headline first"
+    _texts(
+        compare,
+        validation="text that searches compare allocations on",
+        evaluation="texts of the table, with commas between; headline first",
+        several=True,
     )
-    compare.add_argument("--seq-len", type=int, help="length of calibration sequences, and of the others by default")
     compare.add_argument("--tasks", metavar="NAMES", help="accuracy on tasks too, as for `bolaco eval`")
     compare.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     compare.add_argument("--task-keep", type=float, metavar="RATIO", help="keep ratio tasks are run at (the first)")
     compare.add_argument("--seed", type=int)
-    compare.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    compare.add_argument("--device")
-    compare.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any field of all recipes, or of one method: aa-svd:refinement.steps=20",
-    )
+    _placement(compare)
+    _settings(compare, "any field of all recipes, or of one method: aa-svd:refinement.steps=20")
     compare.add_argument("--keep-models", action="store_true", help="keep the checkpoints, in OUT/models")
-    compare.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
-    compare.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
-    compare.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+    _folders(compare)
 
     run = commands.add_parser("run", help="compress as a recipe file says")
     run.add_argument("recipe", metavar="RECIPE.yaml")
-    _run_options(run)
+    _folders(run, required=False)
+    _dry_run(run)
 
     evaluate = commands.add_parser("eval", help="perplexity of a model, and its accuracy on tasks")
     evaluate.add_argument("model", metavar="MODEL")
@@ -156,8 +132,7 @@ def command_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at once (4 windows, 8 answers)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
-    evaluate.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    evaluate.add_argument("--device", default="auto")
+    _placement(evaluate, "auto")
     evaluate.add_argument(
         "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
     )
@@ -181,16 +156,8 @@ def command_parser() -> argparse.ArgumentParser:
     tune.add_argument("--seed", type=int)
     tune.add_argument("--dtype", choices=("float32", "auto"), help="of frozen weights in memory; auto: as stored")
     tune.add_argument("--device")
-    tune.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="any other setting, such as training.warmup=0.1, options.NAME of the mode, trainer.NAME of transformers",
-    )
-    tune.add_argument("-o", "--out", required=True, help="folder to write; must not exist")
-    tune.add_argument("--work", metavar="DIR", help="folder of checkpoints (OUT.work)")
-    tune.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+    _settings(tune, "any other, such as training.warmup=0.1, options.NAME of the mode, trainer.NAME of transformers")
+    _folders(tune, "checkpoints")
 
     bench = commands.add_parser("bench", help="speed and memory of models, side by side")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
@@ -198,8 +165,7 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
     bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
     bench.add_argument("--json", metavar="FILE", help="write the result there too")
-    bench.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    bench.add_argument("--device", default="auto")
+    _placement(bench, "auto")
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
     inspect.add_argument("folder", metavar="OUT")
@@ -219,8 +185,31 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--out", help="folder to write; must not exist")
-    parser.add_argument("--work", metavar="DIR", help="folder of intermediate results (OUT.work)")
+def _texts(parser: argparse.ArgumentParser, validation: str, evaluation: str, several: bool = False) -> None:
+    parser.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
+    parser.add_argument("--validation", metavar="SRC", help=validation)
+    parser.add_argument("--eval", metavar="SRC,.." if several else "SRC", dest="evaluation", help=evaluation)
+    parser.add_argument(
+        "--seq-len", type=int, help="length of calibration sequences, and of the others by default (1024)"
+    )
+
+
+def _placement(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Number format and device; None leaves both to the recipe."""
+    choices = ("auto", "float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=choices, default=default, help="of the model in memory; auto: as stored")
+    parser.add_argument("--device", default=default, help="such as cpu or cuda:1; auto: the GPU if there is one")
+
+
+def _settings(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=what)
+
+
+def _folders(parser: argparse.ArgumentParser, what: str = "intermediate results", required: bool = True) -> None:
+    parser.add_argument("-o", "--out", required=required, help="folder to write; must not exist")
+    parser.add_argument("--work", metavar="DIR", help=f"folder of {what} (OUT.work)")
     parser.add_argument("--keep-work", action="store_true", help="do not remove it on success")
+
+
+def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, without loading weights")

@@ -50,7 +50,7 @@ from bolaco.refine.run import stored_block
 from bolaco.report.card import model_card
 from bolaco.report.curves import matrix_curves, thinned
 from bolaco.report.html import REPORT_FILE, result_page
-from bolaco.statistics.site import LossStatistics, gradient_bytes
+from bolaco.statistics.site import LossStatistics, loss_bytes
 from bolaco.texts import Texts, prepare_texts
 from bolaco.transform import get_transform
 from bolaco.transform.prune import prune, with_weights
@@ -211,10 +211,10 @@ class _Run:
                 factors += self.top.get(site.name, 0) * (site.out_features + site.in_features) * itemsize
             if self.method.prunes:
                 factors += sum(site.size for site in self.structure.sites) * itemsize
-            if self.method.gradients:
-                factors += gradient_bytes(self.structure.sites)
-            if self.recipe.calibration.cache == "disk":
-                factors += self.texts.calibration.numel() * self.model.config.hidden_size * itemsize
+            settings, tokens = self.recipe.calibration, self.texts.calibration
+            factors += loss_bytes(self.method.losses, self.model, self.structure, tokens, settings)
+            if settings.cache == "disk":
+                factors += tokens.numel() * self.model.config.hidden_size * itemsize
         if self.recipe.refines:
             factors += sum(site.size for site in self.structure.sites) * itemsize
         needs = [(self.folder.path, factors), (out, self.parameters_dense * itemsize)]

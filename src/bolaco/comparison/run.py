@@ -47,7 +47,7 @@ from bolaco.report.charts import frontier_chart
 from bolaco.report.comparison import comma_separated, labels, markdown
 from bolaco.report.html import REPORT_FILE, comparison_page
 from bolaco.report.svg import standalone
-from bolaco.statistics.site import LossStatistics, gradient_bytes
+from bolaco.statistics.site import LossStatistics, loss_bytes
 from bolaco.texts import Texts, prepare_texts
 from bolaco.work import WorkFolder, require_space, weights_fingerprint
 
@@ -252,10 +252,13 @@ class _Run:
                 size += sum(
                     rank * (sites[n].out_features + sites[n].in_features) * itemsize for n, rank in ranks.items()
                 )
-        sharing = filter(shares_factors, self.comparison.recipes.values())
-        methods = [get_method(recipe.factorization.method) for recipe in sharing]
-        if any(method.gradients for method in methods):
-            size += gradient_bytes(self.structure.sites)
+        walks: dict[str, tuple[str, Recipe, set[str]]] = {}
+        for name, recipe in self.comparison.recipes.items():
+            if shares_factors(recipe):
+                _, _, fields = walks.setdefault(statistics_key(recipe), (name, recipe, set()))
+                fields.update(get_method(recipe.factorization.method).losses)
+        for name, recipe, fields in walks.values():
+            size += loss_bytes(fields, self.model, self.structure, self.texts[name].calibration, recipe.calibration)
         require_space([(self.folder.path, size)], "the factors and a checkpoint")
 
     def _prepare_group(self, recipes: Mapping[str, Recipe], top: Mapping[str, Mapping[str, int]]) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bolaco.blockstore import BlockStore
 from bolaco.models.structure import Site, Structure
 from bolaco.progress import Reporter
+from bolaco.recipe import Calibration
 from bolaco.statistics.gradients import GradientWalk
 from bolaco.statistics.moments import Moments
 from bolaco.statistics.symmetric import fold, folded_size, unfold
@@ -60,9 +61,19 @@ def of_members(site: Site, found: Mapping[str, Mapping[str, Tensor]]) -> dict[st
     return joined
 
 
-def gradient_bytes(sites: Iterable[Site]) -> int:
-    """What the gradients' moments of these matrices take on disk."""
-    return sum(4 * folded_size(member.out_features) for site in sites for member in site.members)
+def loss_bytes(
+    fields: Iterable[str], model: PreTrainedModel, structure: Structure, tokens: Tensor, settings: Calibration
+) -> int:
+    """What estimating these fields on the first ``gradient_sequences`` of the tokens takes on disk, at most."""
+    walks = {"gradient", "fisher"}.intersection(fields)
+    if not walks:
+        return 0
+    members = [member for site in structure.sites for member in site.members]
+    sizes = {"gradient": lambda site: folded_size(site.out_features), "fisher": lambda site: site.in_features}
+    moments = 4 * sum(sizes[field](member) for field in walks for member in members)
+    states = tokens[: settings.gradient_sequences].numel() * model.config.hidden_size * model.dtype.itemsize
+    # Where the walk is, the place before while that is written, and perhaps the inputs of every block.
+    return moments + states * (2 + (structure.num_layers + 1 if settings.cache == "disk" else 0))
 
 
 def _at(store: BlockStore) -> BlockStore:
