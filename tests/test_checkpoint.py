@@ -439,6 +439,18 @@ def test_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(run.path)), logits(load_model(str(whole.path))))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_are_as_readable_as_the_umask_says(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        run = compress_tiny(tiny_llama(), tmp_path / "out")
+        export_dense(run.path, tmp_path / "dense")
+    finally:
+        os.umask(before)
+    for folder in (run.path, tmp_path / "dense"):
+        assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o666 & ~umask}
+
+
 @pytest.mark.parametrize("dense", [("v",), ("k", "v"), ()])
 def test_fused_projections_with_dense_parts(dense: tuple[str, ...], tmp_path: Path) -> None:
     """Dense parts of one fused matrix are views of it, which safetensors does not store without a copy."""

@@ -173,6 +173,8 @@ def _lowrank(model: PreTrainedModel, matrices: dict[str, Any]) -> tuple[Any, Any
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` when the block succeeds and vanishes when it fails.
 
+    Its files are as readable as it is: safetensors writes for the owner alone, whatever the umask says.
+
     Raises:
         OutputExistsError: ``out`` exists.
     """
@@ -182,6 +184,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        readable = partial.stat().st_mode & 0o666
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(readable)
         refuse_existing(out)
         partial.rename(out)
     finally:
