@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -221,7 +221,7 @@ def lpaf(
     return rows
 
 
-CHECKS: dict[str, Callable[[Bench], list[Row]]] = {"fwsvd": fwsvd, "welore": welore, "joint": joint, "lpaf": lpaf}
+CHECKS: dict[str, Callable[..., list[Row]]] = {"fwsvd": fwsvd, "welore": welore, "joint": joint, "lpaf": lpaf}
 
 
 def main() -> None:
@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="held-out C4 windows of 1024 tokens")
     parser.add_argument("--every", type=int, default=1, help="change one block of so many (1: all)")
+    parser.add_argument("--steps", type=int, default=Pruning().steps, help="of LPAF's pruning")
     args = parser.parse_args()
     texts = protocol_texts(args.data, load_tokenizer(args.model), args.calibration, args.length, 16, 512, 1)
     rows = []
@@ -239,10 +240,11 @@ def main() -> None:
             load_model(args.model), texts.calibration, texts.heldout[: args.windows], Path(folder), args.every
         )
         print(f"loss of the original: {bench.loss({}):.4f} nats a token on {args.windows} x 1024 tokens of C4")
+        checks = CHECKS | {"lpaf": partial(lpaf, steps=args.steps)}
         for name in args.checks:
             start = time.perf_counter()
-            rows += CHECKS[name](bench)
-            print(f"{name}: {time.perf_counter() - start:.0f} s")
+            rows += checks[name](bench)
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     print_table(HEADER, [row.cells for row in rows])
 
 
