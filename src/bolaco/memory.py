@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -13,13 +16,22 @@ def largest_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def give_back() -> None:
+    """Returns freed memory to the system; glibc keeps what lies below anything that is still in use."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Largest resident memory of this process since this was made; since its start where the mark cannot be reset.
 
-    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process.
+    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process. What
+    was freed before does not count.
     """
 
     def __init__(self) -> None:
+        give_back()
         try:
             Path("/proc/self/clear_refs").write_text("5")
             self.reset = True
