@@ -258,7 +258,10 @@ class _Run:
                 _, _, fields = walks.setdefault(statistics_key(recipe), (name, recipe, set()))
                 fields.update(get_method(recipe.factorization.method).losses)
         for name, recipe, fields in walks.values():
-            size += loss_bytes(fields, self.model, self.structure, self.texts[name].calibration, recipe.calibration)
+            tokens, settings = self.texts[name].calibration, recipe.calibration
+            size += loss_bytes(fields, self.model, self.structure, tokens, settings)
+            if settings.cache == "disk":
+                size += tokens.numel() * self.model.config.hidden_size * itemsize
         require_space([(self.folder.path, size)], "the factors and a checkpoint")
 
     def _prepare_group(self, recipes: Mapping[str, Recipe], top: Mapping[str, Mapping[str, int]]) -> None:
