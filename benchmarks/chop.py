@@ -1,12 +1,15 @@
 """Layers removed and trained on, beside the same shape from a random start (arXiv 2305.14864), on the same tokens.
 
     python benchmarks/chop.py --data DATA --keep 0.5 --max-steps 40
+    python benchmarks/chop.py --data DATA --keep 0.9 --patterns
 
+The second compares where the removed layers were, before any training.
 Tuned is on C4 documents 1001-1300; see common.TuningTexts. Results are remembered in --cache.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,32 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bolaco import api
 from bolaco.checkpoint.info import read_info
-from bolaco.models.load import load_tokenizer
+from bolaco.models.load import load_model, load_tokenizer
+from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
-from common import Ledger, TuningTexts, arguments, print_table
+from bolaco.recipe import make_recipe
+from bolaco.transform.chop import PATTERNS, chop, plan
+from common import Budget, Ledger, TuningTexts, arguments, gap, print_table
+
+
+def patterns(args: argparse.Namespace, texts: TuningTexts) -> None:
+    """What each pattern leaves, untrained."""
+    ledger = Ledger(args.cache / f"chop-patterns-{Path(args.model).name}-{args.keep}-{args.windows}.json")
+    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    structure = inspect_structure(model)
+
+    def measured(changed: Any) -> dict[str, float]:
+        return texts.perplexities(changed, 1024, args.windows, tokenizer)
+
+    dense: Any = ledger.get("dense", lambda: measured(model))
+    rows: list[list[object]] = [["dense", structure.num_layers, dense["wikitext"], 0.0, dense["c4"], 0.0]]
+    for pattern in PATTERNS:
+        recipe = make_recipe({"model": args.model, "keep": args.keep, "chop": {"pattern": pattern}}, "chop")
+        blocks = plan(structure, Budget(structure.sites, args.keep), recipe)
+        found: Any = ledger.get(pattern, lambda kept=blocks: measured(chop(model, structure, kept)))
+        gaps = {text: gap(found[text], dense[text]) for text in ("wikitext", "c4")}
+        rows.append([pattern, len(blocks), found["wikitext"], gaps["wikitext"], found["c4"], gaps["c4"]])
+    print_table(["pattern", "blocks", "WikiText-2", "gap", "C4 held out", "gap"], rows)
 
 
 def main() -> None:
@@ -25,13 +51,19 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--max-steps", type=int, default=40, help="of 2,048 tokens")
     parser.add_argument("--windows", type=int, default=8, help="of WikiText-2; half as many of C4")
+    parser.add_argument("--pattern", choices=PATTERNS, default=make_recipe({"model": "m", "keep": 1}).chop.pattern)
+    parser.add_argument("--patterns", action="store_true", help="all patterns at this keep ratio, nothing is trained")
     args = parser.parse_args()
     texts = TuningTexts(args.data)
-    name = f"{Path(args.model).name}-{args.keep}"
+    if args.patterns:
+        patterns(args, texts)
+        return
+    name = f"{Path(args.model).name}-{args.pattern}-{args.keep}"
     ledger = Ledger(args.cache / f"chop-{name}-{args.max_steps}-{args.windows}.json")
     chopped, fresh = args.cache / f"chopped-{name}", args.cache / f"chopped-{name}-random"
     if not chopped.exists():
-        words = {"evaluation": texts.wikitext, "options": {"evaluation.windows": 4}}
+        options = {"evaluation.windows": 4, "chop.pattern": args.pattern}
+        words = {"evaluation": texts.wikitext, "options": options}
         api.compress(args.model, keep=args.keep, out=chopped, preset="chop", reporter=Reporter(), **words)
     if not fresh.exists():
         torch.manual_seed(0)

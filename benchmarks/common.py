@@ -88,9 +88,11 @@ class TuningTexts:
         self.held_out = f"{c4}[{documents - self.HELD_OUT}:]"
         self.wikitext = str(data / "wikitext2_raw_test.txt")
 
-    def perplexities(self, model: str, window: int, windows: int) -> dict[str, float]:
+    def perplexities(
+        self, model: str | PreTrainedModel, window: int, windows: int, tokenizer: object = None
+    ) -> dict[str, float]:
         """Of a folder or model: on so many windows of WikiText-2, and on half as many of held-out C4."""
-        words = {"seq_len": window, "reporter": Reporter()}
+        words = {"seq_len": window, "reporter": Reporter(), "tokenizer": tokenizer}
         return {
             "wikitext": api.evaluate(model, self.wikitext, limit=windows, **words).perplexity,
             "c4": api.evaluate(model, self.held_out, limit=windows // 2, **words).perplexity,

@@ -306,8 +306,11 @@ def test_eval(place: Path, words: list[str], part: str) -> None:
     refused(["eval", "model", "--data", "other.txt", *words], part)
 
 
-def test_eval_of_no_model(place: Path) -> None:
+def test_eval_of_no_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(["eval", "./gone", "--data", "other.txt"], "./gone: no such folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(["eval", "gone", "--data", "other.txt"], "gone: no such folder here, and from the hub: cannot be")
+    refused(compress("out", model="gone"), "gone: no such folder here, and from the hub: cannot read")
 
 
 @pytest.mark.parametrize("folder", ["gone", "model"])

@@ -89,6 +89,11 @@ def _first_line(error: BaseException) -> str:
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
 
+def _elsewhere(source: Source) -> str:
+    """A misspelt folder looks like the id of a hub model."""
+    return "" if Path(source.path).exists() else "no such folder here, and from the hub: "
+
+
 def load_config(model: str) -> Any:
     """The model's configuration, without its weights."""
     source = resolve(model)
@@ -97,7 +102,9 @@ def load_config(model: str) -> Any:
         try:
             return AutoConfig.from_pretrained(source.path, **source.kwargs)
         except Exception as error:  # a configuration file can hold anything
-            raise UnsupportedModelError(f"{model}: cannot read its configuration: {_first_line(error)}") from error
+            raise UnsupportedModelError(
+                f"{model}: {_elsewhere(source)}cannot read its configuration: {_first_line(error)}"
+            ) from error
 
 
 def load_tokenizer(model: str) -> Any:
@@ -155,7 +162,9 @@ def load_model(
         except SafetensorError as error:
             raise CheckpointError(f"{model}: damaged weights: {_first_line(error)}") from error
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise UnsupportedModelError(f"{model}: cannot be loaded: {_first_line(error)}") from error
+            raise UnsupportedModelError(
+                f"{model}: {_elsewhere(source)}cannot be loaded: {_first_line(error)}"
+            ) from error
     if source.gguf:
         forget_gguf(loaded)
     elif getattr(loaded, "is_quantized", False):
