@@ -156,7 +156,7 @@ def test_a_run(tmp_path: Path) -> None:
     run = compress_tiny(tiny_deep("llama"), tmp_path / "out", preset="default", search=None, method="chop", keep=0.7)
     info = run.info
     assert (info["method"], info["storage"], info["ranks"], info["trials"]) == ("chop", "dense", {}, [])
-    assert (info["layers"], info["layers_dense"]) == ([0, 3, 4, 5], 6)
+    assert (info["layers"], info["layers_dense"]) == ([0, 1, 4, 5], 6)
     assert info["keep_linears"] == pytest.approx(4 / 6)
     assert info["parameters_linears"] == 4 * info["parameters_linears_dense"] // 6
     model = AutoModelForCausalLM.from_pretrained(run.path)
@@ -164,21 +164,21 @@ def test_a_run(tmp_path: Path) -> None:
     assert info["perplexity"]["compressed"] != info["perplexity"]["dense"]
     assert not (run.work / "factors").exists()
     card = (run.path / "README.md").read_text()
-    assert "4 of 6 decoder blocks stay: 0, 3-5" in card
+    assert "4 of 6 decoder blocks stay: 0-1, 4-5" in card
     assert "trust_remote_code" not in card
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(furnish(tmp_path, save_tiny(tmp_path / "deep", tiny_deep("llama"))))
-    words = ["compress", "model", "--keep", "0.7", "--method", "chop", "--set", "chop.pattern=middle"]
+    words = ["compress", "model", "--keep", "0.7", "--method", "chop", "--set", "chop.pattern=input"]
     words += ["--eval", "other.txt", "--seq-len", "32", "--set", "evaluation.windows=4"]
     plan = ok(*words, "--dry-run").out
-    assert "4 of 6 decoder blocks stay: 0-1, 4-5" in plan
+    assert "4 of 6 decoder blocks stay: 0, 3-5" in plan
     assert "(0.6667)" in plan
     ok(*words, "-o", "out")  # no calibration text is needed: the default's is not there
-    assert read_info("out")["recipe"]["chop"]["pattern"] == "middle"
+    assert read_info("out")["recipe"]["chop"]["pattern"] == "input"
     shown = ok("inspect", "out").out
-    assert "4 of 6 decoder blocks stay: 0-1, 4-5" in shown
+    assert "4 of 6 decoder blocks stay: 0, 3-5" in shown
     assert "0.6667" in shown
     assert "perplexity" in ok("eval", "out", "--data", "other.txt", "--seq-len", "32").out
     # A stock model: it can be compressed further, but there is nothing to multiply back.

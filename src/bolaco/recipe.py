@@ -123,7 +123,7 @@ class Chop(Section):
     """Which blocks go, with ``--method chop``."""
 
     pattern: Literal["max-gap", "input", "output", "middle", "both"] = Field(
-        "input", description="where the removed blocks were; max-gap: evenly spread; both: half at either end"
+        "middle", description="where the removed blocks were; max-gap: evenly spread; both: half at either end"
     )
 
 
