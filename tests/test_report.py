@@ -22,7 +22,7 @@ from bolaco.api import tune
 from bolaco.checkpoint.info import read_curves, read_info
 from bolaco.models.structure import Site
 from bolaco.report.charts import rank_map, search_chart
-from bolaco.report.comparison import task_tables
+from bolaco.report.comparison import markdown, task_tables
 from bolaco.report.curves import matrix_curves, retained_energy, thinned
 from bolaco.report.html import comparison_page, number, result_page, tuned_page
 from bolaco.report.svg import Series, chart, standalone, ticks
@@ -310,6 +310,16 @@ def test_tasks_have_a_mean_where_there_are_several(searched: Compressed) -> None
     assert acc.rows[1][1:] == ["0.6000 ± 0.3000", "", ""]
     assert norm.rows[0][-1] == "0.5000"
     assert (f1.columns, f1.rows[0]) == (["method", "c (3)"], ["dense", "0.1000"])
+
+
+def test_a_comparison_of_methods_that_read_no_text_says_so(searched: Compressed) -> None:
+    record = comparison(searched.path) | {"calibration": []}
+    for text in (comparison_page(record), markdown(record)):
+        assert "None of these methods reads text." in text
+        assert "Calibrated on" not in text
+    record["calibration"] = ["8 x 32 tokens of a", "4 x 32 tokens of b"]
+    for text in (comparison_page(record), markdown(record)):
+        assert "Calibrated on 8 x 32 tokens of a; 4 x 32 tokens of b." in text
 
 
 def test_a_comparison_shows_every_row(searched: Compressed) -> None:

@@ -152,6 +152,12 @@ def rich_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
+def calibration_note(record: Mapping[str, Any]) -> str:
+    """One sentence: the texts that methods were calibrated on."""
+    sources = record["calibration"]
+    return f"Calibrated on {'; '.join(sources)}." if sources else "None of these methods reads text."
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """``table.md``."""
     columns = columns_of(record)
@@ -165,8 +171,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     parts = [
         f"# {_safe(record['model'])}: methods compared",
         "\n".join(lines),
-        f"Perplexity on {_safe(texts)}. Gaps are log-perplexity over the dense model, in nats a token. Calibrated on "
-        f"{_safe('; '.join(record['calibration']))}. Seconds of a row are its own; shared by all: "
+        f"Perplexity on {_safe(texts)}. Gaps are log-perplexity over the dense model, in nats a token. "
+        f"{_safe(calibration_note(record))} Seconds of a row are its own; shared by all: "
         + ", ".join(f"{stage} {value:.1f}" for stage, value in record["seconds"].items())
         + f". {memory_note(record)}",
     ]

@@ -23,7 +23,16 @@ from bolaco.report.charts import (
     spectrum_charts,
     types_of,
 )
-from bolaco.report.comparison import cells_of, columns_of, dense_cells, labels, leaders, memory_note, task_tables
+from bolaco.report.comparison import (
+    calibration_note,
+    cells_of,
+    columns_of,
+    dense_cells,
+    labels,
+    leaders,
+    memory_note,
+    task_tables,
+)
 from bolaco.report.tables import layer_of, mib, millions, type_of
 
 REPORT_FILE = "report.html"
@@ -160,6 +169,7 @@ def comparison_page(record: Mapping[str, Any]) -> str:
             table=[(row, cells_of(row)) for row in rows],
             best=best,
             dense=dense_cells(record),
+            calibration_note=calibration_note(record),
             memory_note=memory_note(record),
             task_tables=task_tables(record),
             charts=[
