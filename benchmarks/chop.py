@@ -21,7 +21,7 @@ from bolaco.checkpoint.info import read_info
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
-from bolaco.recipe import make_recipe
+from bolaco.recipe import Chop, make_recipe
 from bolaco.transform.chop import PATTERNS, chop, plan
 from common import Budget, Ledger, TuningTexts, arguments, gap, print_table
 
@@ -51,16 +51,17 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--max-steps", type=int, default=40, help="of 2,048 tokens")
     parser.add_argument("--windows", type=int, default=8, help="of WikiText-2; half as many of C4")
-    parser.add_argument("--pattern", choices=PATTERNS, default=make_recipe({"model": "m", "keep": 1}).chop.pattern)
+    parser.add_argument("--pattern", choices=PATTERNS, default=Chop().pattern)
     parser.add_argument("--patterns", action="store_true", help="all patterns at this keep ratio, nothing is trained")
     args = parser.parse_args()
     texts = TuningTexts(args.data)
     if args.patterns:
         patterns(args, texts)
         return
-    name = f"{Path(args.model).name}-{args.pattern}-{args.keep}"
+    name = f"{Path(args.model).name}-{args.keep}"
     ledger = Ledger(args.cache / f"chop-{name}-{args.max_steps}-{args.windows}.json")
-    chopped, fresh = args.cache / f"chopped-{name}", args.cache / f"chopped-{name}-random"
+    # The random start is the same for all patterns.
+    chopped, fresh = args.cache / f"chopped-{name}-{args.pattern}", args.cache / f"chopped-{name}-random"
     if not chopped.exists():
         options = {"evaluation.windows": 4, "chop.pattern": args.pattern}
         words = {"evaluation": texts.wikitext, "options": options}
@@ -80,7 +81,7 @@ def main() -> None:
         return {**texts.perplexities(str(out), 1024, args.windows), "minutes": record["seconds"]["train"] / 60}
 
     rows: list[list[object]] = []
-    for start, source in (("chopped", chopped), ("random start", fresh)):
+    for start, source in ((f"chopped, {args.pattern}", chopped), ("random start", fresh)):
         before: Any = ledger.get(start, lambda s=source: texts.perplexities(str(s), 1024, args.windows))
         after: Any = ledger.get(f"{start}, tuned", lambda s=source: tuned(s))
         rows.append([start, 0, before["wikitext"], before["c4"], ""])

@@ -3,7 +3,7 @@
     python benchmarks/metric.py --data DATA
 
 Pivoted storage and closed-form ranks at one keep ratio; nothing else differs between rows. Judged on WikiText-2's
-validation split and on C4 that is in no other benchmark's table, so that choices are not made on what is reported.
+validation split and on C4 that ablation and comparison do not report, so that choices are not made on what is reported.
 "Varied" text is half C4 and half the documentation of Python (the source `pydoc`).
 """
 
