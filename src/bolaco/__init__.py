@@ -11,19 +11,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bolaco.checkpoint.registry import register_when_imported
+from bolaco.models.lowrank import register_when_imported
+from bolaco.version import __version__
 
 if TYPE_CHECKING:
     from bolaco.api import compare, compress, evaluate, evaluate_tasks, load
 
-__version__ = "0.1.0"
-__all__ = ["compare", "compress", "evaluate", "evaluate_tasks", "load"]
+_LAZY = ("compare", "compress", "evaluate", "evaluate_tasks", "load")
+__all__ = ["__version__", "compare", "compress", "evaluate", "evaluate_tasks", "load"]
 
 register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name in _LAZY:
         from bolaco import api
 
         return getattr(api, name)

@@ -9,14 +9,21 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bolaco import comparison, pipeline
-from bolaco.data import TokenStream
+from bolaco.checkpoint.info import CompressedInfo, TunedInfo
+from bolaco.checkpoint.result import Result
+from bolaco.comparison.plan import make_comparison
+from bolaco.comparison.run import ComparisonResult
+from bolaco.comparison.run import compare as run_comparison
+from bolaco.data.sources import TokenStream
 from bolaco.errors import DataError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
 from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
 from bolaco.progress import Reporter
-from bolaco.recipe import Recipe, make_recipe, merge, recipe_values
+from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
+from bolaco.runs.chop import chop
+from bolaco.runs.compress import compress as compress_recipe
+from bolaco.settings import merge
 
 __all__ = [
     "TaskResult",
@@ -44,7 +51,7 @@ def compress(
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     **words: Any,
-) -> pipeline.Result:
+) -> Result[CompressedInfo]:
     """Compresses a model and writes a checkpoint folder.
 
     Args:
@@ -53,13 +60,12 @@ def compress(
         keep: share of the decoder linears' parameters to keep, in (0, 1].
         out: folder to write; must not exist.
         tokenizer: for a loaded model.
-        preset: a name in :data:`bolaco.recipe.PRESETS`.
+        preset: a name in :data:`bolaco.recipe.presets.PRESETS`.
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         reporter: where progress goes; silent by default.
-        words: ``search``, ``trials``, ``method``, ``calibration``, ``validation``, ``evaluation``, ``seq_len``,
-            ``warm_start``,
-            ``seed``, ``dtype``, ``device``, ``options``; see :func:`recipe_values`.
+        words: those of :mod:`bolaco.recipe.words`, such as ``search``, ``method`` and ``calibration``, and ``options``
+            with further fields by dotted name.
 
     Raises:
         BolacoError: with one line that says what to mend.
@@ -81,18 +87,18 @@ def run(
     reporter: Reporter | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
-) -> pipeline.Result:
+) -> Result[CompressedInfo]:
     """Runs a recipe; see :func:`compress`."""
+    place = Path(out).expanduser()
+    words = (reporter or Reporter(quiet=True), _folder(work), keep_work, model, tokenizer)
     with nullcontext() if model is None else evaluation_mode(model):
-        return pipeline.compress(
-            recipe,
-            Path(out).expanduser(),
-            reporter or Reporter(quiet=True),
-            None if work is None else Path(work).expanduser(),
-            keep_work,
-            model,
-            tokenizer,
-        )
+        if isinstance(recipe, LowRankRecipe):
+            return compress_recipe(recipe, place, *words)
+        return chop(recipe, place, *words)
+
+
+def _folder(work: str | Path | None) -> Path | None:
+    return None if work is None else Path(work).expanduser()
 
 
 def tune(
@@ -106,7 +112,7 @@ def tune(
     reporter: Reporter | None = None,
     options: dict[str, Any] | None = None,
     **words: Any,
-) -> pipeline.Result | None:
+) -> Result[CompressedInfo | TunedInfo] | None:
     """Tunes a compressed model, or any other, and writes a checkpoint folder of the same kind.
 
     Args:
@@ -128,12 +134,13 @@ def tune(
     Raises:
         BolacoError: with one line that says what to mend.
     """
+    # transformers' Trainer takes seconds to import.
     from bolaco.tune.run import tune as run_tune
     from bolaco.tune.settings import make_settings
 
     settings = make_settings(model, {"mode": mode, "data": data} | words, options)
-    folder = None if work is None else Path(work).expanduser()
-    return run_tune(settings, Path(out).expanduser(), reporter or Reporter(quiet=True), folder, keep_work)
+    place = Path(out).expanduser()
+    return run_tune(settings, place, reporter or Reporter(quiet=True), _folder(work), keep_work)
 
 
 def compare(
@@ -152,7 +159,7 @@ def compare(
     keep_work: bool = False,
     reporter: Reporter | None = None,
     **words: Any,
-) -> comparison.ComparisonResult:
+) -> ComparisonResult:
     """Compresses a model by several methods at several sizes, and writes tables, a picture and a report.
 
     Statistics and factors are computed once for all; every row gives what :func:`compress` gives with its recipe.
@@ -177,7 +184,7 @@ def compare(
     if loaded is not None and tokenizer is None:
         raise DataError("compare() of a loaded model needs its tokenizer: compare(model, ..., tokenizer=tokenizer)")
     name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
-    plan = comparison.make_comparison(
+    plan = make_comparison(
         name,
         methods,
         keep,
@@ -189,11 +196,11 @@ def compare(
         **words,
     )
     with nullcontext() if loaded is None else evaluation_mode(loaded):
-        return comparison.compare(
+        return run_comparison(
             plan,
             Path(out).expanduser(),
             reporter or Reporter(quiet=True),
-            None if work is None else Path(work).expanduser(),
+            _folder(work),
             keep_work,
             loaded,
             tokenizer,

@@ -16,12 +16,7 @@ from rich.console import Console
 
 from bolaco.errors import BolacoError, RecipeError, no_space
 from bolaco.parser import command_parser
-
-# Options of `compress` that are fields of the recipe.
-_WORDS = (
-    *("keep", "search", "trials", "method", "storage", "calibration", "validation", "evaluation", "seq_len"),
-    *("warm_start", "seed", "dtype", "device"),
-)
+from bolaco.recipe.words import COMPARED, WORDS
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -38,18 +33,22 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _compress(args: argparse.Namespace, console: Console) -> None:
-    from bolaco.recipe import load_recipe, make_recipe, merge, recipe_values
+    from bolaco.recipe.recipe import load_recipe, make_recipe, recipe_values
+    from bolaco.settings import merge
 
     if args.command == "run":
         recipe = load_recipe(args.recipe)
     else:
-        values = recipe_values(**{word: getattr(args, word) for word in _WORDS}, options=_settings(args.set))
+        values = recipe_values(**{word: getattr(args, word) for word in WORDS}, options=_settings(args.set))
         recipe = make_recipe(merge({"model": args.model}, values), args.preset)
         if args.print_recipe:
             print(recipe.to_yaml(), end="")  # noqa: T201 - the recipe is the output
             return
     if args.dry_run:
-        _plan(recipe, console)
+        from bolaco.runs.dry_run import described
+
+        for part in described(recipe):
+            console.print(part)
         return
     if not args.out:
         raise RecipeError("-o OUT is missing: the folder to write")
@@ -75,7 +74,6 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
     from bolaco.progress import Reporter
     from bolaco.report.comparison import rich_table
 
-    shared = ("calibration", "validation", "seq_len", "seed", "dtype", "device")
     result = compare(
         args.model,
         methods,
@@ -90,54 +88,14 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
         keep_work=args.keep_work,
         reporter=Reporter(),
         options=_settings(args.set),
-        **{word: getattr(args, word) for word in shared},
+        **{word: getattr(args, word) for word in COMPARED},
     )
     console.print(rich_table(result.record))
     for row in result.failed:
-        console.print(f"{row['method']} at keep {row['keep']:g} failed: {row['error']}")
+        console.print(f"{row.method} at keep {row.keep:g} failed: {row.error}")
     console.print(f"written to {result.path}")
-    if len(result.failed) == len(result.record["rows"]):
+    if len(result.failed) == len(result.record.rows):
         raise BolacoError(f"{result.path}: no row has a result")
-
-
-def _plan(recipe: Any, console: Console) -> None:
-    from bolaco.allocate import Budget
-    from bolaco.checkpoint.write import refuse_compressed
-    from bolaco.factorize import get_method
-    from bolaco.models.load import load_config
-    from bolaco.models.structure import inspect_structure, meta_model
-    from bolaco.planning import BY_HAND, first_keeps, space_of, units_of
-    from bolaco.report.tables import blocks_line, plan_table
-    from bolaco.transform import get_transform
-
-    if recipe.transform is None:
-        get_method(recipe.factorization.method)
-    config = load_config(recipe.model)
-    refuse_compressed(config)
-    structure = units_of(recipe, inspect_structure(meta_model(config)))
-    if recipe.transform is not None:
-        budget = Budget(structure.sites, recipe.keep)
-        kept = get_transform(recipe.transform).plan(structure, budget, recipe)
-        console.print(blocks_line(kept, structure.num_layers))
-        size = sum(site.size for site in structure.sites if site.layer in kept)
-        console.print(
-            f"{size:,} of {budget.total:,} parameters of the decoder linears stay ({size / budget.total:.4f})"
-        )
-        return
-    space = space_of(recipe, structure)
-    name = "hand" if recipe.search.space in BY_HAND else "uniform"
-    ranks = space.ranks(space.settle(first_keeps(recipe, space)))
-    console.print(plan_table(structure, space.budget, ranks, name))
-    calibration, validation, search = recipe.calibration, recipe.validation, recipe.search
-    console.print(f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}")
-    if search.space in ("spectral", "welore"):
-        console.print("ranks come from the spectra of the matrices; the uniform allocation is shown for its size")
-    if recipe.searches:
-        length = validation.seq_len or calibration.seq_len
-        console.print(
-            f"search {search.space}: {search.trials} trials on {validation.sequences} x {length} tokens of "
-            f"{validation.source or calibration.source}, dimensions {', '.join(space.names)}"
-        )
 
 
 def _eval(args: argparse.Namespace, console: Console) -> None:
@@ -223,17 +181,17 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
     result = tune(args.model, args.mode, args.data, **folders, reporter=Reporter(), options=given, **words)
     if result is None:
         return
-    record = result.info["tuning"]
+    record = result.info.tuning
+    assert record is not None  # it was tuned
     console.print(tuning_table(record))
-    if record["out_of_time"]:
-        console.print(f"stopped at the budget of {record['settings']['training']['minutes']:g} minutes")
+    if record.out_of_time:
+        console.print(f"stopped at the budget of {record.settings['training']['minutes']:g} minutes")
     console.print(seconds_line(record))
     console.print(f"written to {result.path}")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
-    from bolaco.checkpoint.info import read_curves, read_info
-    from bolaco.checkpoint.write import refuse_existing
+    from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
         blocks_line,
         ranks_table,
@@ -242,23 +200,24 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         trials_table,
         tuning_table,
     )
+    from bolaco.work.output import refuse_existing
 
-    info = read_info(args.folder, compressed=False)
-    record = info.get("tuning")
+    info = read_any_info(args.folder)
+    record = info.tuning
     while record is not None:
         console.print(tuning_table(record))
         console.print(seconds_line(record))
-        record = record.get("earlier")
-    if "ranks" not in info:
+        record = record.earlier
+    if not isinstance(info, CompressedInfo):
         return
     console.print(summary_table(info))
-    if info["ranks"]:
-        console.print(ranks_table(info["ranks"]))
+    if info.ranks:
+        console.print(ranks_table(info.ranks))
     else:
-        console.print(blocks_line(info["layers"], info["layers_dense"]))
-    if info["trials"]:
-        console.print(trials_table(info["trials"]))
-        best = [min(t["objective"] for t in info["trials"][: i + 1]) for i in range(len(info["trials"]))]
+        console.print(blocks_line(info.layers, info.layers_dense))
+    if info.trials:
+        console.print(trials_table(info.trials))
+        best = [min(t.objective for t in info.trials[: i + 1]) for i in range(len(info.trials))]
         console.print("best objective so far: " + " ".join(f"{value:.5g}" for value in best))
     console.print(seconds_line(info))
     if args.html:
@@ -281,29 +240,11 @@ def _export(args: argparse.Namespace, console: Console) -> None:
     )
 
 
-def _methods(_: argparse.Namespace, console: Console) -> None:
-    from rich.table import Table
+def _methods(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.listing import one_of_it, tables
 
-    from bolaco.factorize import list_methods
-    from bolaco.systems import SYSTEMS
-    from bolaco.tune.registry import list_modes
-
-    listing = list_methods()
-    tables: dict[str, Table] = {}
-    rows = [("factorization", n, m.paper, m.summary, m.package) for n, m in listing.methods.items() if n not in SYSTEMS]
-    rows += [(system.kind, name, system.paper, system.summary, "bolaco") for name, system in SYSTEMS.items()]
-    for kind, *cells in rows:
-        if kind not in tables:
-            tables[kind] = Table("method", "source", "what it does", "package", title=kind, title_justify="left")
-        tables[kind].add_row(*cells)
-    for table in tables.values():
-        console.print(table)
-    for line in listing.refused:
-        console.print(line)
-    modes = Table("mode of tune", "source", "what is trained")
-    for mode in list_modes():
-        modes.add_row(mode.name, mode.paper, mode.summary)
-    console.print(modes)
+    for part in tables() if args.name is None else one_of_it(args.name):
+        console.print(part)
 
 
 _COMMANDS = {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-import bolaco
+from bolaco.recipe.presets import PRESETS
+from bolaco.recipe.words import COMPARED, DTYPES, WORDS
+from bolaco.version import __version__
 
 _EXAMPLES = """
 examples:
@@ -28,25 +30,6 @@ An interrupted run continues when the same command is given again.
 """
 
 
-# The names in recipe.py, which is not imported for --help.
-PRESETS = (
-    "default",
-    "paper",
-    "bolaco-5x1",
-    "bolaco-5x4",
-    "svd-llm",
-    "kfac-svd",
-    "asvd",
-    "fwsvd",
-    "welore",
-    "aa-svd",
-    "mpifa",
-    "lpaf",
-    "joint",
-    "chop",
-)
-
-
 def command_parser() -> argparse.ArgumentParser:
     """The parser of ``bolaco``; each command is in ``args.command``."""
     parser = argparse.ArgumentParser(
@@ -55,33 +38,15 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"bolaco {bolaco.__version__}")
+    parser.add_argument("--version", action="version", version=f"bolaco {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     compress = commands.add_parser("compress", help="compress a model")
     compress.add_argument("model", metavar="MODEL")
-    compress.add_argument("--keep", type=float, required=True, help="share of the decoder linears' parameters to keep")
-    compress.add_argument(
-        "--search",
-        choices=("spectral", "5x1", "5x4", "uniform", "welore", "none"),
-        help="how ranks are found (spectral)",
-    )
-    compress.add_argument(
-        "--storage", choices=("two-factor", "pivoted", "shared"), help="of factored matrices (pivoted)"
-    )
-    compress.add_argument("--trials", type=int, help="allocations to evaluate (50)")
-    compress.add_argument("--method", help="one of `bolaco methods` (kfac)")
-    _texts(
-        compress,
-        validation="text allocations are compared on (the rest of the calibration source)",
-        evaluation="text of the final table (the rest of the validation source)",
-    )
-    compress.add_argument("--warm-start", metavar="OUT", help="earlier result whose allocation is tried first")
-    compress.add_argument("--seed", type=int)
-    _placement(compress)
+    _words(compress, *WORDS, required=("keep",))
     compress.add_argument(
         "--preset",
-        choices=PRESETS,
+        choices=tuple(PRESETS),
         default="default",
         help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
     )
@@ -99,17 +64,13 @@ def command_parser() -> argparse.ArgumentParser:
         help="presets, or methods (in two factors, one ratio for all matrices), with commas between",
     )
     compare.add_argument("--keep", required=True, metavar="RATIOS", help="keep ratios, with commas between")
-    _texts(
-        compare,
-        validation="text that searches compare allocations on",
-        evaluation="texts of the table, with commas between; headline first",
-        several=True,
+    _words(compare, *COMPARED)
+    compare.add_argument(
+        "--eval", metavar="SRC,..", dest="evaluation", help="texts of the table, with commas between; headline first"
     )
     compare.add_argument("--tasks", metavar="NAMES", help="accuracy on tasks too, as for `bolaco eval`")
     compare.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     compare.add_argument("--task-keep", type=float, metavar="RATIO", help="keep ratio tasks are run at (the first)")
-    compare.add_argument("--seed", type=int)
-    _placement(compare)
     _settings(compare, "any field of all recipes, or of one method: aa-svd:refinement.steps=20")
     compare.add_argument("--keep-models", action="store_true", help="keep the checkpoints, in OUT/models")
     _folders(compare)
@@ -132,7 +93,7 @@ def command_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at once (4 windows, 8 answers)")
     evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
-    _placement(evaluate, "auto")
+    _placement(evaluate)
     evaluate.add_argument(
         "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
     )
@@ -165,7 +126,7 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
     bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
     bench.add_argument("--json", metavar="FILE", help="write the result there too")
-    _placement(bench, "auto")
+    _placement(bench)
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
     inspect.add_argument("folder", metavar="OUT")
@@ -181,24 +142,24 @@ def command_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("-o", "--out", required=True)
 
-    commands.add_parser("methods", help="list what is registered")
+    methods = commands.add_parser("methods", help="list what is registered, or the options of one of it")
+    methods.add_argument("name", metavar="NAME", nargs="?", help="of a method, storage, search, preset or mode")
     return parser
 
 
-def _texts(parser: argparse.ArgumentParser, validation: str, evaluation: str, several: bool = False) -> None:
-    parser.add_argument("--calibration", metavar="SRC", help="text the statistics are estimated on (allenai/c4)")
-    parser.add_argument("--validation", metavar="SRC", help=validation)
-    parser.add_argument("--eval", metavar="SRC,.." if several else "SRC", dest="evaluation", help=evaluation)
-    parser.add_argument(
-        "--seq-len", type=int, help="length of calibration sequences, and of the others by default (1024)"
-    )
+def _words(parser: argparse.ArgumentParser, *names: str, required: tuple[str, ...] = ()) -> None:
+    """Options for words of the recipe; those that are not given are None, and left to the preset."""
+    for name in names:
+        word = WORDS[name]
+        option = "--" + (word.option or name).replace("_", "-")
+        kind = {"choices": word.choices} if word.choices else {"type": word.type, "metavar": word.metavar}
+        parser.add_argument(option, dest=name, required=name in required, help=word.help or None, **kind)
 
 
-def _placement(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Number format and device; None leaves both to the recipe."""
-    choices = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=choices, default=default, help="of the model in memory; auto: as stored")
-    parser.add_argument("--device", default=default, help="such as cpu or cuda:1; auto: the GPU if there is one")
+def _placement(parser: argparse.ArgumentParser) -> None:
+    """Number format and device."""
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=WORDS["dtype"].help)
+    parser.add_argument("--device", default="auto", help=WORDS["device"].help)
 
 
 def _settings(parser: argparse.ArgumentParser, what: str) -> None:

@@ -10,13 +10,16 @@ pytest finds it by its name; nothing of pytest is imported here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bolaco.factorize import Factors, InputMetric, Method, SiteStatistics, get_method
-from bolaco.statistics.moments import PooledMoments
+from bolaco.factorize import METHODS, MOMENTS, ChosenMethod, Factors, InputMetric, Method, SiteStatistics
+from bolaco.models.structure import Site
+from bolaco.statistics.statistic import FoundStatistic, GradientStatistic, InputStatistic, Statistic
 
 # Outputs and inputs of a wide, a square and a tall matrix.
 SHAPES = ((9, 14), (12, 12), (17, 8))
@@ -27,33 +30,44 @@ def _noise(*shape: int, seed: int) -> Tensor:
 
 
 def make_statistics(method: Method, shape: tuple[int, int], kind: str = "regular") -> SiteStatistics:
-    """Statistics of a matrix ``[out, in]`` with what ``method`` asks for, and None for the rest.
+    """Statistics of a matrix ``[out, in]``: those that ``method`` needs, and no others.
 
     ``kind``: ``regular``; ``singular``, of inputs and gradients that visit three directions only; ``nothing``, of
     inputs and gradients that are all zero.
     """
     out, inside = shape
+    site = Site("matrix", "matrix", 0, "o", None, (0, out), out, inside, False)
     directions = {"regular": (inside, out), "singular": (3, 3), "nothing": (0, 0)}[kind]
     decay = torch.linspace(0, -2, directions[0], dtype=torch.float64).exp()
     x = (_noise(200, directions[0], seed=1) * decay) @ _noise(directions[0], inside, seed=2)
     x = x + 2 * _noise(inside, seed=3) * (kind != "nothing")
-    pooled = PooledMoments(inside, groups=2, magnitudes=method.magnitudes)
-    for group, part in enumerate(x.split(100)):
-        pooled.update(part, group)
     # As small as loss gradients are.
-    g = 1e-4 * _noise(300, directions[1], seed=4) @ _noise(directions[1], out, seed=5)
-    fisher = 1e-6 * _noise(inside, seed=6).square()
-    fisher[inside if kind == "regular" else 3 * (kind == "singular") :] = 0.0
-    sizes = 1e-6 * _noise(out, seed=7).abs(), 1e-6 * _noise(inside, seed=8).abs()
-    for size in sizes:
-        size[len(size) if kind == "regular" else 3 * (kind == "singular") :] = 0.0
-    return SiteStatistics(
-        pooled.finalize() if method.moments else None,
-        (g.T @ g / len(g)).float() if method.gradients else None,
-        fisher.float() if method.fisher else None,
-        sizes[0].float() if method.prunes else None,
-        sizes[1].float() if method.prunes else None,
-    )
+    g = 1e-4 * _noise(200, directions[1], seed=4) @ _noise(directions[1], out, seed=5)
+    found: dict[Statistic[Any], Any] = {}
+    for number, needed in enumerate(method.needs):
+        if isinstance(needed, InputStatistic):
+            of_input = needed.accumulator(inside, 2, torch.device("cpu"))
+            for group, part in enumerate(x.split(100)):
+                of_input.update(part, group)
+            found[needed] = of_input.finalize()
+        elif isinstance(needed, GradientStatistic):
+            of_gradient = needed.accumulator(site, torch.device("cpu"))
+            of_gradient.update(x.view(4, 50, inside), g.view(4, 50, out))
+            found[needed] = of_gradient.result().float()
+        elif isinstance(needed, FoundStatistic):
+            size = 1e-6 * _noise(needed.numbers(site), seed=6 + number).abs()
+            size[len(size) if kind == "regular" else 3 * (kind == "singular") :] = 0.0
+            found[needed] = needed.decode(size.float())
+    return SiteStatistics(found)
+
+
+def _tensors(statistics: SiteStatistics) -> list[Tensor]:
+    """All tensors that a method is given."""
+    found: list[Tensor] = []
+    for value in statistics.values.values():
+        parts = vars(value).values() if dataclasses.is_dataclass(value) else [value]
+        found += [part for part in parts if isinstance(part, Tensor)]
+    return found
 
 
 class MethodConformance:
@@ -76,13 +90,16 @@ class MethodConformance:
         return float((metric.times(difference) * difference).sum())
 
     def _found(self) -> Method:
-        return get_method(self.method)
+        return METHODS.get(self.method)
+
+    def _chosen(self) -> ChosenMethod:
+        return ChosenMethod(self._found(), self._found().options())
 
     def _metric(self, statistics: SiteStatistics) -> InputMetric:
-        return InputMetric(None) if statistics.moments is None else self._found().metric(statistics.moments)
+        return self._chosen().metric(statistics)
 
     def _factors(self, weight: Tensor, statistics: SiteStatistics, rank: int) -> Factors:
-        return self._found().prepare(weight, self._metric(statistics), statistics, rank)
+        return self._chosen().prepare(weight, self._metric(statistics), statistics, rank)
 
     def _cases(self, kind: str = "regular") -> Iterator[tuple[str, Tensor, SiteStatistics]]:
         for seed, shape in enumerate(SHAPES):
@@ -169,8 +186,8 @@ class MethodConformance:
                 bias = factors.bias(rank, original)
                 assert bias is not None, case
                 if self._found().centred:
-                    assert statistics.moments is not None, f"{case}: centred without asking for the inputs"
-                    mean = statistics.moments.mean
+                    assert MOMENTS in self._found().needs, f"{case}: centred without asking for the inputs"
+                    mean = statistics[MOMENTS].mean
                     self._close(factors.product(rank) @ mean + bias, weight @ mean + original, f"{case}: mean output")
                 else:
                     assert torch.equal(bias, original), f"{case}: a bias from a method that is not centred"
@@ -179,12 +196,10 @@ class MethodConformance:
         """Statistics are shared between matrices, and weights belong to the model."""
         for case, weight, statistics in self._cases():
             before = weight.clone()
-            moments = statistics.moments
-            given = [statistics.gradient, statistics.fisher, statistics.outputs, statistics.inputs]
-            given += [] if moments is None else [moments.mean, moments.covariance, moments.magnitude]
-            kept = [None if value is None else value.clone() for value in given]
+            given = _tensors(statistics)
+            kept = [value.clone() for value in given]
             first, second = (self._factors(weight, statistics, 4) for _ in range(2))
             assert torch.equal(weight, before), f"{case}: the weight was changed"
             for value, copy in zip(given, kept, strict=True):
-                assert value is None or (copy is not None and torch.equal(value, copy)), f"{case}: statistics changed"
+                assert torch.equal(value, copy), f"{case}: statistics changed"
             assert torch.equal(first.product(4), second.product(4)), f"{case}: two calls, two results"

@@ -11,9 +11,14 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bolaco.allocate.budget import Budget, Ranks, max_rank, parameters, rank_for
-from bolaco.errors import BudgetError, RecipeError
+from pydantic import Field
+
+from bolaco.allocate.allocator import AllocationTask
+from bolaco.errors import RecipeError
 from bolaco.models.structure import TYPES, Site, Structure
+from bolaco.settings import Section
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import Storage
 
 # Types that share a ratio, in the order of the search dimensions; v joins when it is not left dense.
 _SHARED = (("q", "k"), ("qk",), ("v",), ("o",), ("gate",), ("up",), ("gate_up",), ("down",))
@@ -46,18 +51,18 @@ class Dimension:
         return max(bisect_right([level.keep for level in self.levels], keep + 1e-9) - 1, 0)
 
 
-def _levels(sites: Sequence[Site], multiple: int, min_keep: float, storage: str) -> tuple[Level, ...]:
+def _levels(sites: Sequence[Site], multiple: int, min_keep: float, storage: Storage) -> tuple[Level, ...]:
     size = sum(site.size for site in sites)
     ratios = {min_keep}
     for site in sites:
-        for rank in range(multiple, max_rank(site, multiple, storage) + 1, multiple):
-            ratio = parameters(site, rank, storage) / site.size
+        for rank in range(multiple, storage.max_rank(site, multiple) + 1, multiple):
+            ratio = storage.parameters(site, rank) / site.size
             if ratio > min_keep:
                 ratios.add(ratio)
     found: list[Level] = []
     for ratio in [*sorted(ratios), 1.0]:
-        ranks = tuple(rank_for(site, ratio, multiple, storage) for site in sites)
-        cost = sum(parameters(site, rank, storage) for site, rank in zip(sites, ranks, strict=True))
+        ranks = tuple(storage.rank_for(site, ratio, multiple) for site in sites)
+        cost = sum(storage.parameters(site, rank) for site, rank in zip(sites, ranks, strict=True))
         if not found or ranks != found[-1].ranks:
             found.append(Level(cost / size, cost, ranks))
     return tuple(found)
@@ -76,10 +81,8 @@ class SearchSpace:
         self.fixed = budget.total - sum(dimension.size for dimension in self.dimensions)
         lowest = self.fixed + sum(dimension.levels[0].cost for dimension in self.dimensions)
         if lowest > budget.limit:
-            raise BudgetError(
-                f"keep {budget.keep} allows {budget.limit:,} parameters in the decoder linears, but the smallest "
-                f"allocation has {lowest:,} ({lowest / budget.total:.3f}); raise --keep, lower search.min_keep, "
-                "or let more types be factored (search.dense_types)"
+            raise budget.too_small(
+                lowest, "raise --keep, lower search.min_keep, or let more types be factored (search.dense_types)"
             )
 
     @property
@@ -133,30 +136,21 @@ class SearchSpace:
         return [d.levels[i].keep for d, i in zip(self.dimensions, index, strict=True)]
 
     def keeps_of(self, ranks: Ranks) -> list[float]:
-        """The ratios nearest to given ranks (another run's allocation, possibly of another space).
-
-        Raises:
-            RecipeError: a matrix of this model has no rank there.
-        """
-        missing = [site.name for d in self.dimensions for site in d.sites if site.name not in ranks]
-        if missing:
-            raise RecipeError(
-                f"search.warm_start: that result has no rank for {missing[0]}; it is of another architecture"
-            )
+        """The ratios nearest to given ranks (another run's allocation, possibly of another space)."""
         storage = self.budget.storage
-        return [sum(parameters(s, ranks[s.name], storage) for s in d.sites) / d.size for d in self.dimensions]
+        return [sum(storage.parameters(s, ranks[s.name]) for s in d.sites) / d.size for d in self.dimensions]
 
 
 def make_space(
     structure: Structure,
     budget: Budget,
-    layout: str = "5x1",
+    parts: int = 1,
     dense_types: Sequence[str] = ("v",),
     multiple: int = 8,
     min_keep: float = 0.2,
     fill: bool = True,
 ) -> SearchSpace:
-    """The space of a layout: ``5x1`` (all layers together; also for ``none``) or ``5x4`` (four runs of layers).
+    """The space with a ratio for each matrix type in each of ``parts`` runs of layers: 1 is the paper's 5x1, 4 its 5x4.
 
     Types a family does not have (gate in GPT-2 and OPT) have no dimension.
 
@@ -167,7 +161,6 @@ def make_space(
     unknown = set(dense_types) - set(TYPES)
     if unknown:
         raise RecipeError(f"search.dense_types: unknown type {sorted(unknown)[0]!r}; known are {', '.join(TYPES)}")
-    parts = 4 if layout == "5x4" else 1
     dimensions = []
     for part in range(parts):
         for types in _SHARED:
@@ -177,7 +170,7 @@ def make_space(
                 if site.type in types
                 and site.type not in dense_types
                 and site.layer * parts // structure.num_layers == part
-                and max_rank(site, multiple, budget.storage) > 0
+                and budget.storage.max_rank(site, multiple) > 0
             )
             if sites:
                 name = "".join(types) + (f"/{part + 1}" if parts > 1 else "")
@@ -185,11 +178,21 @@ def make_space(
     return SearchSpace(dimensions, budget, fill, min_keep)
 
 
-def hand_keeps(space: SearchSpace) -> list[float]:
-    """The hand allocation (arXiv 2405.10616, section 4): q and k get less, the others the keep ratio, v is dense.
+class SpaceOptions(Section):
+    """How ratios become ranks."""
 
-    The paper gives q, k 0.7 at keep 0.8 and 0.55 at 0.7, the line 1.5 keep - 0.5, which is continued to other ratios.
-    """
-    keep = space.budget.keep
-    low = min(max(1.5 * keep - 0.5, space.min_keep), 1.0)
-    return [low if dimension.name.startswith("qk") else max(keep, space.min_keep) for dimension in space.dimensions]
+    min_keep: float = Field(0.2, gt=0, lt=1, description="smallest ratio of a dimension")
+    fill: bool = Field(True, description="raise ranks until no affordable multiple is left")
+
+
+def space_of(task: AllocationTask, options: SpaceOptions, parts: int = 1) -> SearchSpace:
+    """The space of a task."""
+    return make_space(
+        task.structure, task.budget, parts, task.dense_types, task.multiple, options.min_keep, options.fill
+    )
+
+
+def uniform_preview(task: AllocationTask) -> Ranks:
+    """One ratio for all matrices, down to the lowest rank of each: what an allocation of this size looks like."""
+    space = space_of(task, SpaceOptions(min_keep=1e-9))
+    return space.ranks(space.settle([task.budget.keep] * len(space.names)))

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.checkpoint.registry import PREFIX
-from bolaco.checkpoint.write import new_folder
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
-from bolaco.models.load import load_model, load_tokenizer, quiet
-from bolaco.models.structure import inspect_structure, meta_model, weight_of
+from bolaco.layers import Entry, FactoredLinear, SplitLinear
+from bolaco.models.load import load_model, load_tokenizer
+from bolaco.models.lowrank import is_compressed, stock_config
+from bolaco.models.quiet import quiet
+from bolaco.models.structure import inspect_structure, meta_model, prefix_of, weight_of
+from bolaco.work.output import new_folder
 
 # Configuration switches that give a stock architecture biases -> what the names of the projections they cover contain.
 _BIAS_SWITCHES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp.", "enable_bias": "."}
@@ -31,18 +32,18 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
         UnsupportedModelError: not a compressed folder, or a bias has no place and ``drop_bias`` is false.
     """
     model = load_model(folder, adapters="refuse")
-    if not model.config.model_type.startswith(PREFIX):
+    if not is_compressed(model.config):
         raise UnsupportedModelError(f"{folder}: a {model.config.model_type} model, not a compressed one")
     tokenizer = load_tokenizer(folder)
-    dense: Any = stock_skeleton(model)
+    dense: Any = biased_skeleton(model)
     structure = inspect_structure(dense)
     state = dict(model.state_dict())
-    prefix = "" if dense.base_model is dense else f"{dense.base_model_prefix}."
+    prefix = prefix_of(dense)
     stock = dense.state_dict()
     homeless = []
     for module in dict.fromkeys(site.module for site in structure.sites):
         key = prefix + module
-        weight, bias = _fold(model.base_model.get_submodule(module))
+        weight, bias = _dense(model.base_model.get_submodule(module))
         for name in [name for name in state if name.startswith(f"{key}.")]:
             del state[name]
         conv = isinstance(dense.base_model.get_submodule(module), Conv1D)
@@ -66,39 +67,36 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     }
 
 
-def stock_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+def biased_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model on the meta device, with biases switched on where the compressed one has some."""
-    values: dict[str, Any] = model.config.to_dict()
-    for key in ("lowrank", "auto_map", "architectures"):
-        values.pop(key, None)
-    values["model_type"] = model.config.model_type.removeprefix(PREFIX)
-    config_class: Any = type(model.config).__mro__[1]
-    matrices = model.config.lowrank["matrices"]
-    biased = {name for name, entry in matrices.items() if any(part["bias"] for part in entry.get("parts", [entry]))}
+    config = stock_config(model.config)
+    matrices: dict[str, Entry] = model.config.lowrank["matrices"]
+    biased = {name for name, entry in matrices.items() if _has_bias(entry)}
     for switch, marker in _BIAS_SWITCHES.items():
-        if switch in values and any(marker in name for name in biased):
-            values[switch] = True
-    config = config_class.from_dict(values)
+        if hasattr(config, switch) and any(marker in name for name in biased):
+            setattr(config, switch, True)
     skeleton = meta_model(config)
     skeleton.generation_config = model.generation_config
     return skeleton
 
 
-def _fold(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight ``[out, in]`` and bias of a layer, factors multiplied in float32."""
+def _has_bias(entry: Entry) -> bool:
+    """Whether a layer, or one inside it, has a bias."""
+    inner = [*entry.get("parts", ()), *([entry["layer"]] if "layer" in entry else ())]
+    return bool(entry.get("bias")) or any(_has_bias(part) for part in inner)
+
+
+def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[out, in]`` and bias of a layer, whatever it is made of."""
     if isinstance(module, SplitLinear):
-        folded = [_fold(part) for part in module.parts.values()]
-        biases = [b for _, b in folded]
+        folded = [_dense(part) for part in module.parts.values()]
         bias = None
-        if any(b is not None for b in biases):
-            bias = torch.cat([torch.zeros_like(w[:, 0]) if b is None else b for (w, b) in folded])
+        if any(b is not None for _, b in folded):
+            bias = torch.cat([torch.zeros_like(w[:, 0]) if b is None else b for w, b in folded])
         return torch.cat([w for w, _ in folded]), bias
-    if isinstance(module, PivotedLinear):
-        bias = module.dense_bias()
-        return module.dense().detach(), None if bias is None else bias.detach()
-    if isinstance(module, LowRankLinear | FollowerLinear):
-        weight = module.expand.weight.detach()
-        reduce = (module.lead if isinstance(module, FollowerLinear) else module).reduce.weight.detach()
-        product = weight.float() @ reduce.float()
-        return product.to(weight.dtype), None if module.expand.bias is None else module.expand.bias.detach()
-    return weight_of(module).detach().contiguous(), None if module.bias is None else module.bias.detach()
+    if isinstance(module, FactoredLinear):
+        offset = module.dense_bias()
+        return module.dense().detach(), None if offset is None else offset.detach()
+    own = module.bias
+    assert own is None or isinstance(own, Tensor)
+    return weight_of(module).detach().contiguous(), None if own is None else own.detach()

@@ -1,20 +1,15 @@
-"""What is compared: a recipe for each row, and which rows can share what."""
+"""What is compared: a recipe for each row."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from bolaco.errors import RecipeError
-from bolaco.factorize import get_method
-from bolaco.recipe import Recipe, merge, recipe_of, recipe_values
-
-# Sections of a recipe that neither statistics nor factors depend on. What is not named here is taken to matter.
-_LATER = ("version", "keep", "search", "validation", "refinement", "evaluation")
+from bolaco.recipe.recipe import Recipe, applicable, laid_over, make_recipe, preset_of, recipe_values
+from bolaco.settings import merge, unflatten
 
 
 class Comparison(BaseModel):
@@ -56,15 +51,15 @@ def make_comparison(
 
     Args:
         model: as for :func:`bolaco.compress`.
-        methods: presets and factorization methods (see :func:`bolaco.recipe.recipe_of`).
+        methods: presets and factorization methods (see :func:`bolaco.recipe.recipe.preset_of`).
         keep: keep ratios.
         evaluation: sources perplexity is reported on; the first one is the recipes'.
         tasks: see :func:`bolaco.evaluation.tasks.read_tasks`.
         task_limit: examples of each task.
         task_keep: the keep ratio tasks are run at; the first one by default.
         keep_models: the checkpoints are part of the result.
-        options: further fields of all recipes by dotted name, or of one method as ``method:field``.
-        words: further fields of all recipes, see :func:`bolaco.recipe.recipe_values`.
+        options: further fields by dotted name, of all recipes that have them, or of one method as ``method:field``.
+        words: further fields of all recipes, see :func:`bolaco.recipe.recipe.recipe_values`.
 
     Raises:
         RecipeError: in one line.
@@ -84,12 +79,21 @@ def make_comparison(
             raise RecipeError(f"--set {field}: {method!r} is not one of the methods compared")
         (special[method] if colon else general)[name if colon else field] = value
     first = evaluation[0] if evaluation else None
-    common = merge({"model": model}, recipe_values(evaluation=first, **words, options=general))
-    recipes = {}
+    common = merge({"model": model}, recipe_values(evaluation=first, **words))
+    recipes: dict[str, Recipe] = {}
+    used: set[str] = set()
     for ratio in keep:
         for method in methods:
-            values = merge(merge(common, recipe_values(options=special[method])), {"keep": ratio})
-            recipes[row_name(method, ratio)] = recipe_of(method, values)
+            preset, own = preset_of(method)
+            mine = laid_over(own, unflatten(special[method]))
+            # What is said for all is said to those that have such a field.
+            fitting = applicable(general, laid_over(common, mine), preset)
+            used |= fitting.keys()
+            values = laid_over(laid_over(laid_over(own, common), unflatten(fitting)), unflatten(special[method]))
+            recipes[row_name(method, ratio)] = make_recipe(values | {"keep": ratio}, preset)
+    unused = [field for field in general if field not in used]
+    if unused:
+        raise RecipeError(f"--set {unused[0]}: none of the methods compared has such a field")
     if len({(recipe.model, recipe.dtype, recipe.device) for recipe in recipes.values()}) > 1:
         raise RecipeError("model, dtype and device must be the same for all methods compared")
     return Comparison(
@@ -103,30 +107,3 @@ def make_comparison(
         task_keep=(keep[0] if task_keep is None else task_keep) if tasks else None,
         keep_models=keep_models,
     )
-
-
-def short_hash(value: Any) -> str:
-    """Twelve digits that change with ``value``, anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def shares_factors(recipe: Recipe) -> bool:
-    """Whether the factors of a recipe are those of its matrices at all ranks, which others can use.
-
-    A row for which they are not computes its own: stacked matrices, and weights that are changed before.
-    """
-    if recipe.transform is not None or recipe.factorization.storage == "shared":
-        return False
-    return not get_method(recipe.factorization.method).prunes
-
-
-def statistics_key(recipe: Recipe) -> str:
-    """The same for recipes whose statistics of text and loss are the same."""
-    return short_hash({k: v for k, v in recipe.model_dump(mode="json").items() if k not in (*_LATER, "factorization")})
-
-
-def factors_key(recipe: Recipe) -> str:
-    """The same for recipes whose factors are the same, up to the largest rank."""
-    values = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in _LATER}
-    del values["factorization"]["storage"]
-    return f"{recipe.factorization.method}-{short_hash(values)}"

@@ -1,5 +1,1 @@
-"""Evaluation of dense and compressed models."""
-
-from bolaco.evaluation.perplexity import PerplexityResult, perplexity
-
-__all__ = ["PerplexityResult", "perplexity"]
+"""Losses, perplexity, tasks and speed of dense and compressed models."""

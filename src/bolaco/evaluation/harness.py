@@ -21,14 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bolaco.errors import DataError, NonFiniteError, UnsupportedModelError
-from bolaco.models.load import quiet
+from bolaco.models.quiet import quiet
 from bolaco.progress import Reporter, Tick
 
 _SEEDS = {"python": 0, "numpy": 1234, "torch": 1234}  # lm-evaluation-harness's defaults
 FEWSHOT_SEED = 1234
 
 
-class _Ticker(CacheHook):
+class _Ticker(CacheHook):  # type: ignore[misc]  # the harness is not typed
     """The harness reports every finished request to its cache; here it moves the progress instead."""
 
     def __init__(self, tick: Tick) -> None:
@@ -39,7 +39,7 @@ class _Ticker(CacheHook):
         self.tick(1)
 
 
-class HarnessModel(HFLM):
+class HarnessModel(HFLM):  # type: ignore[misc]
     """A loaded model for the harness.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bolaco.objective import Head, score
+from bolaco.evaluation.objective import Head, score
 
 
 @dataclass(frozen=True)

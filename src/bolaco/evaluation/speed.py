@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
-from bolaco.memory import largest_resident
 from bolaco.models.load import evaluation_mode, load_model
 from bolaco.models.structure import weight_of
+from bolaco.work.memory import largest_resident
 
 
 @dataclass(frozen=True)

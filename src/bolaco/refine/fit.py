@@ -12,15 +12,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bolaco.allocate.budget import Ranks
-from bolaco.compressed import linear, low_rank_linear, place
 from bolaco.errors import NonFiniteError
-from bolaco.factorize.method import Method
+from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.solver import InputMetric, corrected
-from bolaco.models.structure import Site, Structure
-from bolaco.statistics.blocks import BlockRunner
-from bolaco.statistics.moments import Drift, DriftMoments, group_runs
-from bolaco.statistics.site import SiteStatistics
+from bolaco.layers import put_module
+from bolaco.models.structure import Site
+from bolaco.models.subject import Subject
+from bolaco.models.walk import BlockRunner
+from bolaco.statistics.drift import Drift, DriftMoments
+from bolaco.statistics.moments import MOMENTS, group_runs
+from bolaco.statistics.statistic import SiteStatistics
+from bolaco.storage.block import linear, low_rank_linear, place_in_block
+from bolaco.storage.budget import Ranks
 
 
 class BlockFit:
@@ -28,7 +31,7 @@ class BlockFit:
 
     Args:
         runner: calls blocks; its model is the original.
-        structure: the model's structure.
+        subject: what was factored.
         method: the method that made the factors; gives metric and solution.
         ranks: rank of every matrix.
         groups: groups of the pooled covariance.
@@ -39,14 +42,14 @@ class BlockFit:
     def __init__(
         self,
         runner: BlockRunner,
-        structure: Structure,
-        method: Method,
+        subject: Subject,
+        method: ChosenMethod,
         ranks: Ranks,
         groups: int,
         drift: float,
         damping: float,
     ) -> None:
-        self.runner, self.structure, self.method, self.ranks = runner, structure, method, ranks
+        self.runner, self.subject, self.method, self.ranks = runner, subject, method, ranks
         self.groups, self.drift, self.damping = min(groups, len(runner.tokens)), drift, damping
 
     def run(
@@ -55,60 +58,72 @@ class BlockFit:
         block: nn.Module,
         original: Tensor,
         compressed: Tensor,
-        losses: Mapping[str, Mapping[str, Tensor]] | None = None,
+        stored: Mapping[str, SiteStatistics],
         tick: Callable[[int], Any] | None = None,
     ) -> None:
         """Replaces the matrices of ``block`` by fitted ones.
 
         Args:
             layer: which block.
-            block: the compressed block, as :func:`bolaco.compressed.compressed_block` makes it.
+            block: the compressed block, as :func:`bolaco.storage.block.compressed_block` makes it.
             original: ``[sequences, length, d]``, the original block's inputs.
             compressed: the compressed block's.
-            losses: by matrix, the fields of its :class:`SiteStatistics` that come from loss gradients.
+            stored: of each matrix, the statistics that are on disk.
             tick: called with the sequences done, once per shared input.
         """
         groups: dict[str, list[Site]] = {}
-        for site in self.structure.of_layer(layer):
+        structure = self.subject.structure
+        for site in structure.of_layer(layer):
             groups.setdefault(site.input_group, []).append(site)
         for sites in groups.values():
-            drift = self._drift(sites[0], block, original, compressed, tick)
-            metric = self.method.metric(drift.inputs)
+            drift, own = self._inputs(sites[0], block, original, compressed, tick)
+            metric = self.method.metric(own)
             for site in sites:
-                statistics = SiteStatistics(drift.inputs, **(losses or {}).get(site.name, {}))
-                place(self.structure, block, site, self._fitted(site, drift, metric, statistics))
+                fitted = self._fitted(site, drift, metric, own.with_values(stored[site.name].values))
+                put_module(block, place_in_block(structure, site), fitted)
 
-    def _drift(
+    def _inputs(
         self,
         site: Site,
         block: nn.Module,
         original: Tensor,
         compressed: Tensor,
         tick: Callable[[int], Any] | None,
-    ) -> Drift:
-        moments = DriftMoments(site.in_features, self.groups, self.runner.model.device, self.method.magnitudes)
+    ) -> tuple[Drift, SiteStatistics]:
+        """How the inputs of some matrices differ, and the method's statistics of those of the compressed model."""
+        device = self.runner.model.device
+        moments = DriftMoments(site.in_features, self.groups, device)
+        others = {
+            kind: kind.accumulator(site.in_features, self.groups, device)
+            for kind in self.method.method.inputs
+            if kind is not MOMENTS
+        }
         for rows in self.runner.slices:
             left = self.runner.input_of(site, original[rows])
             right = self.runner.input_of(site, compressed[rows], block)
             for group, chosen in group_runs(rows, self.groups, len(original)):
                 try:
                     moments.update(left[chosen], right[chosen], group)
+                    for accumulator in others.values():
+                        accumulator.update(right[chosen], group)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"{site.name}, compressed model's input: {error}") from None
             if tick:
                 tick(rows.stop - rows.start)
-        return moments.finalize()
+        drift = moments.finalize()
+        own = {kind: accumulator.finalize() for kind, accumulator in others.items()}
+        return drift, SiteStatistics({MOMENTS: drift.inputs}).with_values(own)
 
     def _fitted(self, site: Site, drift: Drift, metric: InputMetric, statistics: SiteStatistics) -> nn.Module:
-        model, method = self.runner.model, self.method
-        weight, bias = self.structure.weight(model, site), self.structure.bias(model, site)
+        centred = self.method.method.centred
+        weight, bias = self.subject.weight(site), self.subject.bias(site)
         shift, second = (
             (drift.covariance, drift.inputs.covariance)
-            if method.centred
+            if centred
             else (drift.second_moment, drift.inputs.second_moment)
         )
         target = corrected(weight, self.drift * shift, second, self.damping)
-        if method.centred:
+        if centred:
             # What the mean output should be, beyond what the target gives at the mean of the compressed inputs.
             mean = drift.inputs.mean
             missing = weight.double() @ (mean + drift.mean) - target.double() @ mean
@@ -116,5 +131,5 @@ class BlockFit:
         rank = self.ranks.get(site.name)
         if rank is None:
             return linear(target, bias)
-        factors = method.prepare(target, metric, statistics, rank)
+        factors = self.method.prepare(target, metric, statistics, rank)
         return low_rank_linear(factors.expand_t.T, factors.reduce, factors.bias(rank, bias))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bolaco.layers import FollowerLinear, LowRankLinear
-from bolaco.recipe import Refinement
-from bolaco.statistics.blocks import BlockRunner
+from bolaco.models.walk import BlockRunner
+from bolaco.refine.settings import Refinement
 
 
 def train_block(

@@ -1,1 +1,1 @@
-"""What a run shows: tables in the terminal, the model card in the folder."""
+"""What bolaco says about its results: tables for the terminal, model cards, charts, HTML reports, ``results.json``."""

@@ -1,4 +1,4 @@
-"""The model card of a compressed folder."""
+"""The model card, ``README.md`` of a folder that bolaco wrote."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ from typing import Any
 
 import yaml
 
-from bolaco.checkpoint.registry import PREFIX
-from bolaco.recipe import Recipe
+from bolaco.checkpoint.info import CompressedInfo, TunedInfo
+from bolaco.models.lowrank import PREFIX
+from bolaco.recipe.recipe import Recipe, read_recipe
 from bolaco.report.tables import blocks_line, seconds_line, summary_rows
 
 
 def _refinement(recipe: Recipe) -> str:
-    """What was done to the blocks after the ranks were known."""
+    """What was done to the blocks once the ranks were known; empty if nothing was."""
     settings, done = recipe.refinement, []
-    if settings.fit:
+    if settings is not None and settings.fit:
         done.append("fitted on the inputs it has in the compressed model")
-    if settings.steps:
+    if settings is not None and settings.steps:
         done.append(
             f"trained for {settings.steps} steps towards the original block's output (no labels, nothing end to end)"
         )
     return f"Every block was then {' and '.join(done)}.\n" if done else ""
 
 
-def _what(info: dict[str, Any]) -> str:
-    """What was done to the model, in a sentence."""
-    how = f"method {info['method']}, {info['storage']} storage, keep ratio {info['keep']}"
-    if info["storage"] == "dense":
+def _what(info: CompressedInfo) -> str:
+    """What was done to the model, in a sentence that begins with the model's name."""
+    if info.storage is None:
         return (
-            f"with fewer decoder blocks, made by bolaco\n({how}). {blocks_line(info['layers'], info['layers_dense'])}."
+            f"with fewer decoder blocks, made by bolaco\n(method {info.method}, keep ratio {info.keep}). "
+            f"{blocks_line(info.layers, info.layers_dense)}."
         )
+    how = f"method {info.method}, {info.storage} storage, keep ratio {info.keep}"
     return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
 
 
 def _use(name: str, argument: str) -> str:
+    """Python code that loads the model; ``argument`` is put behind the name in each call."""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,9 +45,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
 ```"""
 
 
-def _use_compressed(info: dict[str, Any], name: str) -> str:
-    """How to load it, and where the rest is said."""
-    stock = info["storage"] == "dense"
+def _use_compressed(info: CompressedInfo, name: str) -> str:
+    """How to load the model, and which other files describe it."""
+    # Without factors it has the architecture of the original.
+    stock = info.storage is None
     note = (
         "It is a stock architecture: any tool that knows it loads it. Blocks that stay and versions"
         if stock
@@ -56,57 +60,58 @@ def _use_compressed(info: dict[str, Any], name: str) -> str:
 [report.html](report.html) shows them, with spectra and seconds, in one page for a browser."""
 
 
-def _tuning(info: dict[str, Any]) -> str:
-    """What was trained afterwards; the table above is of the model before."""
-    record = info.get("tuning")
+def _tuning(info: CompressedInfo | TunedInfo) -> str:
+    """The section on tuning; empty for a model that was not tuned."""
+    record = info.tuning
     if record is None:
         return ""
-    ppl, settings = record["perplexity"], record["settings"]
-    table = "The table above is of the model before that.\n" if "ranks" in info else ""
-    note = f"{record['note']}\n" if record.get("note") else ""
+    ppl, settings = record.perplexity, record.settings
+    table = "The table above is of the model before that.\n" if isinstance(info, CompressedInfo) else ""
+    note = f"{record.note}\n" if record.note else ""
     return f"""
 ## Tuned
 
-`{record["model"]}` was tuned by `bolaco tune --mode {record["mode"]}` ({record["paper"]}): {record["steps"]} steps on
-`{settings["data"]["source"]}`, {record["trainable_parameters"]:,} trained parameters.
-Perplexity on {ppl["tokens"]:,} tokens of `{ppl["data"]}`: {ppl["before"]:.3f} before, {ppl["after"]:.3f} after.
+`{record.model}` was tuned by `bolaco tune --mode {record.mode}` ({record.paper}): {record.steps} steps on
+`{settings["data"]["source"]}`, {record.trainable_parameters:,} trained parameters.
+Perplexity on {ppl.tokens:,} tokens of `{ppl.data}`: {ppl.before:.3f} before, {ppl.after:.3f} after.
 {table}{note}"""
 
 
-def tuned_card(info: dict[str, Any], name: str) -> str:
-    """Markdown of a tuned folder: that of the compression it goes back to, if there was one, and the tuning."""
-    if "ranks" in info:
+def tuned_card(info: CompressedInfo | TunedInfo, name: str) -> str:
+    """Markdown of a tuned folder called ``name``: its tuning, after its compression if it was compressed before."""
+    if isinstance(info, CompressedInfo):
         return model_card(info, name)
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
-    use = _use(name, ", trust_remote_code=True" if info["tuning"]["result_type"].startswith(PREFIX) else "")
+    use = _use(name, ", trust_remote_code=True" if info.tuning.result_type.startswith(PREFIX) else "")
     return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{use}\n"
 
 
-def model_card(info: dict[str, Any], name: str) -> str:
-    """Markdown with the measured numbers and the recipe that reproduces them."""
+def model_card(info: CompressedInfo, name: str) -> str:
+    """Markdown of a compressed folder called ``name``: what was measured, and the recipe that reproduces it."""
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["bolaco", "layer-pruning" if info["storage"] == "dense" else "low-rank"],
+        "tags": ["bolaco", "layer-pruning" if info.storage is None else "low-rank"],
     }
-    if info["model"].count("/") == 1 and not info["model"].startswith((".", "/", "~")):
-        front["base_model"] = info["model"]
-    ppl = info["perplexity"]
+    # A name on the hub has one slash, and is not a path.
+    if info.model.count("/") == 1 and not info.model.startswith((".", "/", "~")):
+        front["base_model"] = info.model
+    ppl = info.perplexity
     rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
-    recipe = Recipe.model_validate(info["recipe"])
+    recipe = read_recipe(info.recipe)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 # {name}
 
-`{info["model"]}` {_what(info)}
+`{info.model}` {_what(info)}
 {_refinement(recipe)}
 | | dense | compressed | ratio / gap |
 |---|---:|---:|---:|
 {rows}
 
-Perplexity on `{ppl["data"]}`: {ppl["windows"]} non-overlapping windows of {ppl["seq_len"]} tokens,
-{ppl["tokens"]:,} predicted tokens.
+Perplexity on `{ppl.data}`: {ppl.windows} non-overlapping windows of {ppl.seq_len} tokens,
+{ppl.tokens:,} predicted tokens.
 {seconds_line(info)}.
 {_tuning(info)}
 ## Use

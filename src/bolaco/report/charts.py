@@ -1,57 +1,102 @@
-"""The charts of a result, from its ``bolaco.json`` and ``curves.json``."""
+"""The charts of a result, from its ``bolaco.json`` and ``curves.json``, and of a comparison.
+
+Each takes ``ident``, what the ids inside the chart begin with; it must be unique in the page.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from markupsafe import Markup
 
-from bolaco.allocate.budget import Ranks
-from bolaco.checkpoint.info import Curves
-from bolaco.models.structure import TYPES
+from bolaco.checkpoint.info import CurvePoint, Curves, TrialRecord
+from bolaco.errors import RecipeError
+from bolaco.models.structure import TYPES, Site
+from bolaco.report.record import Row, RowResult
 from bolaco.report.svg import Series, band, chart, heat_map
 from bolaco.report.tables import layer_of, type_of
+from bolaco.storage.budget import Ranks
+from bolaco.storage.storage import STORAGES, Storage
 
 
 def types_of(ranks: Ranks) -> list[str]:
-    """Matrix types of a model, in their usual order."""
+    """Types of the matrices that have ranks, in their usual order."""
     found = dict.fromkeys(map(type_of, ranks))
     return sorted(found, key=lambda kind: TYPES.index(kind) if kind in TYPES else len(TYPES))
 
 
-def rank_map(ident: str, ranks: Ranks, storage: str, curves: Curves) -> Markup | None:
-    """Layer by matrix type: the share of each matrix's parameters that is kept; None where there are no ranks.
+def rank_map(ident: str, ranks: Ranks, storage: str | None, curves: Curves) -> Markup | None:
+    """A cell for each matrix, layer by type: the share of its parameters that is kept; None where there are no ranks.
 
-    Without shapes, in results of before, the share of the largest rank of its type.
+    Where that share cannot be computed, something close to it is drawn and named as what it is: see :func:`_shares`.
+
+    Args:
+        ident: what the ids inside the chart begin with; unique in the page.
+        ranks: of every matrix, by name; None is dense.
+        storage: name of the storage of the factored matrices; None where nothing is factored.
+        curves: the shapes of the matrices; may be empty.
     """
     if not ranks:
         return None
     rows = types_of(ranks)
-    shapes = {name: entry["shape"] for name, entry in curves["matrices"].items()}
-    largest: dict[str, int] = {}
-    for name, rank in ranks.items():
-        largest[type_of(name)] = max(largest.get(type_of(name), 1), rank or 1)
+    shares, what, note = _shares(ranks, storage, curves)
     cells: dict[tuple[int, int], tuple[float | None, str]] = {}
     for name, rank in ranks.items():
-        share: float | None = None
-        if rank is not None:
-            share = _share(rank, shapes[name], storage) if name in shapes else rank / largest[type_of(name)]
+        share = shares.get(name)
         shown = "dense" if share is None else f"rank {rank}, {share:.3f}"
         cells[rows.index(type_of(name)), layer_of(name)] = (share, f"layer {layer_of(name)} {type_of(name)}: {shown}")
-    what = "share of the matrix's parameters kept" if shapes else "rank, of the largest of its type"
     dense = sum(share is None for share, _ in cells.values())
     text = f"{len(cells)} matrices, {dense} of them dense. " + " ".join(
-        f"{kind}: {_range(cells, row)}." for row, kind in enumerate(rows)
+        [*(f"{kind}: {_range(cells, row)}." for row, kind in enumerate(rows)), *note]
     )
     columns = 1 + max(layer for _, layer in cells)
     return heat_map(ident, "Rank of every matrix", text, rows, columns, cells, "layer", what)
 
 
-def _share(rank: int, shape: Sequence[int], storage: str) -> float:
+def _shares(ranks: Ranks, storage: str | None, curves: Curves) -> tuple[dict[str, float], str, list[str]]:
+    """What the rank map draws of every factored matrix, by name.
+
+    Returns:
+        Numbers in [0, 1]; what they are, for the scale; and sentences that explain them, if that is needed. Where
+        shapes and storage are known, a number is the share of parameters kept. Without shapes (results from before
+        ``curves.json``) it is the rank over the largest rank of the same type. Where the storage is not known here (it
+        came with a package that is not installed) it is the rank over the matrix's smaller side.
+    """
+    factored = {name: rank for name, rank in ranks.items() if rank is not None}
+    if not all(name in curves.matrices for name in ranks):
+        largest: dict[str, int] = {}
+        for name, rank in factored.items():
+            largest[type_of(name)] = max(largest.get(type_of(name), 1), rank)
+        relative = {name: rank / largest[type_of(name)] for name, rank in factored.items()}
+        return relative, "rank, of the largest of its type", []
+    form = _storage(storage)
+    if form is None:
+        sides = {name: rank / min(curves.matrices[name].shape) for name, rank in factored.items()}
+        where = f"in {storage or 'its'} storage"
+        note = f"What a rank costs {where} is not known here; ranks are relative to the smaller side."
+        return sides, "rank, of the matrix's smaller side", [note]
+    sites = {name: _site(name, curves.matrices[name].shape) for name in factored}
+    kept = {name: form.cost(sites[name], rank) / sites[name].size for name, rank in factored.items()}
+    return kept, "share of the matrix's parameters kept", []
+
+
+def _storage(name: str | None) -> Storage | None:
+    """The storage of this name, if there is one here that can be used."""
+    try:
+        return None if name is None else STORAGES.get(name)
+    except RecipeError:
+        return None
+
+
+def _site(name: str, shape: tuple[int, int]) -> Site:
+    """A matrix of this name and shape ``[out, in]``, to ask a storage what it costs.
+
+    The matrices of a stack are recorded with the shape and the rank of the stack, so the answer is that of the stack.
+    """
     rows, columns = shape
-    return rank * (rows + columns - (rank if storage == "pivoted" else 0)) / (rows * columns)
+    kind = type_of(name)
+    return Site(name, name, layer_of(name), kind, None, (0, rows), rows, columns, bias=False)
 
 
 def _range(cells: Mapping[tuple[int, int], tuple[float | None, str]], row: int) -> str:
@@ -59,11 +104,11 @@ def _range(cells: Mapping[tuple[int, int], tuple[float | None, str]], row: int) 
     return f"{min(found):.2f} to {max(found):.2f}" if found else "all dense"
 
 
-def search_chart(ident: str, trials: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """Objective of every trial, and the best so far; None where nothing was searched."""
+def search_chart(ident: str, trials: Sequence[TrialRecord]) -> Markup | None:
+    """The objective of every trial, and the best one up to it; None where nothing was searched."""
     if not trials:
         return None
-    objectives = [float(trial["objective"]) for trial in trials]
+    objectives = [trial.objective for trial in trials]
     best = [min(objectives[: i + 1]) for i in range(len(objectives))]
     finite = [value for value in objectives if math.isfinite(value) and value > 0]
     wide = bool(finite) and len(finite) == len(objectives) and max(finite) > 4 * min(finite)
@@ -80,23 +125,26 @@ def search_chart(ident: str, trials: Sequence[Mapping[str, Any]]) -> Markup | No
 
 
 def spectrum_charts(ident: str, ranks: Ranks, curves: Curves) -> list[tuple[str, Markup]]:
-    """For each matrix type what every rank cuts, over all layers, and where the chosen ranks are."""
+    """For each matrix type with spectra, its name and a chart: the energy that every rank cuts, and the chosen ranks.
+
+    The chart shows all layers together; see :func:`bolaco.report.curves.matrix_curves` for what energy is.
+    """
     found = []
     for kind in types_of(ranks):
-        names = [n for n in ranks if type_of(n) == kind and "energy" in curves["matrices"].get(n, {})]
-        if not names:
-            continue
         lines, marks = [], []
-        for name in names:
-            entry = curves["matrices"][name]
-            energy = entry["energy"]
+        for name, rank in ranks.items():
+            curve = curves.matrices.get(name)
+            if type_of(name) != kind or curve is None or curve.energy is None:
+                continue
             # All energy is cut at rank 0.
-            lines.append([(0.0, 1.0), *(((i + 1) / len(energy), 1 - e) for i, e in enumerate(energy))])
-            rank = ranks[name]
-            if rank is not None:
-                marks.append((rank / min(entry["shape"]), 1 - entry["kept"]))
+            count = len(curve.energy)
+            lines.append([(0.0, 1.0), *(((i + 1) / count, 1 - kept) for i, kept in enumerate(curve.energy))])
+            if rank is not None and curve.kept is not None:
+                marks.append((rank / min(curve.shape), 1 - curve.kept))
+        if not lines:
+            continue
         cuts = [cut for _, cut in marks]
-        text = f"{kind}, {len(names)} layers. " + (
+        text = f"{kind}, {len(lines)} layers. " + (
             f"The chosen ranks cut {min(cuts):.2g} to {max(cuts):.2g} of the energy." if cuts else "All stay dense."
         )
         found.append((kind, band(f"{ident}-{kind}", f"Spectra of {kind}", text, lines, marks)))
@@ -104,8 +152,8 @@ def spectrum_charts(ident: str, ranks: Ranks, curves: Curves) -> list[tuple[str,
 
 
 def refinement_chart(ident: str, curves: Curves) -> Markup | None:
-    """Loss of every block at the start and at the end of its training; None where there was none."""
-    losses = sorted((int(layer), values) for layer, values in curves["refinement"].items() if values)
+    """The loss of every block at the start and at the end of its training; None where no block was trained."""
+    losses = sorted((int(layer), values) for layer, values in curves.refinement.items() if values)
     if not losses:
         return None
     first = [(float(layer), values[0]) for layer, values in losses]
@@ -116,9 +164,9 @@ def refinement_chart(ident: str, curves: Curves) -> Markup | None:
     return chart(ident, "Block refinement", text, series, "layer", "loss", logarithmic=True, height=230)
 
 
-def loss_chart(ident: str, curve: Sequence[Mapping[str, float]]) -> Markup | None:
-    """Training loss over steps; None where no step was taken."""
-    points = [(float(point["step"]), float(point["loss"])) for point in curve if math.isfinite(point["loss"])]
+def loss_chart(ident: str, curve: Sequence[CurvePoint]) -> Markup | None:
+    """Training loss over steps; None where there is no finite one."""
+    points = [(float(point.step), point.loss) for point in curve if math.isfinite(point.loss)]
     if not points:
         return None
     (start, first), (end, last) = points[0], points[-1]
@@ -126,13 +174,24 @@ def loss_chart(ident: str, curve: Sequence[Mapping[str, float]]) -> Markup | Non
     return chart(ident, "Training loss", text, [Series("loss", points)], "step", "loss", height=230)
 
 
-def frontier_chart(ident: str, rows: Sequence[Mapping[str, Any]], text_name: str, index: int = 0) -> Markup | None:
-    """Log-perplexity gap to the dense model over the keep ratio, a line for each method; None without a finite one."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+def frontier_chart(ident: str, rows: Sequence[Row], text_name: str, index: int = 0) -> Markup | None:
+    """Gap in log-perplexity to the original over the share of the decoder linears kept, a line for each method.
+
+    Args:
+        ident: what the ids inside the chart begin with; unique in the page.
+        rows: of a comparison; those that failed are left out.
+        text_name: what the text is called in the title.
+        index: of the text among those of the comparison.
+
+    Returns:
+        None where no row has a finite gap.
+    """
+    results = [row for row in rows if isinstance(row, RowResult)]
     series = []
-    for method in methods:
-        mine = [row for row in rows if row["method"] == method and "error" not in row]
-        points = sorted((row["keep_linears"], row["gap"][index]) for row in mine if row["gap"][index] is not None)
+    # In the order of all rows, so that a method has one colour whichever of them failed.
+    for method in dict.fromkeys(row.method for row in rows):
+        mine = [(row.keep_linears, row.gap[index]) for row in results if row.method == method]
+        points = sorted((keep, gap) for keep, gap in mine if gap is not None)
         if points:
             series.append(Series(method, points))
     gaps = [gap for item in series for _, gap in item.points]

@@ -1,24 +1,30 @@
-"""What a report draws: spectra and losses with so few points that they can lie beside the checkpoint."""
+"""What a report draws of a run, in so few points that it can be kept beside the checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from bolaco.allocate.budget import Ranks
+from bolaco.checkpoint.info import MatrixCurve
 from bolaco.models.structure import Site
+from bolaco.storage.budget import Ranks
 
 POINTS = 32
 
 
 def retained_energy(spectrum: Tensor, points: int = POINTS) -> list[float]:
-    """Share of a descending spectrum ``[k]`` that its first ``i k / points`` components hold, for i = 1 to ``points``.
+    """Which share of the energy each of ``points`` ranks retains, the ranks evenly spaced up to the full rank.
 
-    Non-decreasing, the last one is 1. A matrix without any energy retains all of it.
+    Args:
+        spectrum: ``[k]``, descending: the energy of each component, that is, the squared error of leaving it out.
+        points: how many shares to return; number ``i``, from 1, is of rank ``i k / points``, rounded, at least 1.
+
+    Returns:
+        Non-decreasing shares in [0, 1], rounded to six digits; the last one is 1. Of a spectrum without any energy
+        all are 1.
     """
     exact = spectrum.double()
     total = float(exact.sum())
@@ -29,26 +35,33 @@ def retained_energy(spectrum: Tensor, points: int = POINTS) -> list[float]:
     return [round(min(value, 1.0), 6) for value in shares.tolist()]
 
 
-def matrix_curves(sites: Iterable[Site], spectra: Mapping[str, Tensor], ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """By site name: ``shape`` [out, in], and of factored matrices ``energy`` (:func:`retained_energy`) and ``kept``.
+def matrix_curves(sites: Iterable[Site], spectra: Mapping[str, Tensor], ranks: Ranks) -> dict[str, MatrixCurve]:
+    """What the report draws of every matrix, by name.
 
-    ``kept`` is the share that the matrix's rank retains. Energy is squared error in the method's own metric.
+    A site with a spectrum has :func:`retained_energy` of it, and ``kept``, the share that the site's rank retains (1
+    where it stays dense). Energy is squared error in the metric of the method that the spectrum is from.
+
+    Args:
+        sites: matrices and stacks. The matrices of a stack all get the shape, spectrum and rank of the whole stack,
+            because the stack is what was cut.
+        spectra: of the sites that may be factored, by name.
+        ranks: of the sites, by name; None, or no entry, is dense.
     """
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, MatrixCurve] = {}
     for site in sites:
-        entry: dict[str, Any] = {"shape": [site.out_features, site.in_features]}
+        shape = (site.out_features, site.in_features)
+        curve = MatrixCurve(shape=shape)
         spectrum, rank = spectra.get(site.name), ranks.get(site.name)
         if spectrum is not None:
             total = float(spectrum.sum())
             cut = 0.0 if rank is None or total <= 0 else float(spectrum[rank:].sum()) / total
-            entry |= {"energy": retained_energy(spectrum), "kept": 1 - cut}
-        # Of a stack each matrix has the whole of it: that is what was cut.
-        result |= {member.name: entry for member in site.members}
+            curve = MatrixCurve(shape=shape, energy=retained_energy(spectrum), kept=1 - cut)
+        result |= {member.name: curve for member in site.members}
     return result
 
 
 def thinned(values: Sequence[float], points: int = POINTS) -> list[float]:
-    """At most ``points`` means of consecutive values, of nearly equal numbers of them."""
+    """``values`` in at most ``points`` means of neighbouring values, each over nearly the same number of them."""
     count = min(points, len(values))
     edges = [i * len(values) // count for i in range(count + 1)] if count else []
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]

@@ -1,9 +1,12 @@
-"""The report as one static HTML file: nothing is fetched, nothing runs, every word from outside is escaped."""
+"""Reports, each a single static HTML file.
+
+Such a file loads nothing and runs no scripts. Jinja escapes every value, so names from outside cannot add markup.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -11,9 +14,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import bolaco
-from bolaco.checkpoint.info import Curves
-from bolaco.recipe import Recipe
+from bolaco.checkpoint.info import CompressedInfo, Curves, TunedInfo
+from bolaco.recipe.recipe import read_recipe
 from bolaco.report.charts import (
     frontier_chart,
     loss_chart,
@@ -33,7 +35,10 @@ from bolaco.report.comparison import (
     memory_note,
     task_tables,
 )
+from bolaco.report.record import ComparisonRecord, RowResult
 from bolaco.report.tables import layer_of, mib, millions, type_of
+from bolaco.storage.budget import Ranks
+from bolaco.version import __version__
 
 REPORT_FILE = "report.html"
 
@@ -51,17 +56,17 @@ def _environment() -> Environment:
     loader = environment.loader
     assert loader is not None
     style = "".join(loader.get_source(environment, name)[0] for name in ("charts.css", "page.css"))
-    environment.globals.update(style=Markup(style), version=bolaco.__version__)
+    environment.globals.update(style=Markup(style), version=__version__)
     return environment
 
 
 def number(value: float | None) -> str:
-    """Four digits; ``not finite`` for None."""
+    """Four significant digits; ``not finite`` for None, infinity and NaN."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.4g}"
 
 
 def gap_text(value: float | None) -> str:
-    """In nats, with its sign."""
+    """A difference in nats with its sign, three decimals; ``not finite`` for None, infinity and NaN."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:+.3f}"
 
 
@@ -72,114 +77,110 @@ def _log_gap(after: float, before: float) -> float | None:
 
 
 def _bars(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
-    """(stage, seconds, percent of the longest)."""
+    """For each stage its name, its seconds, and the length of its bar in percent of the longest."""
     longest = max(seconds.values(), default=0.0) or 1.0
     return [(stage, value, round(100 * value / longest, 1)) for stage, value in seconds.items()]
 
 
-def _rank_rows(ranks: Mapping[str, int | None]) -> list[tuple[int, list[str]]]:
-    """Ranks as a table: (layer, a cell for each type)."""
+def _rank_rows(ranks: Ranks) -> list[tuple[int, list[str]]]:
+    """Ranks as a table: for each layer its index, and a cell for each of :func:`types_of`."""
     table: dict[int, dict[str, str]] = {}
     for name, rank in ranks.items():
         table.setdefault(layer_of(name), {})[type_of(name)] = "dense" if rank is None else str(rank)
-    types = types_of(dict(ranks))
+    types = types_of(ranks)
     return [(layer, [table[layer].get(kind, "") for kind in types]) for layer in sorted(table)]
 
 
-def _result(ident: str, info: Mapping[str, Any], curves: Curves) -> dict[str, Any]:
-    """What the parts that a result and a row of a comparison share are drawn from."""
-    ranks = dict(info["ranks"])
+def _result(ident: str, info: CompressedInfo | RowResult, curves: Curves) -> dict[str, Any]:
+    """What the report of a result and that of a row of a comparison both draw; ``ident`` is unique in the page."""
     return {
         "ident": ident,
-        "rank_map": rank_map(f"{ident}-ranks", ranks, info.get("storage", "two-factor"), curves),
-        "rank_rows": _rank_rows(ranks),
-        "types": types_of(ranks),
-        "search": search_chart(f"{ident}-search", info["trials"]),
-        "spectra": spectrum_charts(f"{ident}-spectrum", ranks, curves),
+        "rank_map": rank_map(f"{ident}-ranks", info.ranks, info.storage, curves),
+        "rank_rows": _rank_rows(info.ranks),
+        "types": types_of(info.ranks),
+        "search": search_chart(f"{ident}-search", info.trials),
+        "spectra": spectrum_charts(f"{ident}-spectrum", info.ranks, curves),
         "refinement": refinement_chart(f"{ident}-refinement", curves),
-        "bars": _bars(info["seconds"]),
-        "total": sum(info["seconds"].values()),
+        "bars": _bars(info.seconds),
+        "total": sum(info.seconds.values()),
     }
 
 
-def result_page(info: Mapping[str, Any], curves: Curves, name: str) -> str:
-    """The report of one compressed folder.
+def result_page(info: CompressedInfo, curves: Curves, name: str) -> str:
+    """The report of a compressed folder.
 
     Args:
         info: content of its ``bolaco.json``.
         curves: of its ``curves.json``; may be empty.
         name: of the folder.
+
+    Raises:
+        RecipeError: ``info.recipe`` is none.
     """
-    ppl = info["perplexity"]
+    ppl = info.perplexity
     return (
         _environment()
         .get_template("result.html.j2")
         .render(
             name=name,
             info=info,
-            flag="" if info["storage"] == "dense" else ", trust_remote_code=True",
+            # Without factors it has the architecture of the original, which transformers knows.
+            flag="" if info.storage is None else ", trust_remote_code=True",
             ppl=ppl,
-            log_gap=_log_gap(ppl["compressed"], ppl["dense"]),
-            recipe=Recipe.model_validate(info["recipe"]).to_yaml(),
+            log_gap=_log_gap(ppl.compressed, ppl.dense),
+            recipe=read_recipe(info.recipe).to_yaml(),
             **_result("result", info, curves),
         )
     )
 
 
-def tuned_page(info: Mapping[str, Any], name: str) -> str:
-    """The report of one tuned folder: of the tuning, not of the compression before it.
+def tuned_page(info: CompressedInfo | TunedInfo, name: str) -> str:
+    """The report of a tuned folder: of its last tuning, not of what was done to the model before.
 
     Args:
-        info: content of its ``bolaco.json``.
+        info: content of its ``bolaco.json``; ``info.tuning`` is there.
         name: of the folder.
     """
-    record = info["tuning"]
-    ppl = record["perplexity"]
+    tuning = info.tuning
+    assert tuning is not None
+    ppl = tuning.perplexity
     return (
         _environment()
         .get_template("tuned.html.j2")
         .render(
             name=name,
-            tuning=record,
+            tuning=tuning,
             ppl=ppl,
-            log_gap=_log_gap(ppl["after"], ppl["before"]),
-            loss=loss_chart("loss", record["curve"]),
-            bars=_bars(record["seconds"]),
-            total=sum(record["seconds"].values()),
-            settings=yaml.safe_dump(record["settings"], sort_keys=False),
+            log_gap=_log_gap(ppl.after, ppl.before),
+            loss=loss_chart("loss", tuning.curve),
+            bars=_bars(tuning.seconds),
+            total=sum(tuning.seconds.values()),
+            settings=yaml.safe_dump(tuning.settings, sort_keys=False),
         )
     )
 
 
-def comparison_page(record: Mapping[str, Any]) -> str:
-    """The report of a comparison.
-
-    Args:
-        record: content of its ``results.json``.
-    """
-    rows: Sequence[Mapping[str, Any]] = record["rows"]
-    columns = columns_of(record)
-    best = leaders(record)
+def comparison_page(record: ComparisonRecord) -> str:
+    """The report of a comparison, finished or not."""
+    texts = labels([text.source for text in record.texts])
+    charts = [(name, frontier_chart(f"frontier-{i}", record.rows, name, i)) for i, name in enumerate(texts)]
     return (
         _environment()
         .get_template("comparison.html.j2")
         .render(
             record=record,
-            columns=columns,
-            table=[(row, cells_of(row)) for row in rows],
-            best=best,
+            columns=columns_of(record),
+            table=[(row, cells_of(row)) for row in record.rows],
+            best=leaders(record),
             dense=dense_cells(record),
             calibration_note=calibration_note(record),
             memory_note=memory_note(record),
             task_tables=task_tables(record),
-            charts=[
-                (name, drawn)
-                for i, name in enumerate(labels([text["source"] for text in record["texts"]]))
-                if (drawn := frontier_chart(f"frontier-{i}", rows, name, i)) is not None
-            ],
+            charts=[(name, drawn) for name, drawn in charts if drawn is not None],
             details=[
-                (row, None if "error" in row else _result(f"row-{i}", row, row["curves"])) for i, row in enumerate(rows)
+                (row, _result(f"row-{i}", row, row.curves) if isinstance(row, RowResult) else None)
+                for i, row in enumerate(record.rows)
             ],
-            shared=_bars(record["seconds"]),
+            shared=_bars(record.seconds),
         )
     )

@@ -1,6 +1,7 @@
 """Small static charts as SVG text: no scripts, no fonts of their own, colours from the variables of ``charts.css``.
 
-A chart is as wide as its box lets it be. Every one carries a title and a description for those who do not see it.
+A chart takes the width of the element around it; lengths here are in units of its view box. Every chart has a title
+and a description in words, which screen readers read out. All text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from markupsafe import Markup, escape
 COLOURS = 8
 WIDTH = 480
 _LEFT, _RIGHT, _TOP = 62, 14, 12
-_LETTER = 7.2  # width of a letter of the legend, on average
+_LETTER = 7.2  # mean width of a letter in the legend
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points ``(x, y)`` of one name, in ascending x: a ``line`` with markers, only ``dots``, or a ``step``."""
+    """Points ``(x, y)`` in ascending x, under a name.
+
+    ``kind`` is how they are drawn: as a ``line`` with markers, as markers only (``dots``), or as a staircase without
+    markers (``step``).
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -32,7 +37,15 @@ def _n(value: float) -> str:
 
 
 def figure(width: float, height: float, ident: str, title: str, text: str, body: str) -> Markup:
-    """An SVG element; ``ident`` must be unique in the page, ``text`` says in words what is to be seen."""
+    """An SVG element around ``body``, which is SVG already and not escaped.
+
+    Args:
+        width, height: of the view box.
+        ident: what ids inside the element begin with; unique in the page.
+        title: names the chart for screen readers.
+        text: says in words what the chart shows.
+        body: its content.
+    """
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="0 0 {_n(width)} {_n(height)}" role="img" '
         f'aria-labelledby="{ident}-title {ident}-text"><title id="{ident}-title">{escape(title)}</title>'
@@ -41,14 +54,20 @@ def figure(width: float, height: float, ident: str, title: str, text: str, body:
 
 
 def standalone(chart: Markup) -> str:
-    """The chart as a file of its own."""
+    """The chart as the content of an SVG file of its own, with its styles."""
     style = files("bolaco.report").joinpath("templates/charts.css").read_text(encoding="utf-8")
     head, arrow, rest = str(chart).partition(">")
     return f"{head}{arrow}<style>{style}svg {{ background: var(--paper); }}</style>{rest}\n"
 
 
 def ticks(low: float, high: float, logarithmic: bool = False, whole: bool = False) -> list[float]:
-    """About five round numbers within ``[low, high]``; ``whole`` has no fractions."""
+    """Round numbers within ``[low, high]`` to label an axis at, about five of them.
+
+    Args:
+        low, high: ends of the axis; positive on a logarithmic one.
+        logarithmic: prefers 1, 2 and 5 times powers of ten where there are enough of those.
+        whole: no fractions.
+    """
     if logarithmic:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1, 2, 5), (1,)):
@@ -67,13 +86,14 @@ def ticks(low: float, high: float, logarithmic: bool = False, whole: bool = Fals
 
 
 def _scale(low: float, high: float, a: float, b: float, logarithmic: bool = False) -> Callable[[float], float]:
+    """The map from values in ``[low, high]`` to places between ``a`` and ``b``."""
     change = math.log10 if logarithmic else float
     start, span = change(low), (change(high) - change(low)) or 1.0
     return lambda value: a + (change(value) - start) / span * (b - a)
 
 
 def _marker(x: float, y: float, index: int, note: str) -> str:
-    # Series of the same colour have another shape.
+    # Colours repeat after COLOURS series; the shift gives series of the same colour different shapes.
     shape = (index + index // COLOURS) % 4
     tag, drawn = (
         ("circle", f'cx="{_n(x)}" cy="{_n(y)}" r="4"'),
@@ -90,7 +110,7 @@ def _group(index: int, body: str) -> str:
 
 
 def _legend(series: Sequence[Series], top: float) -> tuple[str, float]:
-    """Entries side by side, wrapped; and the height they take."""
+    """The legend, its entries side by side in as many lines as they need; and its height."""
     parts, x, y = [], float(_LEFT), top + 12
     for index, item in enumerate(series):
         name, width = item.name, 30 + _LETTER * len(item.name)
@@ -118,16 +138,15 @@ def chart(
     span: float = 0.0,
     height: float = 270,
 ) -> Markup:
-    """Lines over common axes, with a legend below.
+    """Series over common axes; with a legend below if there are several.
 
     Args:
         ident, title, text: see :func:`figure`.
-        series: at least one with a point; points that are not finite (or not positive on a logarithmic axis) are left
-            out.
+        series: what is drawn; points whose y is not finite, or not positive on a logarithmic axis, are left out.
         x_label, y_label: of the axes.
-        logarithmic: the vertical axis.
-        descending: the horizontal axis runs from high to low.
-        span: the horizontal axis is at least this long.
+        logarithmic: makes the vertical axis logarithmic.
+        descending: makes the horizontal axis run from high to low.
+        span: the least length of the horizontal axis, in units of x.
         height: of the plot without the legend.
     """
     shown = [[(x, y) for x, y in item.points if math.isfinite(y) and (y > 0 or not logarithmic)] for item in series]
@@ -185,15 +204,16 @@ def heat_map(
     x_label: str,
     scale_label: str,
 ) -> Markup:
-    """A grid of shares in [0, 1], darker the larger; None is hatched.
+    """A grid of cells, the darker the larger their share; with a scale below.
 
     Args:
         ident, title, text: see :func:`figure`.
-        rows: their names, from the top.
-        columns: how many.
-        cells: (row, column) -> the share and a note; what is not there stays empty.
+        rows: names of the rows, from the top.
+        columns: number of columns; they are labelled with their index.
+        cells: (row, column) -> a share in [0, 1], or None for a hatched cell, which the scale calls dense; and a note
+            that is shown on hovering. Where there is no entry the grid is empty.
         x_label: of the columns.
-        scale_label: what the shares are.
+        scale_label: says what the shares are, above the scale.
     """
     left, cell_height = 44.0, 22.0
     width = (WIDTH - left - 4) / max(columns, 1)
@@ -244,9 +264,13 @@ def band(
     marks: Sequence[tuple[float, float]],
     floor: float = 1e-4,
 ) -> Markup:
-    """Many curves over [0, 1] as their range and median, on a logarithmic axis from ``floor`` to 1; and some points.
+    """The range and the median of many curves over [0, 1], and single points on top.
 
-    The curves have the same x, ascending.
+    Args:
+        ident, title, text: see :func:`figure`.
+        curves: points ``(x, y)``; all curves have the same x, ascending.
+        marks: the single points.
+        floor: lower end of the vertical axis, which is logarithmic and ends at 1; a smaller y is drawn at the floor.
     """
     width, height, left, bottom = 200.0, 150.0, 52.0, 122.0
     x_of = _scale(0.0, 1.0, left, width - 8)

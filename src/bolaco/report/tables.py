@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables and lines for the terminal, and how numbers are written in every report."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from bolaco.allocate import Budget, Ranks
-from bolaco.models.structure import STACKS, TYPES, Structure
+from bolaco.checkpoint.info import CompressedInfo, TrialRecord, TuningRecord
+from bolaco.models.structure import LAYOUT, STACKS, TYPES, Structure
+from bolaco.storage.budget import Budget, Ranks
 
 if TYPE_CHECKING:
     from bolaco.evaluation.speed import Speed
@@ -19,49 +20,46 @@ if TYPE_CHECKING:
 
 
 def millions(count: int) -> str:
-    """Such as ``1.50 M``."""
+    """A count in millions, such as ``1.50 M``."""
     return f"{count / 1e6:,.2f} M"
 
 
 def mib(count: float) -> str:
-    """Bytes, such as ``2.0 MiB``."""
+    """A number of bytes in MiB, such as ``2.0 MiB``."""
     return f"{count / 2**20:,.1f} MiB"
 
 
-def summary_rows(info: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (quantity, dense, compressed, ratio or gap) of the final table."""
-    ppl = info["perplexity"]
-    finite = math.isfinite(ppl["compressed"]) and math.isfinite(ppl["dense"])
-    gap = f"{math.log(ppl['compressed'] / ppl['dense']):+.3f} nats" if finite else "not finite"
+def _change(before: float, after: float) -> str:
+    """Difference of two log-perplexities, in nats a token."""
+    finite = math.isfinite(before) and math.isfinite(after)
+    return f"{math.log(after / before):+.3f} nats" if finite else "not finite"
+
+
+def summary_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
+    """Rows (quantity, dense, compressed, ratio or gap) of the table that ends every run."""
+    ppl = info.perplexity
     return [
-        ("perplexity", f"{ppl['dense']:.3f}", f"{ppl['compressed']:.3f}", gap),
+        ("perplexity", f"{ppl.dense:.3f}", f"{ppl.compressed:.3f}", _change(ppl.dense, ppl.compressed)),
         (
             "parameters, decoder linears",
-            millions(info["parameters_linears_dense"]),
-            millions(info["parameters_linears"]),
-            f"{info['keep_linears']:.4f}",
+            millions(info.parameters_linears_dense),
+            millions(info.parameters_linears),
+            f"{info.keep_linears:.4f}",
         ),
         (
             "parameters, whole model",
-            millions(info["parameters_dense"]),
-            millions(info["parameters"]),
-            f"{info['keep_model']:.4f}",
+            millions(info.parameters_dense),
+            millions(info.parameters),
+            f"{info.keep_model:.4f}",
         ),
-        (
-            "weights on disk",
-            mib(info["bytes_dense"]),
-            mib(info["bytes"]),
-            f"{info['bytes'] / info['bytes_dense']:.4f}",
-        ),
+        ("weights on disk", mib(info.bytes_dense), mib(info.bytes), f"{info.bytes / info.bytes_dense:.4f}"),
     ]
 
 
-def summary_table(info: dict[str, Any]) -> Table:
-    """Dense against compressed."""
-    ppl = info["perplexity"]
-    title = (
-        f"{info['model']}, keep {info['keep']}: perplexity on {ppl['data']}, {ppl['windows']} x {ppl['seq_len']} tokens"
-    )
+def summary_table(info: CompressedInfo) -> Table:
+    """The compressed model beside the original."""
+    ppl = info.perplexity
+    title = f"{info.model}, keep {info.keep}: perplexity on {ppl.data}, {ppl.windows} x {ppl.seq_len} tokens"
     table = Table("", title=title, title_justify="left")
     for column in ("dense", "compressed", "ratio / gap"):
         table.add_column(column, justify="right")
@@ -70,29 +68,27 @@ def summary_table(info: dict[str, Any]) -> Table:
     return table
 
 
-def seconds_line(info: dict[str, Any]) -> str:
-    """Seconds per stage, in one line."""
-    parts = [f"{stage} {seconds:.1f}" for stage, seconds in info["seconds"].items()]
-    return f"seconds: {', '.join(parts)}; {sum(info['seconds'].values()):.1f} in all"
+def seconds_line(record: CompressedInfo | TuningRecord) -> str:
+    """Seconds of each stage and their sum, in one line."""
+    parts = [f"{stage} {seconds:.1f}" for stage, seconds in record.seconds.items()]
+    return f"seconds: {', '.join(parts)}; {sum(record.seconds.values()):.1f} in all"
 
 
-def tuning_table(record: dict[str, Any]) -> Table:
-    """Before and after a tuning run."""
-    ppl = record["perplexity"]
-    finite = math.isfinite(ppl["before"]) and math.isfinite(ppl["after"])
-    gain = f"{math.log(ppl['after'] / ppl['before']):+.3f} nats" if finite else "not finite"
-    title = f"{record['model']}, tuned: perplexity on {ppl['tokens']:,} tokens of {ppl['data']}"
+def tuning_table(record: TuningRecord) -> Table:
+    """A model before and after a tuning run."""
+    ppl = record.perplexity
+    title = f"{record.model}, tuned: perplexity on {ppl.tokens:,} tokens of {ppl.data}"
     table = Table("mode", title=title, title_justify="left")
     for column in ("steps", "trained parameters", "before", "after", "change"):
         table.add_column(column, justify="right")
-    steps = f"{record['steps']:,}" + (f" of {record['of_steps']:,}" if record["out_of_time"] else "")
-    trained = f"{record['trainable_parameters']:,}"
-    table.add_row(record["mode"], steps, trained, f"{ppl['before']:.3f}", f"{ppl['after']:.3f}", gain)
+    steps = f"{record.steps:,}" + (f" of {record.of_steps:,}" if record.out_of_time else "")
+    trained = f"{record.trainable_parameters:,}"
+    table.add_row(record.mode, steps, trained, f"{ppl.before:.3f}", f"{ppl.after:.3f}", _change(ppl.before, ppl.after))
     return table
 
 
 def blocks_line(kept: Sequence[int], layers: int) -> str:
-    """Which decoder blocks of ``layers`` stay, in one line; runs of them as first-last."""
+    """Which of a model's ``layers`` decoder blocks are kept, in one line; neighbours are written as ``first-last``."""
     runs: list[list[int]] = []
     for block in kept:
         if runs and block == runs[-1][1] + 1:
@@ -104,7 +100,7 @@ def blocks_line(kept: Sequence[int], layers: int) -> str:
 
 
 def ranks_table(ranks: Ranks) -> Table:
-    """Ranks, layer by type; runs of equal layers share a row."""
+    """Ranks by layer and matrix type; neighbouring layers with the same ranks share a row."""
     cells: dict[int, dict[str, str]] = defaultdict(dict)
     for name, rank in ranks.items():
         cells[layer_of(name)][type_of(name)] = "dense" if rank is None else str(rank)
@@ -121,37 +117,46 @@ def ranks_table(ranks: Ranks) -> Table:
 
 
 def layer_of(name: str) -> int:
-    """Decoder block of a site name."""
+    """Index of the decoder block that a matrix of this name is in."""
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
 def type_of(name: str) -> str:
-    """Matrix type of a site name."""
-    from bolaco.models.structure import LAYOUT
-
+    """Type of the matrix of this name, such as ``q``."""
     tail = name.rpartition(".")[2]
     if tail in TYPES:
         return tail
     return next(types[0] for suffix, types in LAYOUT.items() if name.endswith("." + suffix))
 
 
-def trials_table(trials: list[dict[str, Any]], limit: int = 10) -> Table:
-    """The best trials, where in the search they came, and their keep ratios (in 5x4 a line for each run of layers)."""
-    shown = sorted(range(len(trials)), key=lambda i: trials[i]["objective"])[:limit]
-    names = list(trials[0]["keep"])
+def trials_table(trials: Sequence[TrialRecord], limit: int = 10) -> Table:
+    """The ``limit`` best trials by objective, each with its number in the search and its keep ratios.
+
+    There must be one. Where a type's layers are searched in parts (``qk/1``, ``qk/2``, ..), the type has one column and
+    each part a line of it.
+    """
+    shown = sorted(range(len(trials)), key=lambda i: trials[i].objective)[:limit]
+    names = list(trials[0].keep)
     columns = list(dict.fromkeys(name.partition("/")[0] for name in names))
     table = Table("trial", "objective", "ppl", "KL", *columns, title="best trials: keep ratios", title_justify="left")
     table.show_lines = any("/" in name for name in names)
     for i in shown:
         trial = trials[i]
-        numbers = [f"{trial[key]:.5g}" for key in ("objective", "perplexity", "kl")]
-        keeps = [[f"{trial['keep'][n]:.2f}" for n in names if n.partition("/")[0] == column] for column in columns]
+        numbers = [f"{value:.5g}" for value in (trial.objective, trial.perplexity, trial.kl)]
+        keeps = [[f"{trial.keep[n]:.2f}" for n in names if n.partition("/")[0] == column] for column in columns]
         table.add_row(str(i), *numbers, *map("\n".join, keeps))
     return table
 
 
 def plan_table(structure: Structure, budget: Budget, ranks: Ranks, name: str) -> Table:
-    """What a run would do, matrix type by matrix type: `--dry-run`; ``name`` is that of the allocation ``ranks``."""
+    """What ``bolaco compress --dry-run`` shows: by matrix type, the shapes and the ranks of a first allocation.
+
+    Args:
+        structure: the matrices, or stacks of them, that are factored as one each.
+        budget: of all decoder linears.
+        ranks: of every site of ``structure``; None is dense.
+        name: what that allocation is called, such as ``uniform``.
+    """
     table = Table("type", "matrices", "shape", f"rank of the {name} allocation", title_justify="left")
     table.title = (
         f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
@@ -167,7 +172,7 @@ def plan_table(structure: Structure, budget: Budget, ranks: Ranks, name: str) ->
 
 
 def tasks_table(results: list[TaskResult]) -> Table:
-    """Accuracies of tasks with their standard errors, and other metrics where a task has them."""
+    """Accuracies with their standard errors, a row for each task; other metrics, if any, in a last column."""
     usual = ("acc", "acc_norm")
     other = any(name not in usual for result in results for name in result.metrics)
     table = Table("task", title="tasks: mean ± standard error", title_justify="left")
@@ -188,12 +193,13 @@ def tasks_table(results: list[TaskResult]) -> Table:
 
 
 def _at(what: str, batch: int, result: Speed) -> float:
+    """Tokens per second at a batch size; ``what`` is ``prefill`` or ``decode``."""
     rates: dict[int, float] = getattr(result, what)
     return rates[batch]
 
 
 def speed_table(results: list[Speed]) -> Table:
-    """Models side by side; in brackets the ratio to the first one."""
+    """Models side by side, a column each; in brackets the ratio to the first one."""
     table = Table("", title="ratios are to the first model", title_justify="left")
     for result in results:
         table.add_column(result.model, justify="right")

@@ -1,6 +1,1 @@
-"""Streaming statistics of layer inputs: additive, so shards merge exactly, and collected block by block."""
-
-from bolaco.statistics.collect import collect
-from bolaco.statistics.moments import Moments, PooledMoments
-
-__all__ = ["Moments", "PooledMoments", "collect"]
+"""Statistics of layer inputs and loss gradients: one file each, additive, estimated block by block."""

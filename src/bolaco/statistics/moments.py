@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bolaco.errors import NonFiniteError
+from bolaco.statistics.statistic import InputStatistic
 
 # Columns per panel of the symmetric product: only panels on and above the diagonal are computed.
 _PANEL = 256
@@ -46,14 +47,12 @@ class Moments:
         covariance: ``[d, d]``, pooled within groups.
         group_means: ``[groups with vectors, d]``.
         group_counts: ``[groups with vectors]``, vectors in each, float64.
-        magnitude: ``[d]``, E|x|, not centred; None unless it was asked for.
     """
 
     mean: Tensor
     covariance: Tensor
     group_means: Tensor
     group_counts: Tensor
-    magnitude: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -75,15 +74,13 @@ class PooledMoments:
         dim: length d of the vectors.
         groups: number of groups m; ``groups=1`` gives the ordinary sample covariance.
         device: where to accumulate; the total is float64 (a GPU keeps it too).
-        magnitudes: whether absolute values are summed too.
     """
 
-    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu", magnitudes: bool = False) -> None:
+    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
         self.dim, self.groups = dim, groups
         self.shift: Tensor | None = None
         self.counts = torch.zeros(groups, dtype=torch.int64)
         self.sums = torch.zeros(groups, dim, dtype=torch.float64, device=device)
-        self._absolute = torch.zeros(dim, dtype=torch.float64, device=device) if magnitudes else None
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
         self._pending: Tensor | None = None
         self._pending_rows = 0
@@ -101,13 +98,11 @@ class PooledMoments:
             return
         # Rounded to float32, the shift is the same number whichever precision it is subtracted in.
         shift = x.mean(dim=0).float().double() if self.shift is None else self.shift
-        plain, x = x, x - shift.to(x.dtype)
+        x = x - shift.to(x.dtype)
         total = x.sum(dim=0, dtype=torch.float64)
         if not torch.isfinite(total).all():
             raise NonFiniteError(f"NaN or infinity in input {int((~torch.isfinite(total)).nonzero()[0])} of {self.dim}")
         self.shift = shift
-        if self._absolute is not None:
-            self._absolute += plain.abs().sum(dim=0, dtype=torch.float64)
         self.sums[group] += total
         self.counts[group] += len(x)
         if self._pending is None or self._pending.dtype != x.dtype:
@@ -130,12 +125,10 @@ class PooledMoments:
         """Adds the state of another shard (its groups are the same groups); ``other`` is left as it is.
 
         Raises:
-            ValueError: different dimension or number of groups, or one of them without magnitudes.
+            ValueError: different dimension or number of groups.
         """
         if (self.dim, self.groups) != (other.dim, other.groups):
             raise ValueError(f"cannot merge {other.groups} groups of {other.dim} into {self.groups} of {self.dim}")
-        if (self._absolute is None) != (other._absolute is None):
-            raise ValueError("cannot merge moments with and without magnitudes")
         if other.shift is None:
             return
         self._flush()
@@ -149,8 +142,6 @@ class PooledMoments:
         self._scatter += other._scatter + cross + cross.T + int(other.counts.sum()) * torch.outer(delta, delta)
         self.sums += other.sums + other.counts.to(delta)[:, None] * delta
         self.counts += other.counts
-        if self._absolute is not None and other._absolute is not None:
-            self._absolute += other._absolute
 
     def finalize(self) -> Moments:
         """The statistics so far; the accumulator can go on afterwards.
@@ -173,61 +164,16 @@ class PooledMoments:
             within[panel, panel] = corner.triu() + corner.triu(diagonal=1).T
             within[start + _PANEL :, panel] = within[panel, start + _PANEL :].T
         mean = self.shift + self.sums.sum(dim=0) / counts.sum()
-        magnitude = None if self._absolute is None else self._absolute / counts.sum()
-        return Moments(mean, within, self.shift + offsets, counts, magnitude)
+        return Moments(mean, within, self.shift + offsets, counts)
 
 
-@dataclass(frozen=True)
-class Drift:
-    """How the input x of an original matrix differs from the input x' it has in a compressed model; float64.
+class _Moments(InputStatistic[Moments]):
+    """Mean and pooled covariance of the input."""
 
-    Attributes:
-        inputs: statistics of x'.
-        mean: ``[d]``, E[x - x'].
-        covariance: ``[d, d]``, Cov(x - x', x'), pooled within groups; all zeros where the two are the same.
-    """
+    name = "moments"
 
-    inputs: Moments
-    mean: Tensor
-    covariance: Tensor
-    group_means: Tensor
-
-    @cached_property
-    def second_moment(self) -> Tensor:
-        """``[d, d]``, E[(x - x') x'^T], not centred."""
-        counts = self.inputs.group_counts
-        between = (self.group_means * counts[:, None]).T @ self.inputs.group_means
-        return (float((counts - 1).sum()) * self.covariance + between) / self.inputs.count
+    def accumulator(self, dim: int, groups: int, device: torch.device) -> PooledMoments:
+        return PooledMoments(dim, groups, device)
 
 
-class DriftMoments:
-    """Accumulates :class:`Drift` from pairs of inputs that arrive in batches; groups as in :class:`PooledMoments`."""
-
-    def __init__(self, dim: int, groups: int = 1, device: torch.device | str = "cpu", magnitudes: bool = False) -> None:
-        self.inputs = PooledMoments(dim, groups, device, magnitudes)
-        self.sums = torch.zeros(groups, dim, dtype=torch.float64, device=device)
-        self._cross = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-
-    def update(self, original: Tensor, compressed: Tensor, group: int = 0) -> None:
-        """Adds pairs ``[..., d]`` of one group.
-
-        Raises:
-            NonFiniteError: a NaN or infinity among the compressed model's inputs.
-        """
-        compressed = compressed.detach().reshape(-1, self.inputs.dim)
-        self.inputs.update(compressed, group)
-        difference = original.detach().reshape(-1, self.inputs.dim).to(compressed) - compressed
-        exact = difference.double() if difference.dtype == torch.float64 else difference.float()
-        assert self.inputs.shift is not None
-        self.sums[group] += exact.sum(dim=0, dtype=torch.float64)
-        self._cross += exact.T @ (compressed.to(exact) - self.inputs.shift.to(exact))
-
-    def finalize(self) -> Drift:
-        """The statistics so far."""
-        moments = self.inputs.finalize()
-        filled = self.inputs.counts > 0
-        counts, sums = moments.group_counts, self.sums[filled]
-        assert self.inputs.shift is not None
-        offsets = moments.group_means - self.inputs.shift
-        covariance = (self._cross - sums.T @ offsets) / float((counts - 1).clamp(min=0).sum())
-        return Drift(moments, sums.sum(dim=0) / counts.sum(), covariance, sums / counts[:, None])
+MOMENTS = _Moments()

@@ -12,18 +12,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.allocate.budget import Budget
 from bolaco.errors import BudgetError, UnsupportedModelError
+from bolaco.layers import put_module
 from bolaco.models.structure import Structure, meta_model
-from bolaco.recipe import Recipe
-from bolaco.statistics.blocks import split_arguments
+from bolaco.models.walk import split_arguments
+from bolaco.settings import Section
 from bolaco.transform.base import Transform
+
+
+class ChopOptions(Section):
+    """Which blocks go."""
+
+    pattern: Literal["max-gap", "input", "output", "middle", "both"] = Field(
+        "middle", description="where the removed blocks were; max-gap: evenly spread; both: half at either end"
+    )
 
 
 def _evenly(layers: int, keep: int) -> list[int]:
@@ -59,8 +68,8 @@ def kept_blocks(layers: int, keep: int, pattern: str) -> tuple[int, ...]:
     return (0,) if layers == 1 else tuple(PATTERNS[pattern](layers, keep))
 
 
-def plan(structure: Structure, budget: Budget, recipe: Recipe) -> tuple[int, ...]:
-    """The largest number of blocks whose matrices are within the budget, in the recipe's pattern.
+def plan(structure: Structure, keep: float, limit: int, options: ChopOptions) -> tuple[int, ...]:
+    """The largest number of blocks whose matrices have at most ``limit`` parameters, in the pattern of the options.
 
     Raises:
         BudgetError: the first and the last block alone are not.
@@ -68,12 +77,12 @@ def plan(structure: Structure, budget: Budget, recipe: Recipe) -> tuple[int, ...
     layers = structure.num_layers
     sizes = [sum(site.size for site in structure.of_layer(layer)) for layer in range(layers)]
     fewest = min(2, layers)
-    for keep in range(layers, fewest - 1, -1):
-        blocks = kept_blocks(layers, keep, recipe.chop.pattern)
-        if sum(sizes[block] for block in blocks) <= budget.limit:
+    for count in range(layers, fewest - 1, -1):
+        blocks = kept_blocks(layers, count, options.pattern)
+        if sum(sizes[block] for block in blocks) <= limit:
             return blocks
     raise BudgetError(
-        f"keep {budget.keep} allows {budget.limit:,} parameters in the decoder linears, but the first and the last "
+        f"keep {keep} allows {limit:,} parameters in the decoder linears, but the first and the last "
         f"block, which always stay, have {sum(sizes[block] for block in {0, layers - 1}):,}; raise --keep"
     )
 
@@ -96,8 +105,7 @@ def chop(model: PreTrainedModel, structure: Structure, blocks: tuple[int, ...]) 
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", layer)  # noqa: B010 - to mypy an attribute of a module is a module
-    parent, _, attribute = structure.blocks.rpartition(".")
-    setattr(smaller.base_model.get_submodule(parent), attribute, kept)
+    put_module(smaller.base_model, structure.blocks, kept)
     _check_configuration(smaller, structure)
     _check_logits(model, smaller, structure, blocks)
     return smaller
@@ -178,4 +186,11 @@ def _check_logits(
         )
 
 
-TRANSFORM = Transform(plan=plan, apply=chop)
+TRANSFORM = Transform(
+    name="chop",
+    paper="arXiv 2305.14864",
+    summary="whole decoder blocks are removed, the first and the last stay; a stock checkpoint (Just CHOP)",
+    plan=plan,
+    apply=chop,
+    options=ChopOptions,
+)

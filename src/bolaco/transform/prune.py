@@ -16,19 +16,42 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Site, Structure, weight_of
-from bolaco.recipe import Pruning
+from bolaco.models.subject import Subject
+from bolaco.settings import Section
+from bolaco.statistics.importance import INPUT_IMPORTANCE, OUTPUT_IMPORTANCE
+from bolaco.statistics.stored import StatisticStore
+from bolaco.transform.subject import SubjectTask
+from bolaco.work.blockstore import BlockStore
 
+# In the result's folder: the pruned matrices ``[out, in]`` by name.
+SPARSE_FILE = "sparse.safetensors"
 # Share of the steps in which the sparsity grows; in the rest the elements that stay settle.
 _GROWING = 0.8
+
+
+class PruningOptions(Section):
+    """How far, and by what."""
+
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros at the end; default: 1 - keep")
+    steps: int = Field(64, gt=0, description="AdamW steps on the calibration text")
+    batch: int = Field(4, gt=0, description="sequences a step")
+    learning_rate: float = Field(2e-5, gt=0)
+    score: Literal["sensitivity", "movement"] = Field(
+        "sensitivity", description="what elements are kept by: the sum over steps of |dL/dW W|, or of -(dL/dW) W"
+    )
+    keep_sparse: bool = Field(False, description=f"write the pruned matrices to {SPARSE_FILE} in the result")
 
 
 @dataclass(frozen=True)
@@ -110,7 +133,7 @@ def prune(
     structure: Structure,
     tokens: Tensor,
     sparsity: float,
-    settings: Pruning,
+    settings: PruningOptions,
     seed: int = 0,
     tick: Callable[[int], Any] | None = None,
 ) -> dict[str, Pruned]:
@@ -158,7 +181,7 @@ def prune(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise NonFiniteError(f"pruning, step {step}: NaN or infinity; lower pruning.learning_rate")
+                raise NonFiniteError(f"pruning, step {step}: NaN or infinity; lower method.learning_rate")
             for matrix in matrices:
                 matrix.observe(settings.score)
             optimizer.step()
@@ -191,3 +214,41 @@ def with_weights(model: PreTrainedModel, structure: Structure, weights: Mapping[
         whole = torch.cat(parts).to(weight_of(module))
         module.weight = nn.Parameter(whole.T.contiguous() if isinstance(module, Conv1D) else whole, requires_grad=False)
     return copied
+
+
+@dataclass(frozen=True)
+class PrunedSubject(Subject):
+    """A pruned copy of a model.
+
+    Attributes:
+        kept: the pruned matrices by name where they are to be kept in the result, else None.
+    """
+
+    kept: Mapping[str, Tensor] | None = None
+
+    def save_extra(self, folder: Path) -> None:
+        """Writes the pruned matrices, if they are to be kept."""
+        if self.kept is not None:
+            save_file(dict(self.kept), folder / SPARSE_FILE, metadata={"format": "pt"})
+
+
+def pruned_subject(task: SubjectTask) -> PrunedSubject:
+    """Prunes a copy of the model; its matrices and their importances are in the task's folder, found there again."""
+    model, structure = task.subject.model, task.subject.structure
+    options: PruningOptions = task.options
+    layers = range(structure.num_layers)
+    store = BlockStore(task.folder / "pruned")
+    if not store.complete(len(layers)):
+        sparsity = 1 - task.keep if options.sparsity is None else options.sparsity
+        with task.reporter.stage("prune", options.steps) as tick:
+            found = prune(model, structure, task.tokens, sparsity, options, task.seed, tick)
+        outputs = StatisticStore(task.folder / OUTPUT_IMPORTANCE.name, OUTPUT_IMPORTANCE)
+        inputs = StatisticStore(task.folder / INPUT_IMPORTANCE.name, INPUT_IMPORTANCE)
+        for layer in layers:
+            names = [site.name for unit in structure.of_layer(layer) for site in unit.members]
+            outputs.put(layer, {name: found[name].outputs for name in names})
+            inputs.put(layer, {name: found[name].inputs for name in names})
+            store.write(layer, {name: found[name].weight for name in names})
+    weights = {name: weight for layer in layers for name, weight in store.read(layer).items()}
+    pruned = with_weights(model, structure, weights)
+    return PrunedSubject(pruned, structure, weights if options.keep_sparse else None)

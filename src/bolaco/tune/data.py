@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bolaco.data import TokenStream, adds_bos, fingerprint, split_slice
+from bolaco.data.sources import TokenStream, adds_bos, fingerprint, split_slice
 from bolaco.errors import DataError
 from bolaco.tune.loss import IGNORED
 from bolaco.tune.settings import TuneSettings

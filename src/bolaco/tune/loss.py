@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
-from bolaco.objective import SLAB, Head, final_hidden
+from bolaco.evaluation.objective import SLAB, Head, final_hidden
 
 # Label of a position that carries no loss.
 IGNORED = -100

@@ -6,20 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.checkpoint.registry import PREFIX
+from bolaco.checkpoint.export import biased_skeleton
+from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SketchLinear, SplitLinear
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.layers import Entry, FactoredLinear, SketchLinear, SplitLinear, put_module
+from bolaco.models.lowrank import is_compressed
+from bolaco.models.structure import Structure, inspect_structure, prefix_of
+from bolaco.plugins import Registry, in_folder
 from bolaco.progress import Reporter
-from bolaco.recipe import Section
-
-if TYPE_CHECKING:
-    from bolaco.tune.settings import TuneSettings
+from bolaco.settings import Section
+from bolaco.tune.settings import TuneSettings
 
 
 class Options(Section):
@@ -40,7 +41,7 @@ class Matrix:
     name: str
     layer: int
     types: tuple[str, ...]
-    entry: dict[str, Any] | None
+    entry: Entry | None
 
     def of(self, model: nn.Module) -> nn.Module:
         """The module as it is now."""
@@ -48,12 +49,7 @@ class Matrix:
 
     def put(self, model: nn.Module, module: nn.Module) -> None:
         """Replaces the module."""
-        parent, _, attribute = self.name.rpartition(".")
-        owner = model.get_submodule(parent)
-        if isinstance(owner, nn.ModuleDict):
-            owner[attribute] = module
-        else:
-            setattr(owner, attribute, module)
+        put_module(model, self.name, module)
 
 
 @dataclass
@@ -64,7 +60,7 @@ class Context:
         model: the loaded model, to be changed in place; no parameter requires a gradient.
         settings: of the run, with every default filled in.
         options: the mode's options, validated.
-        info: ``bolaco.json`` of the input, empty if there is none.
+        info: ``bolaco.json`` of the input, None if there is none.
         tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
             for modes that calibrate.
         original: loads the model that was compressed, on the same device and in the same type: the one of this name,
@@ -77,7 +73,7 @@ class Context:
     model: PreTrainedModel
     settings: TuneSettings
     options: Any
-    info: dict[str, Any]
+    info: CompressedInfo | TunedInfo | None
     tokens: Callable[[int], list[Tensor]]
     original: Callable[[str | None], PreTrainedModel]
     folder: Path | None = None
@@ -100,8 +96,7 @@ class Context:
         Raises:
             UnsupportedModelError: there is none.
         """
-        kinds = LowRankLinear | FollowerLinear | PivotedLinear
-        found = tuple(m for m in self.matrices if isinstance(m.of(self.model), kinds))
+        found = tuple(m for m in self.matrices if isinstance(m.of(self.model), FactoredLinear))
         if not found:
             types = self.settings.types
             among = "" if types is None else f" of type {', '.join(types)}"
@@ -187,9 +182,8 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
     Raises:
         UnsupportedModelError: the model's structure is not known.
     """
-    compressed = model.config.model_type.startswith(PREFIX)
-    entries: dict[str, Any] = model.config.lowrank["matrices"] if compressed else {}
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    entries: dict[str, Entry] = model.config.lowrank["matrices"] if is_compressed(model.config) else {}
+    prefix = prefix_of(model)
     found: dict[str, Matrix] = {}
     for site in structure_of(model).sites:
         name, entry = site.module, entries.get(site.module)
@@ -207,13 +201,12 @@ def structure_of(model: PreTrainedModel) -> Structure:
     Raises:
         UnsupportedModelError: the model's structure is not known.
     """
-    if not model.config.model_type.startswith(PREFIX):
-        return inspect_structure(model)
-    from bolaco.checkpoint.export import stock_skeleton
-
-    return inspect_structure(stock_skeleton(model))
+    return inspect_structure(biased_skeleton(model) if is_compressed(model.config) else model)
 
 
 def is_coded(model: PreTrainedModel) -> bool:
     """Whether a matrix of the model is coded into tables."""
     return any(isinstance(module, SketchLinear) for module in model.modules())
+
+
+MODES = Registry("mode", "mode", Mode, in_folder("bolaco.tune.modes", "MODE"), group="bolaco.modes")

@@ -1,17 +1,14 @@
-"""Everything a tuning run depends on, frozen and validated; what is left open is filled in by its mode's defaults."""
+"""Everything a tuning run depends on, frozen and validated."""
 
 from __future__ import annotations
 
-import difflib
-from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
 from bolaco.errors import RecipeError
 from bolaco.models.structure import TYPES
-from bolaco.recipe import Section, problems, unflatten
-from bolaco.tune.mode import Mode
+from bolaco.settings import Section, meant, problems, unflatten
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -120,7 +117,7 @@ def make_settings(model: str, words: dict[str, Any], options: dict[str, Any] | N
     """
     for word in words:
         if word not in WORDS:
-            raise RecipeError(f"unknown word {word!r}{_meant(word, list(WORDS))}")
+            raise RecipeError(f"unknown word {word!r}{meant(word, WORDS)}")
     if words.get("data") is None and "data.source" not in (options or {}):
         raise RecipeError("data.source is missing: the text or the instructions to tune on (--data SRC)")
     flat = {"model": model} | {WORDS[word]: value for word, value in words.items() if value is not None}
@@ -128,96 +125,3 @@ def make_settings(model: str, words: dict[str, Any], options: dict[str, Any] | N
         return TuneSettings.model_validate(unflatten(flat | (options or {})))
     except ValidationError as error:
         raise RecipeError(problems(error, "settings")) from None
-
-
-def resolve(settings: TuneSettings, mode: Mode) -> tuple[TuneSettings, Any]:
-    """The settings with the mode's defaults where they were open, and the mode's options.
-
-    Raises:
-        RecipeError: an option the mode does not have, or out of range; a field the trainer does not have.
-    """
-    try:
-        options = mode.options.model_validate(settings.options)
-    except ValidationError as error:
-        for item in error.errors():
-            if item["type"] == "extra_forbidden":
-                name, known = str(item["loc"][0]), list(mode.options.model_fields)
-                raise RecipeError(
-                    f"options.{name}: mode {mode.name!r} has no such option{_meant(name, known)}"
-                ) from None
-        raise RecipeError(problems(error, "options", "options.")) from None
-    given, defaults = settings.training, mode.defaults
-    rate = defaults.distill_rate if settings.distillation.weight > 0 else None
-    filled = {
-        "learning_rate": rate or defaults.learning_rate,
-        "warmup": defaults.warmup,
-        "schedule": defaults.schedule,
-        "final_rate": defaults.final_rate,
-        "weight_decay": defaults.weight_decay,
-    }
-    if given.max_steps is None:
-        filled["epochs"] = defaults.epochs
-    filled = {name: value for name, value in filled.items() if getattr(given, name) is None}
-    training = given.model_copy(update=filled)
-    values = options.model_dump(mode="json")
-    trainer = {"adam_beta1": defaults.betas[0], "adam_beta2": defaults.betas[1]} | trainer_fields(settings.trainer)
-    return settings.model_copy(update={"training": training, "options": values, "trainer": trainer}), options
-
-
-# Fields of TrainingArguments that have a name of their own here, or that the engine needs as they are.
-OWNED = {
-    "max_steps": "training.max_steps",
-    "num_train_epochs": "training.epochs",
-    "per_device_train_batch_size": "training.batch",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "learning_rate": "training.learning_rate",
-    "warmup_steps": "training.warmup",
-    "lr_scheduler_type": "training.schedule",
-    "lr_scheduler_kwargs": "training.final_rate",
-    "weight_decay": "training.weight_decay",
-    "max_grad_norm": "training.max_grad_norm",
-    "bf16": "training.autocast",
-    "save_steps": "training.save_steps",
-    "seed": "seed",
-    "data_seed": "seed",
-    "use_cpu": "device",
-    "output_dir": "",
-    "save_strategy": "",
-    "logging_steps": "",
-    "logging_strategy": "",
-    "remove_unused_columns": "",
-    "disable_tqdm": "",
-}
-
-
-def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """These fields of TrainingArguments, numbers that YAML takes for text (``1e-7``) as numbers.
-
-    Raises:
-        RecipeError: one of them is no field, or not to be set there.
-    """
-    from dataclasses import fields as fields_of
-
-    from transformers import TrainingArguments
-
-    known = {field.name: str(field.type) for field in fields_of(TrainingArguments) if field.name not in OWNED}
-    found = {}
-    for name, value in values.items():
-        if name in OWNED:
-            instead = f"use {OWNED[name]}" if OWNED[name] else "it has to be as it is"
-            raise RecipeError(f"trainer.{name}: cannot be set there; {instead}")
-        if name not in known:
-            meant = _meant(name, list(known))
-            raise RecipeError(f"trainer.{name}: transformers.TrainingArguments has no such field{meant}")
-        found[name] = value
-        if isinstance(value, str) and "float" in known[name]:
-            with suppress(ValueError):
-                found[name] = float(value)
-    return found
-
-
-def _meant(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known)}" if 0 < len(known) < 20 else ""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bolaco.layers import SketchLinear, pack
+from bolaco.layers import SketchLinear
+from bolaco.layers.sketch import pack
 from bolaco.models.structure import weight_of
 
 # Columns between two updates of all that follow.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from bolaco.checkpoint.registry import PREFIX
 from bolaco.errors import RecipeError
+from bolaco.models.lowrank import is_compressed
 from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Defaults, Mode, Prepared
 
@@ -24,7 +24,7 @@ def prepare(context: Context) -> Prepared:
     """Everything requires a gradient."""
     model = context.model
     touched = frozenset(model.state_dict())
-    matrices = context.factored if model.config.model_type.startswith(PREFIX) else ()
+    matrices = context.factored if is_compressed(model.config) else ()
     two_factors(model, matrices)
     model.requires_grad_(True)
 

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
+from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
@@ -49,7 +49,8 @@ class DiagonalLinear(nn.Module):
         """Maps ``[..., in]`` to ``[..., out]``."""
         inner = self.layer.reduced(x)
         columns = self.layer.expand.weight[:, self.chosen]
-        return self.layer.expand(inner) + self.b * F.linear(inner[..., self.chosen] * self.d, columns)
+        tuned: Tensor = self.layer.expand(inner) + self.b * F.linear(inner[..., self.chosen] * self.d, columns)
+        return tuned
 
     def fold(self) -> LowRankLinear | FollowerLinear:
         """The layer with the term in its factor B, computed in float64."""
@@ -63,15 +64,15 @@ def prepare(context: Context) -> Prepared:
     """Factored matrices with b and d."""
     model, options = context.model, context.options
     matrices, touched = context.factored, set()
-    pivoted = [matrix for matrix in matrices if isinstance(matrix.of(model), PivotedLinear)]
-    two_factors(model, pivoted)
+    packed = [matrix for matrix in matrices if not isinstance(matrix.of(model), LowRankLinear | FollowerLinear)]
+    two_factors(model, packed)
     for i, matrix in enumerate(matrices):
         layer = matrix.of(model)
         assert isinstance(layer, LowRankLinear | FollowerLinear)
         generator = torch.Generator().manual_seed(context.settings.seed * 100_003 + i)
         chosen = torch.randperm(layer.rank, generator=generator)[: options.size]
         matrix.put(model, DiagonalLinear(layer, chosen, options.start))
-        touched.add(matrix.name if matrix in pivoted else f"{matrix.name}.expand.weight")
+        touched.add(matrix.name if matrix in packed else f"{matrix.name}.expand.weight")
 
     def finish() -> PreTrainedModel:
         for matrix in matrices:

@@ -15,12 +15,13 @@ from pydantic import Field
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from bolaco.errors import CheckpointError, MissingPackageError, UnsupportedModelError
-from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear
-from bolaco.models.load import quiet
+from bolaco.errors import UnsupportedModelError
+from bolaco.layers import FactoredLinear
+from bolaco.models.adapters import PEFT_FOLDER, attach_peft, import_peft
+from bolaco.models.quiet import quiet
+from bolaco.models.structure import weight_of
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
-ADAPTER = "adapter"
 _NOTE = (
     "The adapter is a PEFT folder, `adapter`: `bolaco.load` puts it on, or `PeftModel.from_pretrained(model, "
     '"FOLDER/adapter")`. Stock transformers loads the model without it, as it was before tuning.'
@@ -37,30 +38,15 @@ class LoraOptions(Options):
     merge: bool = Field(True, description="false: the adapters are kept in a folder of their own")
 
 
-def _peft() -> Any:
-    """PEFT.
-
-    Raises:
-        MissingPackageError: it cannot be imported.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingPackageError(
-            f"mode lora and its adapters need PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
-        ) from error
-    return peft
-
-
 def check(context: Context) -> None:
     """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
-    _peft()
+    import_peft()
     _linears(context, context.options.on)
 
 
 def prepare(context: Context) -> Prepared:
     """Adapters, which alone require gradients."""
-    peft = _peft()
+    peft = import_peft()
     options: LoraOptions = context.options
     names = _linears(context, options.on)
     config = peft.LoraConfig(
@@ -86,8 +72,8 @@ def prepare(context: Context) -> Prepared:
 
     def save(folder: Path) -> None:
         config.inference_mode, config.base_model_name_or_path = True, context.settings.model
-        config.save_pretrained(str(folder / ADAPTER))
-        save_file(kept, folder / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder / PEFT_FOLDER))
+        save_file(kept, folder / PEFT_FOLDER / "adapter_model.safetensors", metadata={"format": "pt"})
 
     return Prepared(finish, frozenset(), save_extra=save, note=_NOTE)
 
@@ -101,35 +87,14 @@ def _linears(context: Context, on: str) -> list[str]:
     names = []
     for matrix in context.factored if on == "factored" else context.matrices:
         module = matrix.of(context.model)
-        if not isinstance(module, LowRankLinear | FollowerLinear | PivotedLinear):
+        if not isinstance(module, FactoredLinear):
             names += [matrix.name]
-        elif isinstance(module, FollowerLinear):  # the other factor is its lead's
-            names += [f"{matrix.name}.expand"] if on != "dense" else []
         elif on != "dense":
-            inside = ("reduce", "expand") if isinstance(module, LowRankLinear) else ("pivot", "rest")
-            names += [f"{matrix.name}.{part}" for part in inside if getattr(module, part).weight.numel()]
+            inside = {part: weight_of(linear) for part, linear in module.linears().items()}
+            names += [f"{matrix.name}.{part}" for part, weight in inside.items() if weight.numel()]
     if not names:
         raise UnsupportedModelError(f"{context.settings.model}: there is no {on} matrix to put an adapter on")
     return names
-
-
-def attach(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the adapters of a folder on its model, if they were kept apart.
-
-    Raises:
-        MissingPackageError: PEFT is not there.
-        CheckpointError: the adapter is damaged, or of another model.
-    """
-    kept = folder / ADAPTER
-    if not kept.is_dir():
-        return
-    _peft()
-    try:
-        with quiet():
-            model.load_adapter(str(kept))
-    except Exception as error:
-        raise CheckpointError(f"{kept}: damaged, or of another model ({str(error).splitlines()[0]})") from error
-    model.eval().requires_grad_(False)
 
 
 MODE = Mode(
@@ -140,5 +105,5 @@ MODE = Mode(
     prepare=prepare,
     check=check,
     options=LoraOptions,
-    attach=attach,
+    attach=attach_peft,
 )

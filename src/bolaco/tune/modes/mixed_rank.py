@@ -20,16 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bolaco.checkpoint.info import CompressedInfo
 from bolaco.errors import CheckpointError
-from bolaco.layers import FollowerLinear, LowRankLinear
+from bolaco.layers import FactoredLinear, FollowerLinear, LowRankLinear
 from bolaco.models.load import resolve
-from bolaco.models.structure import inspect_structure
+from bolaco.models.structure import inspect_structure, prefix_of
+from bolaco.models.subject import Subject
+from bolaco.transform.prune import SPARSE_FILE
 from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Matrix, Mode, Options, Prepared, structure_of
 from bolaco.tune.modes import factors
-
-# In the input's folder: weights ``[out, in]`` by the names of the matrices, ``.q`` and so on behind a fused module's.
-SPARSE_FILE = "sparse.safetensors"
 
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
@@ -127,23 +127,25 @@ def _replaced(context: Context, matrices: tuple[Matrix, ...]) -> Weights:
         sparse = load_file(file) if file.is_file() else {}
     except Exception as error:  # a file can hold anything
         raise CheckpointError(f"{file}: damaged ({error})") from error
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    prefix = prefix_of(model)
     sites = {prefix + s.module + (f".parts.{s.part}" if s.part else ""): s for s in structure_of(model).sites}
     original, known = None, {}
     if not sparse or any(sites[matrix.name].bias for matrix in matrices):
-        original = context.original(context.options.original)
-        structure = inspect_structure(original)
-        known = {site.name: site for site in structure.sites}
+        whole = context.original(context.options.original)
+        original = Subject(whole, inspect_structure(whole))
+        known = {site.name: site for site in original.structure.sites}
     found = Weights()
     for matrix in matrices:
         name, layer = sites[matrix.name].name, matrix.of(model)
+        assert isinstance(layer, FactoredLinear)  # what is factored
         shape = (layer.out_features, layer.in_features)
         weight, bias = sparse.get(name), None
         if original is not None and name in known:
-            bias = structure.bias(original, known[name])
-            weight = weight if sparse else structure.weight(original, known[name])
-        if weight is None or weight.shape != shape:
-            where = file if sparse else context.options.original or context.info.get("model")
+            bias = original.bias(known[name])
+            weight = weight if sparse else original.weight(known[name])
+        if weight is None or tuple(weight.shape) != shape:
+            named = context.info.model if isinstance(context.info, CompressedInfo) else None
+            where = file if sparse else context.options.original or named
             raise CheckpointError(f"{where}: has no matrix {name} of shape {list(shape)}, as mode 'mixed-rank' needs")
         found[matrix.name] = weight.to(model.device, model.dtype).clone(), None if bias is None else bias.clone()
     return found

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.checkpoint.registry import PREFIX
 from bolaco.checkpoint.write import lowrank_model
-from bolaco.layers import SketchLinear
-from bolaco.models.structure import weight_of
-from bolaco.statistics.blocks import BlockRunner
+from bolaco.layers import Entry, SketchLinear, put_module
+from bolaco.models.lowrank import is_compressed
+from bolaco.models.structure import prefix_of, weight_of
+from bolaco.models.walk import BlockRunner
 from bolaco.statistics.moments import PooledMoments
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared, structure_of
 from bolaco.tune.tables import Coded, code, coded_layer, inverse_factor
-from bolaco.work import require_space
+from bolaco.work.files import require_space, whole
 
 # In the work folder: tables and codes as they were before training.
 _FILE = "sketch.safetensors"
@@ -60,9 +60,8 @@ def prepare(context: Context) -> Prepared:
             require_space([(file.parent, sum(weight.numel() for weight in leaves))], "the codes")
         state = _code_blocks(context, wanted)
         if file is not None:
-            partial = file.with_suffix(".partial")
-            save_file(state, partial)
-            partial.replace(file)
+            with whole(file) as partial:
+                save_file(state, partial)
     for matrix in matrices:
         for module in matrix.of(model).modules():
             if isinstance(module, SketchLinear):
@@ -82,8 +81,7 @@ def _leaves(model: nn.Module, matrix: Matrix) -> Iterator[tuple[str, nn.Module]]
 
 
 def _put(model: nn.Module, name: str, coded: Coded, bits: int) -> None:
-    leaf = Matrix(name, 0, (), None)
-    leaf.put(model, coded_layer(leaf.of(model), coded, bits))
+    put_module(model, name, coded_layer(model.get_submodule(name), coded, bits))
 
 
 def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
@@ -151,18 +149,23 @@ def _moments(runner: BlockRunner, layer: int, hidden: Tensor, leaves: dict[str, 
 
 def _with_entries(model: PreTrainedModel, matrices: list[Matrix], options: SketchOptions) -> PreTrainedModel:
     """The model, its configuration saying what is coded; of a compressed type if it was none."""
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    coding: dict[str, int | None] = {"bits": options.bits, "groups": options.groups}
-    entries = {}
+    prefix = prefix_of(model)
+    coding: Entry = {"kind": SketchLinear.kind, "bits": options.bits, "groups": options.groups}
+    entries: dict[str, Entry] = {}
     for matrix in matrices:
-        if matrix.entry is not None:
-            matrix.entry.update(coding)
+        entry = matrix.entry
+        if entry is not None:
+            # A part of a fused projection keeps its name.
+            named = {"name": entry.pop("name")} if "name" in entry else {}
+            inner = dict(entry)
+            entry.clear()
+            entry.update(named | coding | {"layer": inner})
             continue
         layer = matrix.of(model)
         assert isinstance(layer, SketchLinear)
-        plain: dict[str, int | None] = {"out": layer.out_features, "rank": None, "bias": layer.bias is not None}
-        entries[matrix.name.removeprefix(prefix)] = plain | coding
-    if model.config.model_type.startswith(PREFIX):
+        plain: Entry = {"kind": "dense", "out": layer.out_features, "bias": layer.bias is not None}
+        entries[matrix.name.removeprefix(prefix)] = coding | {"layer": plain}
+    if is_compressed(model.config):
         model.config.lowrank["matrices"].update(entries)
         return model
     return lowrank_model(model, entries)

@@ -4,33 +4,28 @@ The adapter adds to what a matrix computes, dense or factored alike. It is kept 
 model, which ``bolaco.load`` and bolaco's commands put on; stock transformers does not know them. Into dense matrices it
 can be merged instead. A factored matrix would leave its rank by that, so there it cannot.
 
-Deviations: other sizes than the published ones are factored by rule (:func:`bolaco.tune.tensor_train.factorization`),
+Deviations: other sizes than the published ones are factored by rule (:func:`bolaco.layers.tensor_train.factorization`),
 and there is no early stopping.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.errors import RecipeError, UnsupportedModelError
+from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of, train_sizes
+from bolaco.models.adapters import TRAIN_JSON, TRAIN_TENSORS, attach_trains, save_trains
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared
-from bolaco.tune.tensor_train import TensorTrain, TrainAdapter, shape_of, train_sizes
 
-JSON_FILE, TENSOR_FILE = "adapter_tt.json", "adapter_tt.safetensors"
 # Matrix types that are adapted if the settings name none.
 TYPES = ("q", "v")
 _NOTE = (
-    f"The adapter is in `{TENSOR_FILE}` and `{JSON_FILE}`; what was trained is measured with it. Load the folder with "
-    "`bolaco.load` to have it. Stock transformers loads the model without the adapter, as it was before tuning."
+    f"The adapter is in `{TRAIN_TENSORS}` and `{TRAIN_JSON}`; what was trained is measured with it. Load the folder "
+    "with `bolaco.load` to have it. Stock transformers loads the model without the adapter, as it was before tuning."
 )
 
 
@@ -66,7 +61,7 @@ def prepare(context: Context) -> Prepared:
 
     if options.merge:
         return Prepared(finish, frozenset(f"{matrix.name}.weight" for matrix in matrices))
-    return Prepared(finish, frozenset(), save_extra=lambda folder: save(folder, adapters), note=_NOTE)
+    return Prepared(finish, frozenset(), save_extra=lambda folder: save_trains(folder, adapters), note=_NOTE)
 
 
 def _chosen(context: Context) -> tuple[Matrix, ...]:
@@ -89,44 +84,6 @@ def _chosen(context: Context) -> tuple[Matrix, ...]:
     return found
 
 
-def save(folder: Path, adapters: dict[str, TrainAdapter]) -> None:
-    """Writes adapters, by the names of their matrices."""
-    tensors: dict[str, Tensor] = {}
-    matrices: dict[str, Any] = {}
-    for name, adapter in adapters.items():
-        train = adapter.train_of_cores
-        matrices[name] = {"in": train.inputs, "out": train.outputs, "rank": train.rank, "alpha": adapter.alpha}
-        for t, core in enumerate(train.cores):
-            tensors[f"{name}.{t}"] = core.detach().cpu().contiguous()
-    save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
-    (folder / JSON_FILE).write_text(json.dumps({"format": 1, "matrices": matrices}, indent=1) + "\n", encoding="utf-8")
-
-
-def attach(model: PreTrainedModel, folder: Path) -> None:
-    """Puts the adapters of a folder on its model, if it has some.
-
-    Raises:
-        CheckpointError: the files are damaged, or of another model.
-    """
-    file = folder / JSON_FILE
-    if not file.is_file():
-        return
-    try:
-        matrices = json.loads(file.read_text(encoding="utf-8"))["matrices"]
-        tensors = load_file(folder / TENSOR_FILE)
-        for name, entry in matrices.items():
-            layer = model.get_submodule(name)
-            train = TensorTrain(tuple(entry["in"]), tuple(entry["out"]), entry["rank"])
-            train.load_state_dict({f"cores.{t}": tensors[f"{name}.{t}"] for t in range(len(train.cores))})
-            made = TrainAdapter(layer, train.to(model.device, model.dtype), entry["alpha"]).requires_grad_(False)
-            product = [int(torch.tensor(sizes).prod()) for sizes in (train.inputs, train.outputs)]
-            if product != [*shape_of(layer)]:
-                raise ValueError(f"{name}: the adapter is for {product[0]} to {product[1]}, the matrix is not")
-            Matrix(name, 0, (), None).put(model, made.eval())
-    except Exception as error:  # files can hold anything
-        raise CheckpointError(f"{file}: damaged, or of another model ({error})") from error
-
-
 MODE = Mode(
     name="tt-lora",
     paper="arXiv 2408.01008",
@@ -137,5 +94,5 @@ MODE = Mode(
     same_ranks=False,
     coded=True,
     check=_chosen,
-    attach=attach,
+    attach=attach_trains,
 )

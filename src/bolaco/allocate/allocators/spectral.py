@@ -1,0 +1,168 @@
+"""Closed-form allocation: the ranks of least estimated error under the budget, one price for all matrices.
+
+Each matrix has a menu, every multiple of the rank step and "stay dense", with a cost in parameters and an error read
+off its spectrum. For a price ``p`` per parameter each matrix takes the entry of least ``error + p x cost`` on its
+own; the lowest price that meets the budget is found by bisection, and what rounding leaves is spent on the best
+affordable steps. Costs need not be convex in the rank (pivoted storage is concave, dense is a jump): the menu is
+searched whole, not walked greedily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
+from bolaco.allocate.space import uniform_preview
+from bolaco.factorize.method import NoOptions
+from bolaco.models.structure import Site
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import Storage
+
+_BISECTIONS = 100
+_ADVICE = "raise --keep, or let more types be factored (search.dense_types)"
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What one matrix can be: ascending ranks, dense (None) last, with their costs and errors."""
+
+    ranks: tuple[int | None, ...]
+    costs: np.ndarray
+    errors: np.ndarray
+
+    def choose(self, price: float) -> int:
+        """Index of least ``error + price x cost``; the cheaper one of equals."""
+        return int(np.argmin(self.errors + price * self.costs))
+
+
+def make_menu(site: Site, spectrum: Tensor, multiple: int, storage: Storage, relative: bool) -> Menu:
+    """The menu of a site from its spectrum (squared errors by component, descending).
+
+    ``relative`` divides by the whole, for methods whose errors are not comparable between matrices.
+    """
+    top = min(storage.max_rank(site, multiple), len(spectrum))
+    ranks: list[int | None] = list(range(multiple, top + 1, multiple))
+    energy = spectrum.double().numpy()
+    tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
+    errors = [float(tails[rank]) for rank in ranks if rank is not None]
+    scale = float(tails[0]) if relative and tails[0] > 0 else 1.0
+    costs = [storage.parameters(site, rank) for rank in ranks]
+    return Menu((*ranks, None), np.array([*costs, site.size], dtype=np.int64), np.array([*errors, 0.0]) / scale)
+
+
+def spectral_ranks(
+    sites: Sequence[Site],
+    spectra: Mapping[str, Tensor],
+    budget: Budget,
+    multiple: int,
+    relative: bool = False,
+    warm: Ranks | None = None,
+) -> Ranks:
+    """Ranks of least estimated error within the budget; sites without a spectrum stay dense.
+
+    Args:
+        sites: every decoder linear.
+        spectra: squared error by component of the matrices that may be factored.
+        budget: the budget; its storage decides what a rank costs.
+        multiple: rank step.
+        relative: errors count relative to each matrix's own.
+        warm: ranks to start from: where they cost too much none is raised, where they leave something none is lowered.
+
+    Raises:
+        BudgetError: not even the lowest ranks fit.
+    """
+    names = [site.name for site in sites if site.name in spectra]
+    menus = [make_menu(budget.sites[n], spectra[n], multiple, budget.storage, relative) for n in names]
+    if warm is not None:
+        over = budget.cost(warm) > budget.limit
+        menus = [
+            _from(menu, budget.storage.parameters(budget.sites[n], warm[n]), over) for n, menu in zip(names, menus)
+        ]
+    fixed = budget.total - sum(budget.sites[name].size for name in names)
+
+    def cost(choice: Sequence[int]) -> int:
+        return fixed + sum(int(menu.costs[i]) for menu, i in zip(menus, choice, strict=True))
+
+    cheapest = [int(menu.costs.argmin()) for menu in menus]
+    if cost(cheapest) > budget.limit:
+        raise budget.too_small(cost(cheapest), _ADVICE)
+    low, high = 0.0, _price_of_everything(menus)
+    choice = [menu.choose(low) for menu in menus]
+    if cost(choice) > budget.limit:
+        choice = cheapest
+        for _ in range(_BISECTIONS):
+            price = (low + high) / 2
+            tried = [menu.choose(price) for menu in menus]
+            if cost(tried) > budget.limit:
+                low = price
+            else:
+                high, choice = price, tried
+    _spend(menus, choice, budget.limit - cost(choice))
+    ranks: Ranks = dict.fromkeys(budget.sites)
+    ranks.update({name: menu.ranks[i] for name, menu, i in zip(names, menus, choice, strict=True)})
+    return ranks
+
+
+def _from(menu: Menu, cost: int, over: bool) -> Menu:
+    """The entries that cost no more than ``cost`` where the budget is overdrawn, no less where something is left."""
+    allowed = np.flatnonzero(menu.costs <= cost if over else menu.costs >= cost)
+    return Menu(tuple(menu.ranks[i] for i in allowed), menu.costs[allowed], menu.errors[allowed])
+
+
+def _price_of_everything(menus: Sequence[Menu]) -> float:
+    """A price at which every matrix takes its cheapest entry."""
+    largest = max((float(menu.errors.max()) for menu in menus), default=0.0)
+    return 2 * largest + 1e-300
+
+
+def _spend(menus: Sequence[Menu], choice: list[int], left: int) -> None:
+    """Takes, while there is one, the affordable entry that saves most error per parameter; changes ``choice``."""
+    while True:
+        best: tuple[float, int, int, int] | None = None
+        for m, menu in enumerate(menus):
+            extra = menu.costs - menu.costs[choice[m]]
+            saved = menu.errors[choice[m]] - menu.errors
+            for i in np.flatnonzero((extra > 0) & (extra <= left) & (saved >= 0)):
+                worth = float(saved[i]) / int(extra[i])
+                if best is None or worth > best[0]:
+                    best = (worth, m, int(i), int(extra[i]))
+        if best is None:
+            return
+        _, changed, entry, price = best
+        choice[changed] = entry
+        left -= price
+
+
+def allocate(task: AllocationTask, options: NoOptions) -> Allocation:
+    """The closed form."""
+    sites = task.structure.sites
+    found = spectral_ranks(sites, task.spectra(), task.budget, task.multiple, not task.comparable, task.warm)
+    return Allocation(found)
+
+
+def preview(task: AllocationTask, options: NoOptions) -> Ranks:
+    """One ratio for all; raises BudgetError where the lowest ranks do not fit."""
+    storage, budget = task.budget.storage, task.budget
+    least = 0
+    for site in task.structure.sites:
+        factored = site.type not in task.dense_types and storage.max_rank(site, task.multiple) > 0
+        least += storage.cost(site, task.multiple) if factored else site.size
+    if least > budget.limit:
+        raise budget.too_small(least, _ADVICE)
+    return uniform_preview(task)
+
+
+ALLOCATOR = Allocator(
+    name="spectral",
+    paper="",
+    summary="closed form: least estimated error under the budget, one price for all matrices; no trials",
+    allocate=allocate,
+    preview=preview,
+    shows="uniform",
+    options=NoOptions,
+    warms=True,
+)

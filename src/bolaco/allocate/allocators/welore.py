@@ -1,0 +1,122 @@
+"""One threshold for all matrices: the rank allocation of WeLore (arXiv 2407.11239).
+
+The singular values of each matrix are scaled to [0, 1] between its smallest and its largest, and one threshold, the
+same for every matrix, says how many of them stay. A matrix that loses much of its rank is a low-rank component (LRC)
+and is factored; one that loses little (N-LRC) stays dense, as does one whose rank would cost more than itself. In the
+result an N-LRC is a matrix without a rank.
+
+Deviations from the paper: it aims at an effective rank reduction, the share of all ranks pruned; here the threshold is
+the lowest that meets the parameter budget, in the storage the factors have. Ranks are rounded down to a multiple. The
+paper's spectra are those of the weights (``--method svd``, as in the preset); with another method they are those of
+the weights in its metric. Nothing is spent of what the threshold leaves of the budget: that would be another rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
+from bolaco.allocate.space import uniform_preview
+from bolaco.models.structure import Site
+from bolaco.settings import Section
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import Storage
+
+
+def normalised(spectrum: Tensor) -> np.ndarray:
+    """Singular values ``[k]`` scaled to [0, 1], from squared ones; all 1 where they are all the same.
+
+    Ascending.
+    """
+    values = np.sort(spectrum.double().clamp(min=0).sqrt().numpy())
+    span = values[-1] - values[0]
+    return (values - values[0]) / span if span > 0 else np.ones_like(values)
+
+
+def rank_at(
+    site: Site, values: np.ndarray, threshold: float, multiple: int, storage: Storage, min_ratio: float
+) -> int | None:
+    """Rank of a site at a threshold on its ascending :func:`normalised` values; None (dense) for an N-LRC.
+
+    The values not below the threshold are counted and rounded down to a multiple, at least one multiple. Dense if the
+    share below it does not exceed ``min_ratio`` or the rank saves nothing. Never costs more at a higher threshold.
+    """
+    kept = len(values) - int(np.searchsorted(values, threshold))
+    rank = max(kept // multiple, 1) * multiple
+    if (len(values) - kept) / len(values) <= min_ratio or rank > storage.max_rank(site, multiple):
+        return None
+    return rank
+
+
+def welore_ranks(
+    sites: Sequence[Site], spectra: Mapping[str, Tensor], budget: Budget, multiple: int, min_ratio: float = 0.0
+) -> Ranks:
+    """Ranks at the lowest threshold that meets the budget; sites without a spectrum stay dense.
+
+    Args:
+        sites: every decoder linear.
+        spectra: squared singular values of the matrices that may be factored.
+        budget: the budget; its storage decides what a rank costs.
+        multiple: rank step.
+        min_ratio: a matrix must lose more of its rank than this share to be factored (the paper: 0 for compression
+            alone, 0.4999 where the factors are tuned afterwards).
+
+    Raises:
+        BudgetError: not even the highest threshold meets it.
+    """
+    values = {site.name: normalised(spectra[site.name]) for site in sites if site.name in spectra}
+
+    def at(threshold: float) -> Ranks:
+        ranks: Ranks = dict.fromkeys(budget.sites)
+        for name, mine in values.items():
+            ranks[name] = rank_at(budget.sites[name], mine, threshold, multiple, budget.storage, min_ratio)
+        return ranks
+
+    # Between two values nothing changes, and costs only fall: the values themselves are bisected, exactly. Above them
+    # all, every matrix has its lowest rank.
+    thresholds = np.unique(np.concatenate([*values.values(), [np.inf]]))
+    low, high = 0, len(thresholds) - 1
+    if budget.cost(at(np.inf)) > budget.limit:
+        advice = "raise --keep, or let more types be factored (search.dense_types)"
+        raise budget.too_small(budget.cost(at(np.inf)), advice)
+    while low < high:
+        middle = (low + high) // 2
+        if budget.cost(at(thresholds[middle])) > budget.limit:
+            low = middle + 1
+        else:
+            high = middle
+    return at(thresholds[low])
+
+
+class WeloreOptions(Section):
+    """Which matrices count as low-rank components."""
+
+    min_ratio: float = Field(
+        0.0, ge=0, lt=1, description="a matrix that would lose no more of its rank than this share stays dense"
+    )
+
+
+def allocate(task: AllocationTask, options: WeloreOptions) -> Allocation:
+    """The lowest threshold that meets the budget."""
+    ranks = welore_ranks(task.structure.sites, task.spectra(), task.budget, task.multiple, options.min_ratio)
+    return Allocation(ranks)
+
+
+def preview(task: AllocationTask, options: WeloreOptions) -> Ranks:
+    """One ratio for all."""
+    return uniform_preview(task)
+
+
+ALLOCATOR = Allocator(
+    name="welore",
+    paper="arXiv 2407.11239",
+    summary="one threshold on all normalised singular values (WeLore)",
+    allocate=allocate,
+    preview=preview,
+    shows="uniform",
+    options=WeloreOptions,
+)

@@ -1,0 +1,1 @@
+"""Search: allocations are proposed, evaluated on text, and kept in a ledger."""

@@ -1,0 +1,210 @@
+"""One row of a comparison: an ordinary run of its recipe, measured on everything that is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bolaco.checkpoint.info import CompressedInfo, read_curves, read_info
+from bolaco.comparison.plan import Comparison, row_name
+from bolaco.data.sources import fingerprint
+from bolaco.data.texts import Texts
+from bolaco.errors import BolacoError, ResumeError, no_space
+from bolaco.evaluation.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.tasks import TaskSet, evaluate_tasks
+from bolaco.models.load import load_model
+from bolaco.recipe.recipe import LowRankRecipe, Recipe
+from bolaco.report.record import FailedRow, RowResult
+from bolaco.runs.chop import chop_loaded
+from bolaco.runs.compress import compress_loaded
+from bolaco.runs.measure import dense_perplexity
+from bolaco.runs.session import Loaded, Session
+from bolaco.work.folder import Artefact, Clock
+from bolaco.work.memory import PeakMemory
+
+# What a method can stumble over at one point; anything else is a defect and stops the comparison.
+_FAILURES = (BolacoError, ArithmeticError, RuntimeError)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all rows have in common.
+
+    Attributes:
+        comparison: what is compared.
+        loaded: the original.
+        texts: of each row, by its name.
+        tasks: what accuracy is measured on, if on anything.
+        session: of the comparison.
+    """
+
+    comparison: Comparison
+    loaded: Loaded
+    texts: Mapping[str, Texts]
+    tasks: TaskSet | None
+    session: Session
+
+    def places(self) -> dict[str, Path]:
+        """Where the checkpoint of each row is, while it is kept."""
+        return {name: row_artefact(self, name).path for name in self.comparison.recipes}
+
+
+class DenseResults(BaseModel):
+    """The original on all texts, by source, and on all tasks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    texts: list[tuple[str, PerplexityResult]]
+    tasks: dict[str, dict[str, Any]]
+
+
+def row_artefact(shared: Shared, name: str) -> Artefact:
+    """Where a row is kept: its record, and its checkpoint."""
+    comparison, texts = shared.comparison, shared.texts[name]
+    recipe = comparison.recipes[name]
+    return shared.session.folder.artefact(
+        "row",
+        row=name,
+        model=shared.loaded.identity,
+        recipe=recipe,
+        text=[fingerprint(texts.calibration), texts.measured],
+        candidates=None if texts.candidates is None else fingerprint(texts.candidates),
+        tasks=[comparison.tasks, comparison.task_limit] if _with_tasks(comparison, recipe) else None,
+    )
+
+
+def _with_tasks(comparison: Comparison, recipe: Recipe) -> bool:
+    return bool(comparison.tasks) and recipe.keep == comparison.task_keep
+
+
+def one_line(error: BaseException) -> str:
+    """An error as a cell of a table."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if isinstance(error, BolacoError) else f"{type(error).__name__}: {text}"
+
+
+def expected_failure(error: BaseException) -> bool:
+    """Whether a failure is a row's own; a full disk or a damaged work folder is not."""
+    return isinstance(error, _FAILURES) and not isinstance(error, ResumeError) and not no_space(error)
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for infinity and NaN."""
+    return value if math.isfinite(value) else None
+
+
+def _log_ratio(after: float, before: float) -> float | None:
+    return math.log(after) - math.log(before) if math.isfinite(after) and math.isfinite(before) else None
+
+
+def _measured(
+    shared: Shared, model: PreTrainedModel, texts: Sequence[tuple[str, Tensor]], batch: int, what: str
+) -> list[PerplexityResult]:
+    with shared.session.reporter.stage(f"evaluate {what}", sum(len(blocks) for _, blocks in texts)) as tick:
+        return [perplexity(model, blocks, batch, tick) for _, blocks in texts]
+
+
+def _accuracies(shared: Shared, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    assert shared.tasks is not None  # asked for where there are some
+    scores = evaluate_tasks(
+        model,
+        shared.tasks,
+        limit=shared.comparison.task_limit,
+        tokenizer=shared.loaded.tokenizer,
+        reporter=shared.session.reporter,
+    )
+    return {score.task: score.record for score in scores}
+
+
+def measured_dense(shared: Shared) -> DenseResults:
+    """The original on all texts and tasks."""
+    comparison, session, loaded = shared.comparison, shared.session, shared.loaded
+    name, recipe = next(iter(comparison.recipes.items()))
+    texts, batch = shared.texts[name], recipe.validation.batch
+    artefact = session.folder.artefact(
+        "dense-all",
+        model=loaded.identity,
+        text=texts.measured,
+        batch=batch,
+        tasks=[comparison.tasks, comparison.task_limit],
+    )
+    known = artefact.read(DenseResults)
+    if known is None:
+        with session.clock.timed("dense evaluation"):
+            found = [dense_perplexity(loaded, texts, batch, session)]
+            found += _measured(shared, loaded.model, texts.others, batch, "the original on other texts")
+            sources = [texts.evaluation_source, *(source for source, _ in texts.others)]
+            tasks = _accuracies(shared, loaded.model) if shared.tasks is not None else {}
+        known = DenseResults(texts=list(zip(sources, found, strict=True)), tasks=tasks)
+        artefact.write(known)
+    return known
+
+
+def make_row(
+    shared: Shared, dense: DenseResults, method: str, keep: float, failed: str | None
+) -> RowResult | FailedRow:
+    """Runs one recipe and measures the result; a failure of its own is recorded instead.
+
+    Args:
+        shared: what all rows have in common.
+        dense: the original's results.
+        method, keep: which row.
+        failed: why its factors could not be computed, if that is known already.
+    """
+    name = row_name(method, keep)
+    recipe = shared.comparison.recipes[name]
+    head = {"name": name, "method": method, "keep": keep}
+    tail = {"recipe": recipe.model_dump(mode="json"), "recipe_yaml": recipe.to_yaml()}
+    try:
+        if failed is not None:
+            raise BolacoError(failed)
+        return RowResult.model_validate(head | _result(shared, name, recipe, dense) | tail)
+    except Exception as error:
+        if not expected_failure(error):
+            raise
+        return FailedRow.model_validate(head | {"error": one_line(error)} | tail)
+
+
+def _result(shared: Shared, name: str, recipe: Recipe, dense: DenseResults) -> dict[str, Any]:
+    out, texts = row_artefact(shared, name).path, shared.texts[name]
+    memory = PeakMemory()
+    # A run that was killed between the checkpoint and its record has left it; its memory is not known any more.
+    found = out.exists()
+    info = read_info(out) if found else _run(shared, recipe, out, texts)
+    results, seconds = [info.perplexity.compressed], dict(info.seconds)
+    tasks: dict[str, dict[str, Any]] = {}
+    with_tasks = _with_tasks(shared.comparison, recipe)
+    if texts.others or with_tasks:
+        compressed = load_model(str(out), device=str(shared.loaded.model.device))
+        others = _measured(shared, compressed, texts.others, recipe.validation.batch, "on other texts")
+        results += [result.perplexity for result in others]
+        seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
+        tasks = _accuracies(shared, compressed) if with_tasks else {}
+    before = [text.perplexity for _, text in dense.texts]
+    values = info.model_dump(mode="json")
+    kept = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
+    return {
+        **{field: values[field] for field in (*kept, "versions")},
+        "perplexity": [finite(value) for value in results],
+        "gap": [_log_ratio(after, dense) for after, dense in zip(results, before, strict=True)],
+        "tasks": tasks,
+        "seconds": seconds,
+        "peak_bytes": None if found else memory.bytes(),
+        "curves": read_curves(out),
+    }
+
+
+def _run(shared: Shared, recipe: Recipe, out: Path, texts: Texts) -> CompressedInfo:
+    """The run of a recipe, whose seconds are its own."""
+    session = shared.session
+    own = Session(session.folder, Clock(session.folder.path, {"row": recipe}), session.reporter)
+    if isinstance(recipe, LowRankRecipe):
+        return compress_loaded(recipe, out, shared.loaded, texts, own).info
+    return chop_loaded(recipe, out, shared.loaded, texts, own).info

@@ -1,0 +1,95 @@
+"""The texts of a run: disjoint token blocks for calibration, validation and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bolaco.data.settings import Calibration, Evaluation, Validation
+from bolaco.data.sources import TokenStream, fingerprint
+from bolaco.errors import DataError
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token blocks ``[sequences, length]``.
+
+    Attributes:
+        calibration: for statistics and refinement; without sequences where none of that reads text and nothing else
+            comes from its source.
+        candidates: for comparing allocations; None where nothing is searched.
+        evaluation: what perplexity is reported on.
+        evaluation_source: where that is from.
+        others: further texts to report on, by source.
+    """
+
+    calibration: Tensor
+    candidates: Tensor | None
+    evaluation: Tensor
+    evaluation_source: str
+    others: tuple[tuple[str, Tensor], ...] = ()
+
+    @property
+    def measured(self) -> str:
+        """A hash of everything that is reported on."""
+        return fingerprint(self.evaluation, *(blocks for _, blocks in self.others))
+
+
+def prepare_texts(
+    calibration: Calibration,
+    validation: Validation,
+    evaluation: Evaluation,
+    tokenizer: Any,
+    config: Any,
+    *,
+    calibrates: bool = True,
+    searches: bool = False,
+    bos: str = "auto",
+    more: Sequence[str] = (),
+) -> Texts:
+    """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
+
+    Args:
+        calibration, validation, evaluation: which text, and how much of it.
+        tokenizer: of the model.
+        config: of the model.
+        calibrates: whether anything reads the calibration text. Where nothing does its source is left alone, unless
+            other text comes from the same source: that is then the same text as in a run that calibrates.
+        searches: whether allocations are compared.
+        bos: see :class:`TokenStream`.
+        more: sources of further texts to report on, each as long as the evaluation text.
+
+    Raises:
+        DataError: unreadable or too short text, or sequences longer than the model's positions.
+    """
+    streams: dict[str, TokenStream] = {}
+    validation_source = validation.source or calibration.source
+    evaluation_source = evaluation.source or validation_source
+
+    def take(source: str, count: int | None, length: int, purpose: str) -> Tensor:
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise DataError(
+                f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
+            )
+        if source not in streams:
+            streams[source] = TokenStream(source, tokenizer, bos, config.model_type)
+        return streams[source].take(count, length, purpose)
+
+    length = calibration.seq_len
+    others = {evaluation_source} | ({validation_source} if searches else set())
+    if calibrates or calibration.source in others:
+        tokens = take(calibration.source, calibration.sequences, length, "calibration")
+    else:
+        tokens = torch.empty(0, length, dtype=torch.int64)
+    candidates = None
+    if searches:
+        candidates = take(validation_source, validation.candidates, validation.seq_len or length, "validation")
+    windows, window = evaluation.windows, evaluation.seq_len or length
+    reported = take(evaluation_source, windows, window, "evaluation")
+    further = tuple((source, take(source, windows, window, "evaluation")) for source in more)
+    return Texts(tokens, candidates, reported, evaluation_source, further)

@@ -1,0 +1,1 @@
+"""The factorization methods, one file each."""

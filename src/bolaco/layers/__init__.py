@@ -1,0 +1,26 @@
+"""Layers of a compressed model, one file each; a checkpoint carries the files that it uses."""
+
+from bolaco.layers.base import BUILDERS, Entry, FactoredLinear, build_layer, builds, put_module
+from bolaco.layers.common import FollowerLinear, LeadLinear
+from bolaco.layers.install import LowRankMixin, install_layers
+from bolaco.layers.low_rank import LowRankLinear
+from bolaco.layers.pivoted import PivotedLinear
+from bolaco.layers.sketch import SketchLinear
+from bolaco.layers.split import SplitLinear
+
+__all__ = [
+    "BUILDERS",
+    "Entry",
+    "FactoredLinear",
+    "FollowerLinear",
+    "LeadLinear",
+    "LowRankLinear",
+    "LowRankMixin",
+    "PivotedLinear",
+    "SketchLinear",
+    "SplitLinear",
+    "build_layer",
+    "builds",
+    "install_layers",
+    "put_module",
+]

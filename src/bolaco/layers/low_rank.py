@@ -1,0 +1,39 @@
+"""A low-rank matrix as the product of two thin ones."""
+
+from torch import Tensor, nn
+
+from bolaco.layers.base import Entry, FactoredLinear, builds
+
+
+class LowRankLinear(FactoredLinear):
+    """``y = expand(reduce(x))``: two plain Linears, bias on the second."""
+
+    kind = "two-factor"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
+        super().__init__(in_features, out_features, rank)
+        self.reduce = nn.Linear(in_features, rank, bias=False)
+        self.expand = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        expanded: Tensor = self.expand(self.reduce(x))
+        return expanded
+
+    def reduced(self, x: Tensor) -> Tensor:
+        """``reduce(x)``, ``[..., rank]``."""
+        reduced: Tensor = self.reduce(x)
+        return reduced
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The weights of ``expand`` and ``reduce``."""
+        return self.expand.weight, self.reduce.weight
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias of ``expand``."""
+        return self.expand.bias
+
+
+@builds(LowRankLinear.kind)
+def _low_rank(in_features: int, entry: Entry) -> LowRankLinear:
+    return LowRankLinear(in_features, entry["out"], entry["rank"], entry["bias"])

@@ -1,0 +1,78 @@
+"""A low-rank matrix as some of its rows or columns, and what makes the others from them (PIFA, arXiv 2501.19090)."""
+
+import torch
+from torch import Tensor, nn
+
+from bolaco.layers.base import Entry, FactoredLinear, builds
+
+
+class PivotedLinear(FactoredLinear):
+    """A matrix of rank r in ``r (in + out - r)`` parameters, never more than the dense matrix has.
+
+    ``side="rows"``: ``pivot`` computes r outputs, ``rest`` the others from those, ``order`` puts them in place.
+    ``side="columns"``: ``order`` puts r inputs first, ``rest`` folds the others into them, ``pivot`` maps them on.
+    """
+
+    kind = "pivoted"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, side: str) -> None:
+        super().__init__(in_features, out_features, rank)
+        self.side = side
+        if side == "rows":
+            self.pivot = nn.Linear(in_features, rank, bias=bias)
+            self.rest = nn.Linear(rank, out_features - rank, bias=bias)
+        else:
+            self.rest = nn.Linear(in_features - rank, rank, bias=False)
+            self.pivot = nn.Linear(rank, out_features, bias=bias)
+        size = out_features if side == "rows" else in_features
+        self.register_buffer("order", torch.arange(size, dtype=torch.int32))
+        self.order: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps ``[..., in]`` to ``[..., out]``."""
+        if self.side == "rows":
+            first = self.pivot(x)
+            return torch.cat([first, self.rest(first)], dim=-1).index_select(-1, self.order)
+        x = x.index_select(-1, self.order)
+        mapped: Tensor = self.pivot(x[..., : self.rank] + self.rest(x[..., self.rank :]))
+        return mapped
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The pivots are one factor as they are; the other has the identity in their place."""
+        kept, rest = self.pivot.weight, self.rest.weight
+        one = torch.eye(self.rank, dtype=kept.dtype, device=kept.device)
+        if self.side == "rows":
+            return torch.cat([one, rest])[self.order], kept
+        return kept, torch.cat([one, rest], dim=1)[:, torch.argsort(self.order)]
+
+    def dense(self) -> Tensor:
+        """The matrix, ``[out, in]``: the pivots as they are, the others made from them."""
+        kept, rest = self.pivot.weight, self.rest.weight
+        if self.side == "rows":
+            return torch.cat([kept, rest @ kept])[self.order]
+        return torch.cat([kept, kept @ rest], dim=1)[:, torch.argsort(self.order)]
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias, ``[out]``, or None."""
+        if self.side == "rows" and self.pivot.bias is not None:
+            made = self.rest.weight @ self.pivot.bias + self.rest.bias
+            return torch.cat([self.pivot.bias, made])[self.order]
+        return self.pivot.bias
+
+    def growth(self) -> float:
+        """The largest coefficient in absolute value."""
+        rest = self.rest.weight.detach()
+        return float(rest.abs().max()) if rest.numel() else 0.0
+
+    def entry(self) -> Entry:
+        """With the side of its pivots."""
+        return super().entry() | {"side": self.side}
+
+    def extra_repr(self) -> str:
+        """Shape, rank and side, for printing a model."""
+        return f"{super().extra_repr()}, side={self.side}"
+
+
+@builds(PivotedLinear.kind)
+def _pivoted(in_features: int, entry: Entry) -> PivotedLinear:
+    return PivotedLinear(in_features, entry["out"], entry["rank"], entry["bias"], entry["side"])

@@ -1,0 +1,105 @@
+"""Adapters that are kept in files of their own beside a model's weights, and put on when it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bolaco.errors import CheckpointError, MissingPackageError
+from bolaco.layers import put_module
+from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of
+from bolaco.models.quiet import quiet
+
+# Folder of a LoRA adapter as PEFT writes it; files of tensor-train adapters.
+PEFT_FOLDER = "adapter"
+TRAIN_JSON, TRAIN_TENSORS = "adapter_tt.json", "adapter_tt.safetensors"
+
+Attach = Callable[[PreTrainedModel, Path], None]
+
+
+def import_peft() -> Any:
+    """PEFT.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError(
+            f"mode lora and its adapters need PEFT, which cannot be imported ({error}); pip install 'bolaco[tune]'"
+        ) from error
+    return peft
+
+
+def attach_peft(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the LoRA adapters of a folder on its model, if there are some.
+
+    Raises:
+        MissingPackageError: PEFT is not there.
+        CheckpointError: the adapter is damaged, or of another model.
+    """
+    kept = folder / PEFT_FOLDER
+    if not kept.is_dir():
+        return
+    import_peft()
+    try:
+        with quiet():
+            model.load_adapter(str(kept))
+    except Exception as error:
+        raise CheckpointError(f"{kept}: damaged, or of another model ({str(error).splitlines()[0]})") from error
+    model.eval().requires_grad_(False)
+
+
+def save_trains(folder: Path, adapters: Mapping[str, TrainAdapter]) -> None:
+    """Writes tensor-train adapters, by the names of their matrices."""
+    tensors: dict[str, Tensor] = {}
+    matrices: dict[str, Any] = {}
+    for name, adapter in adapters.items():
+        train = adapter.train_of_cores
+        matrices[name] = {"in": train.inputs, "out": train.outputs, "rank": train.rank, "alpha": adapter.alpha}
+        for t, core in enumerate(train.cores):
+            tensors[f"{name}.{t}"] = core.detach().cpu().contiguous()
+    save_file(tensors, folder / TRAIN_TENSORS, metadata={"format": "pt"})
+    (folder / TRAIN_JSON).write_text(json.dumps({"format": 1, "matrices": matrices}, indent=1) + "\n", encoding="utf-8")
+
+
+def attach_trains(model: PreTrainedModel, folder: Path) -> None:
+    """Puts the tensor-train adapters of a folder on its model, if there are some.
+
+    Raises:
+        CheckpointError: the files are damaged, or of another model.
+    """
+    file = folder / TRAIN_JSON
+    if not file.is_file():
+        return
+    try:
+        matrices = json.loads(file.read_text(encoding="utf-8"))["matrices"]
+        tensors = load_file(folder / TRAIN_TENSORS)
+        for name, entry in matrices.items():
+            layer = model.get_submodule(name)
+            train = TensorTrain(tuple(entry["in"]), tuple(entry["out"]), entry["rank"])
+            train.load_state_dict({f"cores.{t}": tensors[f"{name}.{t}"] for t in range(len(train.cores))})
+            made = TrainAdapter(layer, train.to(model.device, model.dtype), entry["alpha"]).requires_grad_(False)
+            product = [int(torch.tensor(sizes).prod()) for sizes in (train.inputs, train.outputs)]
+            if product != [*shape_of(layer)]:
+                raise ValueError(f"{name}: the adapter is for {product[0]} to {product[1]}, the matrix is not")
+            put_module(model, name, made.eval())
+    except Exception as error:  # files can hold anything
+        raise CheckpointError(f"{file}: damaged, or of another model ({error})") from error
+
+
+# What lies in a model's folder -> what puts it on.
+_ADAPTERS: dict[str, Attach] = {TRAIN_JSON: attach_trains, f"{PEFT_FOLDER}/adapter_config.json": attach_peft}
+
+
+def kept_adapters(folder: Path) -> dict[str, Attach]:
+    """Adapters kept in a folder: the file that shows it, and what puts it on."""
+    return {file: attach for file, attach in _ADAPTERS.items() if (folder / file).is_file()}

@@ -1,0 +1,381 @@
+"""The recipe: everything a run depends on, in frozen, validated sections; YAML in and out.
+
+A recipe is versioned, unknown keys are refused, and the same recipe on the same machine gives the same ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from bolaco.allocate.allocator import ALLOCATORS, Allocator
+from bolaco.data.settings import Calibration, Evaluation, Validation
+from bolaco.errors import RecipeError
+from bolaco.factorize.method import METHODS, ChosenMethod
+from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
+from bolaco.recipe.upgrade import renamed, upgraded
+from bolaco.recipe.words import flat_values
+from bolaco.refine.settings import Refinement
+from bolaco.settings import Section, Values, meant, merge, problems, unflatten
+from bolaco.storage.storage import STORAGES, Storage
+from bolaco.transform.base import TRANSFORMS, Transform
+
+# What a recipe that factors matrices has and one of a transform has not.
+_FACTORING = ("storage", "search", "refinement")
+
+
+class _HasOptions(Protocol):
+    @property
+    def options(self) -> type[Section]: ...
+
+
+class Choice(Section):
+    """A name, and the options of what it names beside it: ``{name: kfac, shrinkage: 0.1}``, or the name alone."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: ClassVar[str]
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def options_of(self, chosen: _HasOptions) -> Section:
+        """The options, as those of what was chosen."""
+        return chosen.options.model_validate(self.model_extra or {})
+
+
+class MethodChoice(Choice):
+    """Which low-rank approximation is computed for each matrix, or which transform is applied."""
+
+    kind = "method"
+
+
+class SearchChoice(Choice):
+    """How ranks are found, and what all ways to find them have in common."""
+
+    kind = "search"
+
+    rank_multiple: int = Field(8, gt=0, description="ranks are multiples of it")
+    dense_types: tuple[str, ...] | None = Field(
+        None, description="matrix types that are never factored; default: what storage and search say"
+    )
+    warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is started from")
+
+
+class _Run(Section):
+    """What all recipes have."""
+
+    version: Literal[2] = 2
+    model: str
+    keep: float = Field(gt=0, le=1, description="parameters of the decoder linears kept")
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    bos: Literal["auto", "text", "window"] = "auto"
+    method: MethodChoice
+    calibration: Calibration = Calibration()
+    validation: Validation = Validation()
+    evaluation: Evaluation = Evaluation()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that :func:`load_recipe` reads back unchanged."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class TransformRecipe(_Run):
+    """A run that makes a smaller model without factors."""
+
+    @property
+    def refinement(self) -> None:
+        """Nothing is done afterwards."""
+
+    @property
+    def searches(self) -> bool:
+        """Nothing is searched."""
+        return False
+
+    @property
+    def calibrates(self) -> bool:
+        """No text is read but that of the evaluation."""
+        return False
+
+    @property
+    def transform(self) -> Transform:
+        """What is applied."""
+        return TRANSFORMS.get(self.method.name)
+
+    @property
+    def options(self) -> Section:
+        """Options of the transform."""
+        return self.method.options_of(self.transform)
+
+
+class LowRankRecipe(_Run):
+    """A run that factors matrices: everything `bolaco compress` does, as data."""
+
+    storage: str = Field(description="how factored matrices are stored; a name that `bolaco methods` lists")
+    search: SearchChoice
+    refinement: Refinement = Refinement()
+
+    @property
+    def chosen(self) -> ChosenMethod:
+        """The method with its options."""
+        method = METHODS.get(self.method.name)
+        return ChosenMethod(method, self.method.options_of(method))
+
+    @property
+    def form(self) -> Storage:
+        """The storage."""
+        return STORAGES.get(self.storage)
+
+    @property
+    def allocator(self) -> Allocator:
+        """What finds the ranks."""
+        return ALLOCATORS.get(self.search.name)
+
+    @property
+    def allocator_options(self) -> Section:
+        """Its options."""
+        return self.search.options_of(self.allocator)
+
+    @property
+    def dense_types(self) -> tuple[str, ...]:
+        """Matrix types that are never factored."""
+        if self.search.dense_types is not None:
+            return self.search.dense_types
+        of_storage = self.form.dense_types
+        return self.allocator.dense_types if of_storage is None else of_storage
+
+    @property
+    def searches(self) -> bool:
+        """Whether allocations are compared by evaluating them."""
+        return self.allocator.searches
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any stage reads the calibration text."""
+        return self.refinement.active or self.chosen.method.reads_text
+
+
+Recipe = LowRankRecipe | TransformRecipe
+
+
+def recipe_values(*, options: dict[str, Any] | None = None, **words: Any) -> Values:
+    """Nested recipe values from the words of :mod:`bolaco.recipe.words`; what is None is left to the preset.
+
+    ``options`` holds further fields by dotted name, such as ``{"search.rank_multiple": 4}``.
+    """
+    return unflatten(flat_values(words) | (options or {}))
+
+
+def _choices(values: Values) -> Values:
+    """Values in which a choice that is only a name is a mapping."""
+    short = {key: {"name": values[key]} for key in ("method", "search") if isinstance(values.get(key), str)}
+    return values | short
+
+
+def laid_over(base: Values, update: Values) -> Values:
+    """``update`` over ``base``; where it chooses something else, the options of what ``base`` chose are dropped."""
+    base, update = _choices(base), _choices(update)
+    for key, common in (("method", ()), ("search", tuple(SearchChoice.model_fields))):
+        section, other = base.get(key), update.get(key)
+        name = other.get("name") if isinstance(other, dict) else None
+        if isinstance(section, dict) and name not in (None, section.get("name")):
+            base = base | {key: {k: v for k, v in section.items() if k in common and k != "name"}}
+    return merge(base, update)
+
+
+def resolved(values: Values, preset: str = "default") -> Values:
+    """``values`` over the preset; a method that is the name of a system becomes that system's recipe.
+
+    Raises:
+        RecipeError: an unknown preset, or values that contradict the system.
+    """
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
+    values = _choices(values)
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    system = SYSTEMS.get(name) if isinstance(name, str) else None
+    if system is None or not isinstance(section, dict):
+        return laid_over(PRESETS[preset], values)
+    if preset == "default":
+        preset = system.presets[0]
+    if preset not in system.presets:
+        raise RecipeError(
+            f"method {name} is a recipe of its own and so is the preset {preset}; leave out one of the two"
+        )
+    method = {**section, "name": PRESETS[preset]["method"]["name"]}
+    merged = laid_over(PRESETS[preset], values | {"method": method})
+    given = [field for field in _FACTORING if values.get(field) is not None] if system.kind == "transform" else []
+    for field in (*given, *system.fixed):
+        value = _field(merged, field)
+        if field in given or value not in [_field(PRESETS[p], field) for p in system.presets]:
+            shown = "" if isinstance(value, dict) else f" {value}"
+            raise RecipeError(
+                f"{field}{shown} contradicts method {name}: {system.because}; leave it out, or take another method"
+            )
+    return merged
+
+
+def _field(values: Values, name: str) -> Any:
+    section, _, key = name.partition(".")
+    found = values.get(section)
+    return (found.get(key) if isinstance(found, dict) else None) if key else found
+
+
+def make_recipe(values: Values, preset: str = "default") -> Recipe:
+    """Validates ``values`` over a preset.
+
+    Raises:
+        RecipeError: an unknown preset or key, or a value of the wrong type or out of range, by its dotted name.
+    """
+    old = renamed(values)
+    if old is not None:
+        raise RecipeError(old)
+    return _made(resolved(values, preset))
+
+
+def _made(values: Values) -> Recipe:
+    """The recipe of complete values.
+
+    Raises:
+        RecipeError: everything that is wrong with them, in one line.
+    """
+    section = values.get("method")
+    name = section.get("name") if isinstance(section, dict) else None
+    transforms = isinstance(name, str) and name in TRANSFORMS
+    found: list[str] = []
+    values = dict(values)
+    for key, registry in (("method", TRANSFORMS if transforms else METHODS), ("search", ALLOCATORS)):
+        section = values.get(key)
+        if isinstance(section, dict) and isinstance(section.get("name"), str):
+            common = SearchChoice.model_fields if key == "search" else {"name": None}
+            options = {k: v for k, v in section.items() if k not in common}
+            chosen: _HasOptions = registry.get(section["name"])
+            try:
+                checked = chosen.options.model_validate(options).model_dump(mode="json")
+                values[key] = {k: v for k, v in section.items() if k in common} | checked
+            except ValidationError as error:
+                found += _option_problems(error, key, section["name"], chosen.options)
+                values[key] = {k: v for k, v in section.items() if k in common}
+    kind = TransformRecipe if transforms else LowRankRecipe
+    try:
+        recipe = kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError("; ".join([problems(error), *found])) from None
+    if found:
+        raise RecipeError("; ".join(found))
+    if isinstance(recipe, LowRankRecipe):
+        _check(recipe)
+    return recipe
+
+
+def _option_problems(error: ValidationError, section: str, name: str, options: type[Section]) -> list[str]:
+    found = []
+    for item in error.errors():
+        if item["type"] == "extra_forbidden":
+            field = str(item["loc"][0])
+            hint = meant(field, options.model_fields)
+            found.append(f"{section}.{field}: {section} {name!r} has no such option{hint}")
+    others = [item for item in error.errors() if item["type"] != "extra_forbidden"]
+    if others:
+        lines = problems(error, section, f"{section}.").split("; ")
+        found += [line for line in lines if "Extra inputs are not permitted" not in line]
+    return found
+
+
+def _check(recipe: LowRankRecipe) -> None:
+    """Raises RecipeError for parts that cannot go together, whatever the words were that they came from."""
+    storage, allocator = recipe.form, recipe.allocator
+    if storage.stacks and not allocator.stacks:
+        known = ", ".join(name for name in ALLOCATORS.names() if ALLOCATORS.get(name).stacks)
+        raise RecipeError(f"search.name {allocator.name} is not possible with {storage.name} storage; there is {known}")
+    if storage.stacks and recipe.refinement.fit:
+        raise RecipeError(f"refinement.fit is not possible with {storage.name} storage; leave it out")
+    if recipe.search.warm_start is not None and (storage.stacks or not allocator.warms):
+        what = f"{storage.name} storage" if storage.stacks else f"search {allocator.name}"
+        raise RecipeError(f"search.warm_start is not possible with {what}; leave it out")
+
+
+def applicable(options: dict[str, Any], values: Values, preset: str) -> dict[str, Any]:
+    """Of fields by dotted name, those that the recipe of ``values`` over a preset has: in a comparison of several
+    recipes, what is said for all of them is for those that have such a field.
+
+    Raises:
+        RecipeError: as :func:`resolved`.
+    """
+    merged = resolved(values, preset)
+    names = {key: _field(merged, f"{key}.name") for key in ("method", "search")}
+    transforms = names["method"] in TRANSFORMS
+    found = {}
+    for field, value in options.items():
+        section, _, key = field.partition(".")
+        if transforms and section in _FACTORING:
+            continue
+        if section in names and isinstance(names[section], str):
+            registry = ALLOCATORS if section == "search" else TRANSFORMS if transforms else METHODS
+            chosen: _HasOptions = registry.get(names[section])
+            common = SearchChoice.model_fields if section == "search" else MethodChoice.model_fields
+            if key and key not in common and key not in chosen.options.model_fields:
+                continue
+        found[field] = value
+    return found
+
+
+def preset_of(name: str) -> tuple[str, Values]:
+    """The preset, and values over it, that ``name`` stands for in a comparison.
+
+    A preset, a system by its name, or else a factorization method: then in two factors, one ratio for all matrices and
+    nothing afterwards, as the one-shot presets.
+
+    Raises:
+        RecipeError: neither, with what was probably meant.
+    """
+    if name in PRESETS:
+        return name, {}
+    if name in SYSTEMS:
+        return SYSTEMS[name].presets[0], {}
+    if name in METHODS:
+        return "default", one_shot(name)
+    known = list(dict.fromkeys([*PRESETS, *SYSTEMS, *METHODS.names()]))
+    raise RecipeError(f"unknown method or preset {name!r}{meant(name, known, limit=100)}")
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Reads a recipe file, of this version or of version 1.
+
+    Raises:
+        RecipeError: the file is unreadable, is no YAML mapping, or fails validation.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a YAML mapping (key: value), found {type(values).__name__}")
+    preset = values.pop("preset", "default")
+    try:
+        return make_recipe(upgraded(values, preset) if values.get("version") == 1 else values, preset)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+
+
+def read_recipe(values: Values) -> Recipe:
+    """The recipe in a result of this version or an earlier one; what its method came from need not be installed.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    values = upgraded(values) if values.get("version") == 1 else values
+    kind = LowRankRecipe if "storage" in values else TransformRecipe
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(problems(error)) from None

@@ -1,0 +1,91 @@
+"""Recipes of version 1 as recipes of version 2.
+
+Version 1 had the method and the storage in a section ``factorization``, options of methods in sections of their own
+(``chop``, ``pruning``), and called the search its space, with ``none`` for the hand allocation as well as for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bolaco.recipe.presets import PRESETS, SYSTEMS
+from bolaco.settings import Values
+
+# Old dotted name -> new one. A section stands for all its fields.
+RENAMED = {
+    "factorization.method": "method.name",
+    "factorization.storage": "storage",
+    "search.space": "search.name",
+    "chop.pattern": "method.pattern",
+    "pruning": "method",
+}
+# Fields of the old search that only some allocators have: of a search, of everything in its space.
+_OF_SEARCHES = ("trials", "initial", "slack", "objective", "kl_weight", "surrogate")
+_OF_SPACES = ("min_keep", "fill")
+_HAND, _WELORE = "hand", "welore"
+
+
+def renamed(values: Values) -> str | None:
+    """An old name among nested values, and what it is called now: one line, or None."""
+    for old, new in RENAMED.items():
+        section, _, field = old.partition(".")
+        found = values.get(section)
+        if isinstance(found, dict) and (not field or field in found):
+            return f"{old}: is called {new} now"
+    return None
+
+
+def upgraded(values: Values, preset: str = "default") -> Values:
+    """Nested values of version 1 in version 2; fields that their search or method does not read are left out.
+
+    Values that are not as they were in version 1 are left for the validation to find.
+
+    Args:
+        values: of version 1, whole or over a preset.
+        preset: says which method and search that is where the values do not.
+    """
+    result = {key: value for key, value in values.items() if key not in ("factorization", "chop", "pruning")}
+    result["version"] = 2
+    factorization = _section(values, "factorization")
+    base = _base(factorization.get("method"), preset)
+    name = factorization.get("method", base.get("method", {}).get("name"))
+    method: Values = {"name": name} if "method" in factorization else {}
+    if name == "chop":
+        method |= _section(values, "chop")
+        for section in ("search", "refinement"):
+            result.pop(section, None)
+    elif name == "lpaf":
+        method |= _section(values, "pruning")
+    if method:
+        result["method"] = method
+    if "storage" in factorization and name != "chop":
+        result["storage"] = factorization["storage"]
+    if isinstance(result.get("search"), dict):
+        result["search"] = _search(result["search"], base.get("search", {}).get("name"))
+    return result
+
+
+def _base(method: Any, preset: Any) -> Values:
+    """The preset that values of this method are laid over."""
+    system = SYSTEMS.get(method) if isinstance(method, str) else None
+    if system is not None and preset == "default":
+        preset = system.presets[0]
+    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+
+
+def _section(values: Values, name: str) -> dict[str, Any]:
+    found = values.get(name)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def _search(old: Values, default: str | None) -> Values:
+    search = {"name": _HAND if old["space"] == "none" else old["space"]} if "space" in old else {}
+    name = str(search.get("name", default))
+    searches = name.startswith("5x")
+    kept = {
+        "space": False,
+        **dict.fromkeys(_OF_SEARCHES, searches),
+        **dict.fromkeys(_OF_SPACES, searches or name in (_HAND, "uniform")),
+        "min_ratio": name == _WELORE,
+    }
+    return search | {key: value for key, value in old.items() if kept.get(key, True)}

@@ -1,0 +1,180 @@
+"""``results.json`` of a comparison: every number behind its tables, charts and report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import ValidationError, field_serializer, field_validator
+
+from bolaco.checkpoint.info import Curves, Record, TrialRecord
+from bolaco.errors import CheckpointError
+from bolaco.settings import Values, problems
+from bolaco.storage.budget import Ranks
+
+# Of one task: ``examples``, ``shots``, every metric, and its standard error as ``<metric>_stderr``; see
+# bolaco.evaluation.tasks.TaskResult.record. None is a value that the task does not define.
+Scores = dict[str, int | float | None]
+
+
+class TextRecord(Record):
+    """A text that perplexity is measured on: ``windows`` of ``seq_len`` tokens, of which ``tokens`` are predicted."""
+
+    source: str
+    windows: int
+    seq_len: int
+    tokens: int
+
+
+class DenseRecord(Record):
+    """The original model.
+
+    Attributes:
+        perplexity: on each text; None where it is not finite.
+        tasks: scores by task; empty without tasks.
+        parameters, parameters_linears: of the whole model, of the decoder linears.
+        bytes: of the weights.
+    """
+
+    perplexity: list[float | None]
+    tasks: dict[str, Scores]
+    parameters: int
+    parameters_linears: int
+    bytes: int
+
+
+class RowRecord(Record):
+    """What every row has: its name in the comparison, the method as the user named it, and the keep ratio asked for."""
+
+    failed: ClassVar[bool]
+
+    name: str
+    method: str
+    keep: float
+
+
+class RowResult(RowRecord):
+    """A row that was measured.
+
+    Attributes:
+        keep_linears, keep_model: the shares of parameters reached, of the decoder linears and of the whole model.
+        parameters, parameters_linears: of the whole compressed model, of its decoder linears.
+        bytes: of the weights on disk.
+        storage: of the factored matrices; None where nothing is factored.
+        ranks: of every matrix by name; None is dense.
+        trials: of the search, in order; empty without a search.
+        versions: of the packages that the row ran with.
+        perplexity: on each text; None where it is not finite.
+        gap: log-perplexity minus that of the original on each text, in nats a token; None where it is not finite.
+        tasks: scores by task; empty at keep ratios that no tasks are run at.
+        seconds: of each stage of the row's own.
+        peak_bytes: the largest resident memory of the process, see :attr:`ComparisonRecord.memory`; None if not known.
+        curves: what the report draws.
+        recipe, recipe_yaml: what the row ran, as values and as a file.
+    """
+
+    failed: ClassVar[bool] = False
+
+    keep_linears: float
+    keep_model: float
+    parameters: int
+    parameters_linears: int
+    bytes: int
+    storage: str | None
+    ranks: Ranks
+    trials: list[TrialRecord]
+    versions: dict[str, str]
+    perplexity: list[float | None]
+    gap: list[float | None]
+    tasks: dict[str, Scores]
+    seconds: dict[str, float]
+    peak_bytes: int | None
+    curves: Curves
+    recipe: Values
+    recipe_yaml: str
+
+    @field_validator("storage")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        """As in :class:`bolaco.checkpoint.info.CompressedInfo`: format 1 said "dense" where nothing is factored."""
+        return None if value == "dense" else value
+
+    @field_serializer("curves")
+    def _without_none(self, curves: Curves) -> dict[str, Any]:
+        """As in ``curves.json``, where a dense matrix has a shape and nothing else."""
+        return curves.model_dump(mode="json", exclude_none=True)
+
+
+class FailedRow(RowRecord):
+    """A row that has no result; ``error`` says why, in one line. The recipe is as in :class:`RowResult`."""
+
+    failed: ClassVar[bool] = True
+
+    error: str
+    recipe: Values
+    recipe_yaml: str
+
+
+Row = RowResult | FailedRow
+
+
+class ComparisonRecord(Record):
+    """The content of ``results.json``.
+
+    Attributes:
+        format: of the file.
+        model: the original, as the user named it.
+        methods, keep: what was asked for; there is a row for each method at each keep ratio.
+        task_keep: the keep ratio that tasks were run at; None without tasks.
+        calibration: descriptions of the texts that methods were calibrated on; empty where none of them reads text.
+        texts: in the order of all lists of perplexities and gaps.
+        dense: the original.
+        rows: those that are finished, by keep ratio and then by method, in the order asked for.
+        seconds: of each stage that all rows share.
+        memory: what ``peak_bytes`` of a row covers: ``row`` only itself, ``process`` everything up to its end.
+        versions: of the packages that the rows ran with.
+    """
+
+    format: int
+    model: str
+    methods: list[str]
+    keep: list[float]
+    task_keep: float | None
+    calibration: list[str]
+    texts: list[TextRecord]
+    dense: DenseRecord
+    rows: list[Row]
+    seconds: dict[str, float]
+    memory: Literal["row", "process"]
+    versions: dict[str, str]
+
+    @property
+    def results(self) -> list[RowResult]:
+        """The rows that did not fail."""
+        return [row for row in self.rows if isinstance(row, RowResult)]
+
+
+def write_record(path: Path, record: ComparisonRecord) -> None:
+    """Writes ``results.json``."""
+    path.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(path: str | Path) -> ComparisonRecord:
+    """Reads ``results.json``.
+
+    Raises:
+        CheckpointError: it cannot be read, or is damaged; in one line.
+    """
+    path = Path(path).expanduser()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
+    try:
+        return ComparisonRecord.model_validate(values)
+    except ValidationError as error:
+        first = problems(error, "the file").split("; ")[0]
+        raise CheckpointError(f"{path}: damaged ({first})") from None

@@ -1,0 +1,258 @@
+"""A run that factors matrices, from model to checkpoint, top to bottom.
+
+load -> subject -> statistics and factors, block by block -> ranks -> blocks refined -> checkpoint -> evaluation of what
+was written. Each stage leaves its result in the work folder, under a name that changes with what it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bolaco.allocate.allocator import Allocation, AllocationTask, Trials
+from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, versions
+from bolaco.checkpoint.result import Result
+from bolaco.checkpoint.write import CompressedState, compressed_state, write_model
+from bolaco.data.sources import fingerprint
+from bolaco.data.texts import Texts
+from bolaco.factorize.method import METHODS
+from bolaco.factorize.store import FactorStore
+from bolaco.models.load import resolve_device
+from bolaco.progress import Reporter
+from bolaco.recipe.recipe import LowRankRecipe
+from bolaco.refine.run import Refiner, stored_block
+from bolaco.report.curves import matrix_curves, thinned
+from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
+from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
+from bolaco.runs.session import Loaded, Session, load, open_source, texts_for
+from bolaco.runs.warm import warm_ranks
+from bolaco.storage.block import compressed_block
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.work.blockstore import BlockStore
+from bolaco.work.files import require_space
+from bolaco.work.folder import Artefact, Clock, WorkFolder
+from bolaco.work.output import work_beside
+
+
+def compress(
+    recipe: LowRankRecipe,
+    out: Path,
+    reporter: Reporter,
+    work: Path | None = None,
+    keep_work: bool = False,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
+) -> Result[CompressedInfo]:
+    """Runs ``recipe`` and writes ``out``.
+
+    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed.
+
+    Raises:
+        BolacoError: anything the user can mend, in one line.
+    """
+    work = work_beside(out, work)
+    resolve_device(recipe.device)
+    with WorkFolder(work, recipe) as folder:
+        session = Session(folder, Clock(folder.path, recipe), reporter)
+        with session.clock.timed("load"):
+            if model is None:
+                reporter.say(f"loading {recipe.model}")
+            # In order of cost: what is wrong with the options or the text shows before any weight is read.
+            source = open_source(recipe.model, model, tokenizer)
+            texts = texts_for(recipe, source)
+            loaded = load(source, recipe.dtype, recipe.device)
+        result = compress_loaded(recipe, out, loaded, texts, session)
+        if not keep_work:
+            folder.remove()
+    return result
+
+
+def compress_loaded(
+    recipe: LowRankRecipe, out: Path, loaded: Loaded, texts: Texts, session: Session
+) -> Result[CompressedInfo]:
+    """The run from where model and texts are there; what is in the session's folder already is not made again.
+
+    Raises:
+        BolacoError: anything the user can mend, in one line.
+    """
+    made = subject_artefact(recipe, loaded, texts, session)
+    units = recipe.form.units(loaded.structure, recipe.dense_types)
+    budget = Budget(units.sites, recipe.keep, recipe.form)
+    warm = warm_ranks(recipe, budget)
+    subject = make_subject(recipe, loaded, texts, session, made)
+    plan = plan_factors(recipe, loaded, texts, session, subject, made)
+    _require_space(recipe, plan, loaded, session, out)
+    with session.clock.timed("factorize"):
+        (factors,) = carry_out([plan], session)
+    with session.clock.timed("dense evaluation"):
+        dense = dense_perplexity(loaded, texts, recipe.validation.batch, session)
+    allocation = _allocate(recipe, plan, factors, budget, warm, texts, session)
+    refined = _refined(recipe, plan, allocation.ranks, session)
+    if recipe.refinement.active:
+        with session.clock.timed("refine"):
+            _refine(recipe, plan, factors, allocation.ranks, refined, session)
+    states: list[CompressedState] = []
+
+    def write(folder: Path) -> None:
+        blocks = _blocks(recipe, plan, factors, allocation.ranks, refined)
+        states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form))
+        write_model(folder, subject.model, states[-1])
+        subject.save_extra(folder)
+
+    def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
+        found, parameters = perplexities_of(folder, dense, loaded, texts, recipe.validation.batch, session)
+        linears, ranks = budget.cost(allocation.ranks), allocation.ranks
+        info = CompressedInfo.model_validate(
+            common_values(loaded, folder)
+            | {
+                "method": recipe.method.name,
+                "storage": recipe.storage,
+                "keep": recipe.keep,
+                "keep_linears": linears / budget.total,
+                "keep_model": parameters / loaded.parameters,
+                "parameters": parameters,
+                "parameters_linears": linears,
+                "parameters_linears_dense": budget.total,
+                "layers": list(range(units.num_layers)),
+                "ranks": {member.name: ranks[site.name] for site in units.sites for member in site.members},
+                "pivot_growth": states[-1].growth,
+                "perplexity": found,
+                "dimensions": list(allocation.dimensions),
+                "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
+                "seconds": {},
+                "recipe": recipe.model_dump(mode="json"),
+                "versions": versions(METHODS.package(recipe.method.name)),
+            }
+        )
+        return info, _curves(plan, factors, ranks, refined)
+
+    return finish(out, loaded, session, write, measure)
+
+
+def _require_space(recipe: LowRankRecipe, plan: FactorPlan, loaded: Loaded, session: Session, out: Path) -> None:
+    """Stops if what is still to be written (estimated from above) does not fit."""
+    size = factor_bytes([plan], session)
+    if recipe.refinement.active:
+        size += sum(site.size for site in plan.subject.structure.sites) * loaded.itemsize
+    needs = [(session.folder.path, size), (out, loaded.parameters * loaded.itemsize)]
+    require_space(needs, "the factors and the checkpoint")
+
+
+def _allocate(
+    recipe: LowRankRecipe,
+    plan: FactorPlan,
+    factors: FactorStore,
+    budget: Budget,
+    warm: Ranks | None,
+    texts: Texts,
+    session: Session,
+) -> Allocation:
+    """The ranks, and what led to them."""
+    trials = None
+    options = recipe.allocator_options
+    if texts.candidates is not None:
+        ledger = session.folder.artefact(
+            "search",
+            factors=plan.artefact,
+            top=dict(plan.top),
+            keep=recipe.keep,
+            storage=recipe.storage,
+            # More trials go on with the ledger of fewer.
+            search=recipe.search.model_dump(mode="json") | {"trials": None, "warm_start": warm},
+            validation=recipe.validation,
+            text=fingerprint(texts.candidates),
+            seed=recipe.seed,
+        )
+        trials = Trials(
+            plan.subject,
+            factors,
+            texts.candidates,
+            recipe.validation,
+            ledger.path,
+            session.reporter,
+            session.clock.timed,
+        )
+    structure, top = plan.subject.structure, plan.top
+    task = AllocationTask(
+        structure,
+        budget,
+        recipe.search.rank_multiple,
+        recipe.dense_types,
+        lambda: {name: s for name, s in factors.spectra(structure.num_layers).items() if name in top},
+        plan.method.method.comparable,
+        recipe.seed,
+        warm,
+        trials,
+    )
+    return recipe.allocator.allocate(task, options)
+
+
+def _refined(recipe: LowRankRecipe, plan: FactorPlan, ranks: Ranks, session: Session) -> Artefact | None:
+    """Where the refined blocks are, if they are refined."""
+    settings = recipe.refinement
+    if not settings.active:
+        return None
+    return session.folder.artefact(
+        "refined",
+        factors=plan.artefact,
+        ranks=ranks,
+        refinement=settings,
+        text=fingerprint(plan.tokens[: settings.sequences]),
+        batch=plan.settings.batch,
+        groups=plan.settings.groups,
+        seed=recipe.seed,
+    )
+
+
+def _refine(
+    recipe: LowRankRecipe,
+    plan: FactorPlan,
+    factors: FactorStore,
+    ranks: Ranks,
+    artefact: Artefact | None,
+    session: Session,
+) -> None:
+    """Every block as it will be, and the losses of its training, in the work folder."""
+    assert artefact is not None  # it is when there is something to refine
+    refiner = Refiner(
+        plan.subject,
+        factors,
+        ranks,
+        plan.tokens,
+        plan.method,
+        recipe.refinement,
+        plan.settings,
+        plan.stores,
+        recipe.seed,
+    )
+    losses = artefact.read(dict[str, list[float]]) or {}
+
+    def on_block(layer: int, found: list[float]) -> None:
+        losses[str(layer)] = thinned(found)
+        artefact.write(losses)
+
+    refiner.run(BlockStore(artefact.path), session.reporter, on_block)
+
+
+def _blocks(
+    recipe: LowRankRecipe, plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artefact | None
+) -> Iterator[nn.Module]:
+    """The decoder blocks of the result, in the form in which they are trained."""
+    for layer in range(plan.subject.structure.num_layers):
+        if refined is not None:
+            yield stored_block(BlockStore(refined.path), plan.subject, layer)
+        else:
+            yield compressed_block(plan.subject, layer, factors.load(layer) if factors.has(layer) else {}, ranks)
+
+
+def _curves(plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artefact | None) -> Curves:
+    """What the report draws."""
+    structure = plan.subject.structure
+    spectra = {name: s for name, s in factors.spectra(structure.num_layers).items() if name in plan.top}
+    losses = {} if refined is None else refined.read(dict[str, list[float]]) or {}
+    return Curves(matrices=matrix_curves(structure.sites, spectra, ranks), refinement=losses)

@@ -1,0 +1,122 @@
+"""What a statistic of a matrix is: how it is estimated, how it is stacked, how it is stored and what that costs.
+
+There are three kinds, by where they are estimated: :class:`InputStatistic` on the forward walk, for all matrices that
+share an input, and never stored; :class:`GradientStatistic` on the backward walk; :class:`FoundStatistic` by whoever
+makes the subject that is factored, such as pruning. The latter two are stored block by block.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from bolaco.models.structure import Site
+
+V = TypeVar("V")
+V_co = TypeVar("V_co", covariant=True)
+
+
+class Statistic(ABC, Generic[V]):
+    """One statistic; there is a single instance of each.
+
+    Attributes:
+        name: of the folder it is stored in.
+    """
+
+    name: str
+
+    @abstractmethod
+    def stack(self, values: Sequence[V]) -> V:
+        """The statistic of matrices stacked along their outputs, from theirs."""
+
+
+class InputAccumulator(Protocol[V_co]):
+    """Takes the inputs of some matrices as they come."""
+
+    def update(self, x: Tensor, group: int = 0) -> None:
+        """Adds vectors ``[..., d]`` of one group; NonFiniteError for a NaN or infinity among them."""
+
+    def finalize(self) -> V_co:
+        """The statistic so far."""
+
+
+class InputStatistic(Statistic[V]):
+    """A statistic of an input ``[d]``, which the matrices that share the input have in common."""
+
+    @abstractmethod
+    def accumulator(self, dim: int, groups: int, device: torch.device) -> InputAccumulator[V]:
+        """An empty accumulator for inputs of length ``dim`` that come in so many groups."""
+
+    def stack(self, values: Sequence[V]) -> V:
+        """Stacked matrices have one input."""
+        return values[0]
+
+
+class StoredStatistic(Statistic[Tensor]):
+    """A statistic of each matrix that is kept on disk."""
+
+    @abstractmethod
+    def numbers(self, site: Site) -> int:
+        """How many float32 numbers are stored for a matrix."""
+
+    def encode(self, value: Tensor) -> Tensor:
+        """What is stored."""
+        return value
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """The value again; ValueError if this cannot be what was stored."""
+        return stored
+
+
+class GradientAccumulator(Protocol):
+    """Takes inputs and output gradients of one matrix as they come."""
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Adds inputs ``[sequences, length, in]`` and gradients ``[sequences, length, out]`` of a token's loss."""
+
+    def result(self) -> Tensor:
+        """The statistic so far, float64."""
+
+
+class GradientStatistic(StoredStatistic):
+    """A statistic of loss gradients.
+
+    Attributes:
+        labels: whose loss it is: that of tokens sampled from the model itself, or that of the text's own.
+    """
+
+    labels: Literal["sampled", "text"]
+
+    @abstractmethod
+    def accumulator(self, site: Site, device: torch.device) -> GradientAccumulator:
+        """An empty accumulator for one matrix."""
+
+
+class FoundStatistic(StoredStatistic):
+    """A statistic that is found while the subject is made."""
+
+
+class SiteStatistics:
+    """Statistics of one site: what its method needs, and nothing else."""
+
+    def __init__(self, values: Mapping[Any, Any]) -> None:
+        self.values: dict[Statistic[Any], Any] = dict(values)
+
+    def __getitem__(self, statistic: Statistic[V]) -> V:
+        """The value of a statistic.
+
+        Raises:
+            LookupError: the method did not ask for it.
+        """
+        if statistic not in self.values:
+            raise LookupError(f"statistic {statistic.name!r} was not asked for; name it under Method.needs")
+        value: V = self.values[statistic]
+        return value
+
+    def with_values(self, more: Mapping[Any, Any]) -> SiteStatistics:
+        """These and others, by statistic."""
+        return SiteStatistics(self.values | dict(more))

@@ -1,0 +1,97 @@
+"""Settings with every default filled in: what they leave open is the mode's to say."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import TrainingArguments
+
+from bolaco.errors import RecipeError
+from bolaco.settings import meant, problems
+from bolaco.tune.mode import Mode, Options
+from bolaco.tune.settings import TuneSettings
+
+
+def resolve(settings: TuneSettings, mode: Mode) -> tuple[TuneSettings, Options]:
+    """The settings with the mode's defaults where they were open, and the mode's options.
+
+    Raises:
+        RecipeError: an option the mode does not have, or out of range; a field the trainer does not have.
+    """
+    try:
+        options = mode.options.model_validate(settings.options)
+    except ValidationError as error:
+        for item in error.errors():
+            if item["type"] == "extra_forbidden":
+                name, known = str(item["loc"][0]), list(mode.options.model_fields)
+                raise RecipeError(
+                    f"options.{name}: mode {mode.name!r} has no such option{meant(name, known)}"
+                ) from None
+        raise RecipeError(problems(error, "options", "options.")) from None
+    given, defaults = settings.training, mode.defaults
+    rate = defaults.distill_rate if settings.distillation.weight > 0 else None
+    filled = {
+        "learning_rate": rate or defaults.learning_rate,
+        "warmup": defaults.warmup,
+        "schedule": defaults.schedule,
+        "final_rate": defaults.final_rate,
+        "weight_decay": defaults.weight_decay,
+    }
+    if given.max_steps is None:
+        filled["epochs"] = defaults.epochs
+    filled = {name: value for name, value in filled.items() if getattr(given, name) is None}
+    training = given.model_copy(update=filled)
+    values = options.model_dump(mode="json")
+    trainer = {"adam_beta1": defaults.betas[0], "adam_beta2": defaults.betas[1]} | trainer_fields(settings.trainer)
+    return settings.model_copy(update={"training": training, "options": values, "trainer": trainer}), options
+
+
+# Fields of TrainingArguments that have a name of their own here, or that the engine needs as they are.
+OWNED = {
+    "max_steps": "training.max_steps",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "learning_rate": "training.learning_rate",
+    "warmup_steps": "training.warmup",
+    "lr_scheduler_type": "training.schedule",
+    "lr_scheduler_kwargs": "training.final_rate",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "bf16": "training.autocast",
+    "save_steps": "training.save_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+    "use_cpu": "device",
+    "output_dir": "",
+    "save_strategy": "",
+    "logging_steps": "",
+    "logging_strategy": "",
+    "remove_unused_columns": "",
+    "disable_tqdm": "",
+}
+
+
+def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
+    """These fields of TrainingArguments, numbers that YAML takes for text (``1e-7``) as numbers.
+
+    Raises:
+        RecipeError: one of them is no field, or not to be set there.
+    """
+    known = {field.name: str(field.type) for field in fields(TrainingArguments) if field.name not in OWNED}
+    found = {}
+    for name, value in values.items():
+        if name in OWNED:
+            instead = f"use {OWNED[name]}" if OWNED[name] else "it has to be as it is"
+            raise RecipeError(f"trainer.{name}: cannot be set there; {instead}")
+        if name not in known:
+            hint = meant(name, known)
+            raise RecipeError(f"trainer.{name}: transformers.TrainingArguments has no such field{hint}")
+        found[name] = value
+        if isinstance(value, str) and "float" in known[name]:
+            with suppress(ValueError):
+                found[name] = float(value)
+    return found

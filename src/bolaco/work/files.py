@@ -1,0 +1,55 @@
+"""Files that are written whole or not at all, and room for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bolaco.errors import BolacoError
+
+# What a file is called while it is written.
+PARTIAL = ".partial"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write under; what is there becomes ``path`` when the block succeeds."""
+    partial = path.with_name(path.name + PARTIAL)
+    yield partial
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all, also where the power fails."""
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def require_space(needs: Iterable[tuple[Path, int]], what: str) -> None:
+    """Stops before the work starts if a disk cannot hold its results.
+
+    Args:
+        needs: folders, which need not exist yet, and the bytes that will be written to each; those on the same disk add
+            up.
+        what: what is to be written, for the message.
+
+    Raises:
+        BolacoError: with both numbers.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs:
+        existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+        device = existing.stat().st_dev
+        disks[device] = (existing, size + disks.get(device, (existing, 0))[1])
+    for existing, size in disks.values():
+        free = shutil.disk_usage(existing).free
+        if size > free:
+            raise BolacoError(
+                f"{existing}: no space left for {what}: about {size / 2**20:,.1f} MiB are needed, "
+                f"{free / 2**20:,.1f} MiB are free"
+            )

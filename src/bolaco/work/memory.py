@@ -1,0 +1,51 @@
+"""Resident memory of this process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def largest_resident() -> int:
+    """Largest resident memory of this process since its start, in bytes."""
+    # getrusage counts kilobytes, on a Mac bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system; glibc keeps what lies below anything that is still in use."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """Largest resident memory of this process since this was made; since its start where the mark cannot be reset.
+
+    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process. What
+    was freed before does not count.
+    """
+
+    def __init__(self) -> None:
+        give_back()
+        self.reset = self.resettable()
+
+    @staticmethod
+    def resettable() -> bool:
+        """Resets the mark, if that is possible here."""
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def bytes(self) -> int:
+        """The mark."""
+        if self.reset:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+        return largest_resident()
