@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bolaco.checkpoint.info import CompressedInfo, TunedInfo
+from bolaco.checkpoint.info import CompressedInfo, Info
 from bolaco.checkpoint.result import Result
 from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
@@ -112,7 +112,7 @@ def tune(
     reporter: Reporter | None = None,
     options: dict[str, Any] | None = None,
     **words: Any,
-) -> Result[CompressedInfo | TunedInfo] | None:
+) -> Result[Info] | None:
     """Tunes a compressed model, or any other, and writes a checkpoint folder of the same kind.
 
     Args:

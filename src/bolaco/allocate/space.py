@@ -23,6 +23,9 @@ from bolaco.storage.storage import Storage
 # Types that share a ratio, in the order of the search dimensions; v joins when it is not left dense.
 _SHARED = (("q", "k"), ("qk",), ("v",), ("o",), ("gate",), ("up",), ("gate_up",), ("down",))
 
+# What to do where not even the lowest ranks fit, and no smallest ratio is in the way.
+NO_FLOOR = "raise --keep, or let more types be factored (search.dense_types)"
+
 
 @dataclass(frozen=True)
 class Level:
@@ -193,6 +196,17 @@ def space_of(task: AllocationTask, options: SpaceOptions, parts: int = 1) -> Sea
 
 
 def uniform_preview(task: AllocationTask) -> Ranks:
-    """One ratio for all matrices, down to the lowest rank of each: what an allocation of this size looks like."""
+    """One ratio for all matrices, down to the lowest rank of each: what an allocation of this size looks like.
+
+    Raises:
+        BudgetError: not even the lowest ranks fit.
+    """
+    storage, budget = task.budget.storage, task.budget
+    least = 0
+    for site in task.structure.sites:
+        factored = site.type not in task.dense_types and storage.max_rank(site, task.multiple) > 0
+        least += storage.cost(site, task.multiple) if factored else site.size
+    if least > budget.limit:
+        raise budget.too_small(least, NO_FLOOR)
     space = space_of(task, SpaceOptions(min_keep=1e-9))
-    return space.ranks(space.settle([task.budget.keep] * len(space.names)))
+    return space.ranks(space.settle([budget.keep] * len(space.names)))

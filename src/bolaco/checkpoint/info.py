@@ -182,8 +182,8 @@ class Curves(Record):
     """Spectra of the matrices by name, and by layer the losses of a block's training, thinned."""
 
     format: int = 1
-    matrices: dict[str, MatrixCurve] = {}
-    refinement: dict[str, list[float]] = {}
+    matrices: dict[str, MatrixCurve]
+    refinement: dict[str, list[float]]
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -235,7 +235,8 @@ def read_any_info(folder: str | Path) -> CompressedInfo | TunedInfo:
 
 def write_curves(folder: Path, curves: Curves) -> None:
     """Writes ``curves.json``."""
-    (folder / CURVES_FILE).write_text(curves.model_dump_json(exclude_none=True) + "\n", encoding="utf-8")
+    values = curves.model_dump(mode="json", exclude_none=True)
+    (folder / CURVES_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
 def read_curves(folder: str | Path) -> Curves:
@@ -246,7 +247,7 @@ def read_curves(folder: str | Path) -> Curves:
     """
     path = Path(folder).expanduser() / CURVES_FILE
     if not path.exists():
-        return Curves()
+        return Curves(matrices={}, refinement={})
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

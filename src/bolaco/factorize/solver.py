@@ -1,4 +1,4 @@
-"""The weighted low-rank approximation that every factorizer here is a metric of.
+"""The weighted low-rank approximation behind every method; what a method chooses is the metric.
 
 ``min ||(W - B A) C^(1/2)||_F`` over rank-r products. With ``U`` the eigenvectors of ``W C W^T`` by descending
 eigenvalue, the minimiser is ``B = U_r``, ``A = U_r^T W`` and the squared error the sum of the eigenvalues dropped
@@ -105,7 +105,7 @@ class Factors:
         return float(self.spectrum[rank:].sum())
 
     def bias(self, rank: int, original: Tensor | None) -> Tensor | None:
-        """Bias of the rank-``rank`` layer, ``[out]``: keeps the mean output exact. None where there is none to have."""
+        """Bias of the rank-``rank`` layer, ``[out]``: keeps the mean output exact. None if there is none."""
         if self.offset is None or self.coordinates is None:
             return original
         shift = self.offset - self.coordinates[:rank] @ self.expand_t[:rank].to(self.coordinates)

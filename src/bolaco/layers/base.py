@@ -78,9 +78,9 @@ class FactoredLinear(nn.Module):
         """The bias, ``[out]``, or None."""
         raise NotImplementedError
 
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, nn.Linear]:
         """The Linears it consists of and owns, by their names in it; coded ones are none any more."""
-        return dict(self.named_children())
+        return {name: child for name, child in self.named_children() if isinstance(child, nn.Linear)}
 
     def growth(self) -> float | None:
         """The factor by which rounding errors can grow in this form; None where they do not."""

@@ -54,10 +54,12 @@ class PivotedLinear(FactoredLinear):
 
     def dense_bias(self) -> Tensor | None:
         """The bias, ``[out]``, or None."""
-        if self.side == "rows" and self.pivot.bias is not None:
-            made = self.rest.weight @ self.pivot.bias + self.rest.bias
-            return torch.cat([self.pivot.bias, made])[self.order]
-        return self.pivot.bias
+        bias = self.pivot.bias
+        if self.side == "rows" and bias is not None:
+            # Weights can be of another type: trained ones are float32 whatever is frozen.
+            made = self.rest.weight.to(bias.dtype) @ bias + self.rest.bias
+            return torch.cat([bias, made])[self.order]
+        return bias
 
     def growth(self) -> float:
         """The largest coefficient in absolute value."""

@@ -64,7 +64,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     places = torch.arange(8, dtype=torch.int32, device=packed.device)
     eights = packed.view(len(packed), packed.shape[1] // bits, bits).int()
     words = (eights << (8 * places[:bits])).sum(-1, dtype=torch.int32)
-    return ((words[..., None] >> (bits * places)) & (2**bits - 1)).to(torch.uint8).flatten(1)
+    found: Tensor = (words[..., None] >> (bits * places)) & (2**bits - 1)
+    return found.to(torch.uint8).flatten(1)
 
 
 def sketched(layer: nn.Module, bits: int, groups: int) -> nn.Module:

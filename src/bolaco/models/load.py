@@ -78,7 +78,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _elsewhere(source: Source) -> str:
-    """A misspelt folder looks like the id of a hub model."""
+    """The beginning of an error about a name that is no path: a misspelt folder looks like a hub id."""
     return "" if Path(source.path).exists() else "no such folder here, and from the hub: "
 
 
@@ -122,8 +122,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode, as plain tensors that can be saved again.
 
-    An adapter that ``bolaco tune`` has left beside the weights is put on, and then part of what is measured. Whoever
-    makes another model of this one refuses it, because it would be lost.
+    An adapter that ``bolaco tune`` has left beside the weights is put on, and is then part of what is measured. Callers
+    that make another model from this one refuse it (``adapters="refuse"``), because it would be lost.
 
     ``dtype="auto"`` keeps the checkpoint's own type (float32 for GGUF files, which are dequantized).
     ``device="auto"`` takes a GPU when there is one.

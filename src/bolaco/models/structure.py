@@ -97,7 +97,7 @@ class Site:
 class Stack(Site):
     """Matrices on one input, stacked along their outputs and compressed as one, ``[sum of out, in]``.
 
-    ``module``, ``part`` and ``rows`` are of no meaning; ``type`` is a key of :data:`STACKS`.
+    ``module``, ``part`` and ``rows`` mean nothing here; ``type`` is a key of :data:`STACKS`.
     """
 
     stacked: tuple[Site, ...]
@@ -156,7 +156,7 @@ def parameter_limit(keep: float, total: int) -> int:
 
 
 def prefix_of(model: PreTrainedModel) -> str:
-    """What names in the causal model begin with that are inside its base model: ``model.`` in most families."""
+    """What the names of the base model's parts begin with in the causal model: ``model.`` in most families."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 

@@ -200,11 +200,19 @@ def resolved(values: Values, preset: str = "default") -> Values:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
     values = _choices(values)
-    section = values.get("method")
-    name = section.get("name") if isinstance(section, dict) else None
-    system = SYSTEMS.get(name) if isinstance(name, str) else None
-    if system is None or not isinstance(section, dict):
+    section = values.get("method", {})
+    if not isinstance(section, dict):
         return laid_over(PRESETS[preset], values)
+    of_preset = PRESETS[preset]["method"]["name"]
+    name = section.get("name", of_preset if of_preset in TRANSFORMS else None)
+    system = SYSTEMS.get(name) if isinstance(name, str) else None
+    if system is None:
+        merged = laid_over(PRESETS[preset], values)
+        if of_preset in TRANSFORMS and not {"storage", "search"} <= merged.keys():
+            raise RecipeError(
+                f"method {name} contradicts the preset {preset}, which factors nothing; leave out one of the two"
+            )
+        return merged
     if preset == "default":
         preset = system.presets[0]
     if preset not in system.presets:
@@ -251,6 +259,9 @@ def _made(values: Values) -> Recipe:
     section = values.get("method")
     name = section.get("name") if isinstance(section, dict) else None
     transforms = isinstance(name, str) and name in TRANSFORMS
+    if isinstance(name, str) and not transforms and name not in METHODS:
+        known = dict.fromkeys([*METHODS.names(), *SYSTEMS])
+        raise RecipeError(f"method.name: unknown method {name!r}{meant(name, known)}")
     found: list[str] = []
     values = dict(values)
     for key, registry in (("method", TRANSFORMS if transforms else METHODS), ("search", ALLOCATORS)):

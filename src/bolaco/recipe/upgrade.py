@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bolaco.allocate.allocator import ALLOCATORS
 from bolaco.recipe.presets import PRESETS, SYSTEMS
 from bolaco.settings import Values
 
@@ -19,10 +20,6 @@ RENAMED = {
     "chop.pattern": "method.pattern",
     "pruning": "method",
 }
-# Fields of the old search that only some allocators have: of a search, of everything in its space.
-_OF_SEARCHES = ("trials", "initial", "slack", "objective", "kl_weight", "surrogate")
-_OF_SPACES = ("min_keep", "fill")
-_HAND, _WELORE = "hand", "welore"
 
 
 def renamed(values: Values) -> str | None:
@@ -79,13 +76,11 @@ def _section(values: Values, name: str) -> dict[str, Any]:
 
 
 def _search(old: Values, default: str | None) -> Values:
-    search = {"name": _HAND if old["space"] == "none" else old["space"]} if "space" in old else {}
-    name = str(search.get("name", default))
-    searches = name.startswith("5x")
-    kept = {
-        "space": False,
-        **dict.fromkeys(_OF_SEARCHES, searches),
-        **dict.fromkeys(_OF_SPACES, searches or name in (_HAND, "uniform")),
-        "min_ratio": name == _WELORE,
-    }
-    return search | {key: value for key, value in old.items() if kept.get(key, True)}
+    """The section of the search; of its fields those that the allocator has, as version 1 had one list for all."""
+    search = {"name": "hand" if old["space"] == "none" else old["space"]} if "space" in old else {}
+    name = search.get("name", default)
+    known: set[str] = set()
+    if isinstance(name, str) and name in ALLOCATORS:
+        known = set().union(*(ALLOCATORS.get(other).options.model_fields for other in ALLOCATORS.built_in))
+        known -= ALLOCATORS.get(name).options.model_fields.keys()
+    return search | {key: value for key, value in old.items() if key != "space" and key not in known}

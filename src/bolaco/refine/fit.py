@@ -93,10 +93,10 @@ class BlockFit:
         """How the inputs of some matrices differ, and the method's statistics of those of the compressed model."""
         device = self.runner.model.device
         moments = DriftMoments(site.in_features, self.groups, device)
+        wanted = self.method.method.inputs
+        # The moments of the compressed model's inputs are part of the drift.
         others = {
-            kind: kind.accumulator(site.in_features, self.groups, device)
-            for kind in self.method.method.inputs
-            if kind is not MOMENTS
+            kind: kind.accumulator(site.in_features, self.groups, device) for kind in wanted if kind is not MOMENTS
         }
         for rows in self.runner.slices:
             left = self.runner.input_of(site, original[rows])
@@ -111,8 +111,8 @@ class BlockFit:
             if tick:
                 tick(rows.stop - rows.start)
         drift = moments.finalize()
-        own = {kind: accumulator.finalize() for kind, accumulator in others.items()}
-        return drift, SiteStatistics({MOMENTS: drift.inputs}).with_values(own)
+        own = {kind: drift.inputs if kind is MOMENTS else others[kind].finalize() for kind in wanted}
+        return drift, SiteStatistics(own)
 
     def _fitted(self, site: Site, drift: Drift, metric: InputMetric, statistics: SiteStatistics) -> nn.Module:
         centred = self.method.method.centred

@@ -1,4 +1,4 @@
-"""The decoder compressed for good, block by block: fitted on its own inputs, then trained locally."""
+"""Refinement of the whole decoder, block by block: its matrices are fitted, then the block is trained."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from bolaco.settings import Section
 
 
 class Refinement(Section):
-    """What is done after the ranks are known."""
+    """Fitting and training of the blocks, once the ranks are known."""
 
     fit: bool = Field(False, description="fit every matrix again, on the inputs it has in the compressed model")
     drift: float = Field(1.0, ge=0, le=1, description="share of the change of its inputs that the fit makes up for")

@@ -109,6 +109,6 @@ def chop_loaded(
                 "versions": versions(),
             }
         )
-        return info, Curves(matrices=matrix_curves(structure.sites, {}, {}))
+        return info, Curves(matrices=matrix_curves(structure.sites, {}, {}), refinement={})
 
     return finish(out, loaded, session, write, measure)

@@ -27,6 +27,7 @@ from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.refine.run import Refiner, stored_block
 from bolaco.report.curves import matrix_curves, thinned
+from bolaco.runs.dry_run import preview_task
 from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
 from bolaco.runs.session import Loaded, Session, load, open_source, texts_for
@@ -81,8 +82,10 @@ def compress_loaded(
         BolacoError: anything the user can mend, in one line.
     """
     made = subject_artefact(recipe, loaded, texts, session)
-    units = recipe.form.units(loaded.structure, recipe.dense_types)
-    budget = Budget(units.sites, recipe.keep, recipe.form)
+    preview = preview_task(recipe, loaded.structure)
+    units, budget = preview.structure, preview.budget
+    # Called for what it raises: a budget that cannot be met shows before anything that takes long.
+    recipe.allocator.preview(preview, recipe.allocator_options)
     warm = warm_ranks(recipe, budget)
     subject = make_subject(recipe, loaded, texts, session, made)
     plan = plan_factors(recipe, loaded, texts, session, subject, made)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bolaco.allocate.allocator import AllocationTask
 from bolaco.models.load import load_config
 from bolaco.models.lowrank import refuse_compressed
-from bolaco.models.structure import inspect_structure, meta_model
+from bolaco.models.structure import Structure, inspect_structure, meta_model
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, plan_table
 from bolaco.runs.chop import kept_blocks
@@ -19,6 +19,13 @@ from bolaco.storage.budget import Budget
 
 def _no_spectra() -> Mapping[str, Tensor]:
     raise AssertionError("a preview looks at no weights")
+
+
+def preview_task(recipe: LowRankRecipe, structure: Structure) -> AllocationTask:
+    """What an allocator gets to know before any weight is looked at."""
+    units = recipe.form.units(structure, recipe.dense_types)
+    budget = Budget(units.sites, recipe.keep, recipe.form)
+    return AllocationTask(units, budget, recipe.search.rank_multiple, recipe.dense_types, _no_spectra)
 
 
 def described(recipe: Recipe) -> Iterator[Table | str]:
@@ -37,10 +44,7 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
         yield blocks_line(kept, structure.num_layers)
         yield f"{size:,} of {total:,} parameters of the decoder linears stay ({size / total:.4f})"
         return
-    units = recipe.form.units(structure, recipe.dense_types)
-    budget = Budget(units.sites, recipe.keep, recipe.form)
-    multiple, dense = recipe.search.rank_multiple, recipe.dense_types
-    yield from _factoring(recipe, AllocationTask(units, budget, multiple, dense, _no_spectra))
+    yield from _factoring(recipe, preview_task(recipe, structure))
 
 
 def _factoring(recipe: LowRankRecipe, task: AllocationTask) -> Iterator[Table | str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from bolaco.data.settings import Calibration
 from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
+from bolaco.errors import ResumeError
 from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
@@ -154,14 +155,29 @@ def plan_factors(
 def factor_store(plan: FactorPlan, session: Session) -> FactorStore:
     """The place of a plan's factors: one with ranks as high as the plan's, perhaps higher ones, or a new one."""
     for artefact in (plan.artefact, session.folder.artefact("factors", of=plan.artefact, top=dict(plan.top))):
-        file = artefact.path / TOP_FILE
-        known = TypeAdapter(dict[str, int]).validate_json(file.read_bytes()) if file.exists() else None
+        known = _known_top(artefact)
         if known is None or all(rank <= known.get(name, 0) for name, rank in plan.top.items()):
             store = FactorStore(artefact.path)
             if known is None:
-                write_text(file, json.dumps(dict(plan.top)))
+                write_text(artefact.path / TOP_FILE, json.dumps(dict(plan.top)))
             return store
     raise AssertionError("the second place is for these very ranks")
+
+
+def _known_top(artefact: Artefact) -> dict[str, int] | None:
+    """The ranks up to which the factors in a folder go; None if there are none yet.
+
+    Raises:
+        ResumeError: damaged; names the file.
+    """
+    file = artefact.path / TOP_FILE
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(dict[str, int]).validate_json(file.read_bytes())
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        raise ResumeError(f"{file}: damaged ({why}); delete the folder {artefact.path} and run again") from error
 
 
 def carry_out(plans: Sequence[FactorPlan], session: Session) -> list[FactorStore]:

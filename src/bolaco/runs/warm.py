@@ -19,10 +19,12 @@ def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
     if start is None:
         return None
     ranks = read_info(start).ranks
-    for name in [*budget.sites.keys() - ranks.keys(), *ranks.keys() - budget.sites.keys()]:
-        has = "that result has no rank for" if name in budget.sites else "this model has no matrix"
+    sites = budget.sites
+    # In their order, which that of a set is not.
+    for name in [*(name for name in sites if name not in ranks), *(name for name in ranks if name not in sites)]:
+        has = "that result has no rank for" if name in sites else "this model has no matrix"
         raise RecipeError(f"search.warm_start: {has} {name}; it is of another architecture")
-    for site in budget.sites.values():
+    for site in sites.values():
         rank = ranks[site.name]
         allowed = budget.storage.max_rank(site, recipe.search.rank_multiple)
         if rank is not None and (site.type in recipe.dense_types or rank > allowed):

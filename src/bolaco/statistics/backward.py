@@ -28,7 +28,7 @@ _NO_LABEL = -100
 
 @contextmanager
 def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter asks for a gradient while this lasts: only activations are differentiated."""
+    """No parameter gets a gradient while this lasts: only activations are differentiated."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)

@@ -41,7 +41,7 @@ class Pivoted:
         pivots, others = (self.first, self.second) if self.side == "rows" else (self.second, self.first)
         state = {"pivot.weight": pivots, "rest.weight": others, "order": self.order}
         if bias is not None and self.side == "rows":
-            # The kept outputs carry their bias into the others, which give back what they get too much.
+            # The kept outputs carry their bias into the others, whose own bias takes that away again.
             placed = bias[torch.argsort(self.order)]
             kept, made = placed[: len(pivots)], placed[len(pivots) :].double()
             state["pivot.bias"] = kept

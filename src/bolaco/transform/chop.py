@@ -101,7 +101,7 @@ def chop(model: PreTrainedModel, structure: Structure, blocks: tuple[int, ...]) 
     stack = structure.block_list(smaller)
     kept = nn.ModuleList([stack[block] for block in blocks])
     for layer, block in enumerate(kept):
-        # The index a block finds its part of the KV cache by.
+        # The index by which a block finds its part of the KV cache.
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", layer)  # noqa: B010 - to mypy an attribute of a module is a module
@@ -112,7 +112,7 @@ def chop(model: PreTrainedModel, structure: Structure, blocks: tuple[int, ...]) 
 
 
 def chop_config(config: Any, blocks: tuple[int, ...]) -> None:
-    """Changes a configuration to one of these blocks only: their number, and every list with an entry a block."""
+    """Changes a configuration to these blocks only: their number, and every list that has an entry for each block."""
     layers = config.num_hidden_layers
     lists = {
         name: value
@@ -129,14 +129,14 @@ def chop_config(config: Any, blocks: tuple[int, ...]) -> None:
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:
-    """What a module was configured with: its numbers, switches and words."""
+    """The plain attributes of a module, which it got from the configuration: numbers, switches and words."""
     values = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
     values.pop("training", None)
     return values
 
 
 def _check_configuration(model: PreTrainedModel, structure: Structure) -> None:
-    """The model that its configuration makes is this one, block by block."""
+    """Checks, block by block, that the configuration of a chopped model builds this very model."""
     made = structure.block_list(meta_model(copy.deepcopy(model.config)))
     for layer, (block, other) in enumerate(zip(structure.block_list(model), made, strict=True)):
         for (name, module), (_, built) in zip(block.named_modules(), other.named_modules(), strict=True):
@@ -174,7 +174,10 @@ def skipping_logits(model: PreTrainedModel, structure: Structure, blocks: tuple[
 def _check_logits(
     model: PreTrainedModel, smaller: PreTrainedModel, structure: Structure, blocks: tuple[int, ...]
 ) -> None:
-    """Removing blocks is skipping them, on a few tokens: not so where a block's depth is part of its computation."""
+    """Checks on a few tokens that the smaller model computes what the original does with those blocks skipped.
+
+    It does not where a block's depth is part of its computation.
+    """
     tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     expected = skipping_logits(model, structure, blocks, tokens).float()
     actual = skipping_logits(smaller, structure, tuple(range(structure.num_layers)), tokens).float()

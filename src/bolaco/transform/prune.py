@@ -42,7 +42,7 @@ _GROWING = 0.8
 
 
 class PruningOptions(Section):
-    """How far, and by what."""
+    """How far weights are pruned, and by what."""
 
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of zeros at the end; default: 1 - keep")
     steps: int = Field(64, gt=0, description="AdamW steps on the calibration text")
@@ -106,7 +106,7 @@ class _Matrix:
         return (tensor.T if self._transposed else tensor)[self._rows]
 
     def observe(self, score: str) -> None:
-        """Takes the gradient into the scores, of the kind ``score``, and masks it."""
+        """Adds what the gradient says to the scores, of the kind ``score``, then masks the gradient."""
         assert self._parameter.grad is not None
         gradient = self._view(self._parameter.grad)
         gain = gradient * self.values
@@ -121,7 +121,7 @@ class _Matrix:
         gradient *= self.mask
 
     def update(self, sparsity: float) -> None:
-        """Takes over what the optimizer made of the elements that were there, then masks to ``sparsity``."""
+        """Keeps the values that the optimizer has changed, then masks the matrix anew, to ``sparsity``."""
         held = self._view(self._parameter.data)
         self.values = torch.where(self.mask, held, self.values)
         self.mask = kept_elements(self.scores, sparsity)

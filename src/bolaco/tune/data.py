@@ -1,16 +1,17 @@
-"""What is trained on: text packed into equal blocks, or instructions of which only the responses carry loss.
+"""Training data: text packed into blocks of equal length, or instructions, of which only the responses carry loss.
 
-Instructions are a .jsonl file whose rows are all of one of these forms::
+Instructions are a .jsonl file, each row in one of these forms::
 
     {"prompt": ..., "response": ...}
     {"instruction": ..., "input": ..., "output": ...}                    (input may be missing or empty)
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}, ...]}
 
-Where the tokenizer has a chat template, every form is a conversation in it. Where it has none, a prompt is taken as it
-is, an instruction becomes paragraphs that begin with ``Instruction:``, ``Input:`` and ``Response:``, and a conversation
-one paragraph a turn, ``User:`` or ``Assistant:``; responses end with the end-of-text token.
+If the tokenizer has a chat template, a row of any form becomes a conversation in that template. If it has none, a
+prompt is followed by its response as it is; an instruction becomes paragraphs that begin with ``Instruction:``,
+``Input:`` and ``Response:``; and each turn of a conversation becomes a paragraph that begins with ``User:`` or
+``Assistant:``. Responses then end with the end-of-text token.
 
-Sequences are padded on the right. No attention mask is needed for that: a causal model does not look there.
+Batches are padded on the right. That needs no attention mask: a causal model never looks to the right.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,11 @@ from bolaco.errors import DataError
 from bolaco.tune.loss import IGNORED
 from bolaco.tune.settings import TuneSettings
 
+# One sequence: "input_ids" and "labels", [length] each. A label is the token to predict at its position, which is the
+# next one, or IGNORED where there is no loss.
 Example = dict[str, Tensor]
 
+# Form of a row -> the keys by which it is recognised.
 _FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "instruction": ("instruction", "output"),
@@ -41,13 +45,13 @@ _SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class Collate:
-    """Pads examples to the longest of a batch."""
+    """Makes a batch of examples; ``pad`` is the token that fills up the shorter ones."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
     def __call__(self, examples: list[Example]) -> Example:
-        """Tensors ``[sequences, length]``."""
+        """``input_ids`` and ``labels``, ``[sequences, length of the longest]`` each."""
         fill = {"input_ids": self.pad, "labels": IGNORED}
         pad = torch.nn.utils.rnn.pad_sequence
         return {key: pad([e[key] for e in examples], batch_first=True, padding_value=fill[key]) for key in fill}
@@ -55,15 +59,14 @@ class Collate:
 
 @dataclass(frozen=True)
 class TuneData:
-    """Examples, each with ``input_ids`` and ``labels`` ``[length]``: the token after each position, or none.
+    """The examples of a run.
 
     Attributes:
-        train: to train on.
-        evaluation: held out.
-        collate: makes a batch of examples.
-        kind: ``text`` or ``instructions``.
-        evaluation_source: where the held-out ones are from.
-        fingerprint: changes with any token.
+        train: those that are trained on.
+        evaluation: those that perplexity is measured on; none of them is trained on.
+        collate: makes a batch of some.
+        kind: ``text`` or ``instructions``, of those that are trained on.
+        evaluation_source: where the evaluation examples are from.
     """
 
     train: list[Example]
@@ -71,24 +74,37 @@ class TuneData:
     collate: Collate
     kind: str
     evaluation_source: str
-    fingerprint: str
 
     def tokens(self, count: int) -> list[Tensor]:
-        """At most ``count`` sequences to train on, ``[1, length]`` each."""
+        """Token ids ``[1, length]`` of the first ``count`` training sequences, or of all if there are fewer."""
         return [example["input_ids"][None] for example in self.train[:count]]
+
+    @property
+    def trained_on(self) -> str:
+        """A hash of every training example."""
+        return _fingerprint(self.train)
+
+    @property
+    def evaluated_on(self) -> str:
+        """A hash of every evaluation example."""
+        return _fingerprint(self.evaluation)
+
+
+def _fingerprint(examples: list[Example]) -> str:
+    return fingerprint(*(example[key] for example in examples for key in ("input_ids", "labels")))
 
 
 def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, world: int = 1) -> TuneData:
-    """Reads data and evaluation text; where they are one source, evaluation gets its beginning.
+    """Reads training and evaluation examples; if they come from one source, evaluation gets its beginning.
 
     Args:
-        settings: of the run.
-        tokenizer: of the model.
-        config: of the model.
-        world: processes that train; how much text is read depends on it.
+        settings: settings of the run.
+        tokenizer: tokenizer of the model.
+        config: configuration of the model.
+        world: processes that train together; without ``data.sequences``, no more is read than their steps need.
 
     Raises:
-        DataError: unreadable, too short, or malformed data, or sequences longer than the model's positions.
+        DataError: data that cannot be read, are too short or malformed, or sequences longer than the model's positions.
     """
     length, held_out = settings.data.seq_len, settings.evaluation.source
     positions = getattr(config, "max_position_embeddings", None)
@@ -98,39 +114,62 @@ def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, world: int
     training = settings.training
     if wanted is None and training.max_steps is not None:
         wanted = training.max_steps * training.batch * training.gradient_accumulation * world
-    source = _Source(settings.data.source, settings, tokenizer, config.model_type)
+    source = _open(settings.data.source, settings, tokenizer, config.model_type)
     if held_out is None:
         evaluation = source.take(windows, "evaluation", at_most=False)
     else:
-        other = _Source(held_out, settings, tokenizer, config.model_type)
+        other = _open(held_out, settings, tokenizer, config.model_type)
         evaluation = other.take(windows, "evaluation", at_most=True)
     train = source.take(wanted, "tuning", at_most=settings.data.sequences is None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    every = [example[key] for example in (*train, *evaluation) for key in ("input_ids", "labels")]
-    kind = "instructions" if source.rows is not None else "text"
-    return TuneData(train, evaluation, Collate(pad or 0), kind, held_out or settings.data.source, fingerprint(*every))
+    return TuneData(train, evaluation, Collate(pad or 0), source.kind, held_out or settings.data.source)
 
 
-class _Source:
-    """Examples of one source, in order."""
+class _Source(Protocol):
+    """Hands out the examples of one source in order, each once."""
 
-    def __init__(self, source: str, settings: TuneSettings, tokenizer: Any, model_type: str) -> None:
-        self.source, self.length = source, settings.data.seq_len
-        self.rows = self.stream = None
-        if _holds_instructions(source):
-            encoder = _Encoder(source, tokenizer, self.length, settings.data.train_on == "all")
-            self.rows = encoder.examples()
-        else:
-            self.stream = TokenStream(source, tokenizer, settings.bos, model_type)
+    kind: str
 
     def take(self, count: int | None, purpose: str, at_most: bool) -> list[Example]:
-        """The next ``count`` examples (None: all that are left); with ``at_most`` fewer will do, but one."""
-        if self.stream is not None:
-            blocks = self.stream.take(count, self.length, purpose, at_most)
-            after = torch.full((1,), IGNORED)
-            return [{"input_ids": block, "labels": torch.cat([block[1:], after])} for block in blocks]
-        assert self.rows is not None
-        found = list(itertools.islice(self.rows, count))
+        """The next ``count`` examples, or with None all that are left.
+
+        Raises:
+            DataError: there are fewer left; with ``at_most``, there are none.
+        """
+
+
+def _open(source: str, settings: TuneSettings, tokenizer: Any, model_type: str) -> _Source:
+    length = settings.data.seq_len
+    if _holds_instructions(source):
+        return _Instructions(source, tokenizer, length, settings.data.train_on == "all")
+    return _Text(TokenStream(source, tokenizer, settings.bos, model_type), length)
+
+
+class _Text:
+    """Blocks of ``length`` tokens, of which each predicts the next."""
+
+    kind = "text"
+
+    def __init__(self, stream: TokenStream, length: int) -> None:
+        self.stream, self.length = stream, length
+
+    def take(self, count: int | None, purpose: str, at_most: bool) -> list[Example]:
+        blocks = self.stream.take(count, self.length, purpose, at_most)
+        after = torch.full((1,), IGNORED)
+        return [{"input_ids": block, "labels": torch.cat([block[1:], after])} for block in blocks]
+
+
+class _Instructions:
+    """Instructions, cut to ``length`` tokens; with ``everything``, prompts carry loss too."""
+
+    kind = "instructions"
+
+    def __init__(self, source: str, tokenizer: Any, length: int, everything: bool) -> None:
+        self.source, self.length = source, length
+        self._examples = _Encoder(source, tokenizer, length, everything).examples()
+
+    def take(self, count: int | None, purpose: str, at_most: bool) -> list[Example]:
+        found = list(itertools.islice(self._examples, count))
         if not found or (not at_most and count is not None and len(found) < count):
             raise DataError(
                 f"{self.source}: too short for {purpose}: {count or 1} instructions with a response within "
@@ -140,7 +179,7 @@ class _Source:
 
 
 def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and rows of a .jsonl file, as far as its slice says."""
+    """Line number and content of every row of a .jsonl file that is in the source's slice."""
     name, start, stop = split_slice(source)
     with Path(name).expanduser().open(encoding="utf-8") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
@@ -155,7 +194,7 @@ def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _holds_instructions(source: str) -> bool:
-    """Whether this is a .jsonl file of something else than text."""
+    """Whether this is a .jsonl file whose first row is not plain text."""
     path = Path(split_slice(source)[0]).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         return False
@@ -164,14 +203,14 @@ def _holds_instructions(source: str) -> bool:
 
 
 class _Encoder:
-    """Rows to examples."""
+    """Turns rows into examples."""
 
     def __init__(self, source: str, tokenizer: Any, length: int, everything: bool) -> None:
         self.source, self.tokenizer, self.length, self.everything = source, tokenizer, length, everything
         self.start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
 
     def examples(self) -> Iterator[Example]:
-        """Of all rows in which a response token is left after cutting."""
+        """An example of every row, but for those in which no token with loss is left after cutting."""
         for number, row in _rows(self.source):
             where = f"{split_slice(self.source)[0]}, line {number}"
             ids, carries = self._encode(self._parts(where, row))
@@ -182,7 +221,8 @@ class _Encoder:
                 yield {"input_ids": tokens, "labels": labels}
 
     def _encode(self, parts: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        # Chat templates bring their own beginning.
+        """Tokens of pieces of text, and whether each token carries loss."""
+        # A chat template writes the beginning of the text itself.
         ids = [] if self.tokenizer.chat_template else list(self.start)
         carries = [self.everything] * len(ids)
         for text, response in parts:
@@ -192,7 +232,7 @@ class _Encoder:
         return ids, carries
 
     def _parts(self, where: str, row: dict[str, Any]) -> list[tuple[str, bool]]:
-        """Pieces of text, and whether each is a response."""
+        """A row as pieces of text, each with whether it is a response."""
         form = next((form for form, keys in _FORMS.items() if all(key in row for key in keys)), None)
         if form is None:
             known = "; ".join(" and ".join(keys) for keys in _FORMS.values())
@@ -220,6 +260,7 @@ class _Encoder:
         return self.tokenizer.eos_token or ""
 
     def _turns(self, where: str, messages: Any) -> list[dict[str, str]]:
+        """A conversation, once it is known to be one."""
         good = isinstance(messages, list) and all(
             isinstance(m, dict) and m.get("role") in _SPEAKERS and isinstance(m.get("content"), str) for m in messages
         )
@@ -231,6 +272,7 @@ class _Encoder:
         return list(messages)
 
     def _paragraphs(self, turns: list[dict[str, str]]) -> list[tuple[str, bool]]:
+        """A conversation without a chat template."""
         parts = []
         for turn in turns:
             speaker, said = _SPEAKERS[turn["role"]], turn["content"]
@@ -241,6 +283,7 @@ class _Encoder:
         return parts
 
     def _chat(self, where: str, turns: list[dict[str, str]]) -> list[tuple[str, bool]]:
+        """A conversation in the chat template; a response is what the template adds for a turn of the assistant."""
         parts, done = [], ""
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
@@ -254,5 +297,6 @@ class _Encoder:
         return parts
 
     def _rendered(self, turns: list[dict[str, str]], ask: bool) -> str:
+        """Text of a conversation; with ``ask`` up to where the assistant's next turn begins."""
         text: str = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
         return text

@@ -1,10 +1,10 @@
-"""Hashes of a model's tensors: what a mode does not train must come out bit for bit as it went in."""
+"""Hashes of a model's tensors, to prove that what a mode does not train comes out as it went in, bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,52 +14,53 @@ from bolaco.checkpoint.info import Unchanged
 from bolaco.errors import CheckpointError
 
 
-def _hash(digest: Any, tensor: Tensor) -> None:
-    digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def digests(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
-    """SHA-256 of each tensor of a state dict, or of those of these names."""
+def tensor_digests(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 of every tensor of the model's state dict, by name; with ``names``, of these only."""
     found = {}
     for name, tensor in model.state_dict().items():
         if names is None or name in names:
             digest = hashlib.sha256()
-            _hash(digest, tensor)
+            _add(digest, tensor)
             found[name] = digest.hexdigest()
     return found
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters that are not trained, and of the buffers that a checkpoint holds."""
+    """One SHA-256 of everything in the model's state dict that does not require a gradient."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not tensor.requires_grad:
             digest.update(name.encode())
-            _hash(digest, tensor)
+            _add(digest, tensor)
     return digest.hexdigest()
 
 
-def check_unchanged(model: nn.Module, before: dict[str, str], touched: frozenset[str], mode: str) -> Unchanged:
-    """What of the input is in the result bit for bit: all that the mode did not mean to touch.
+def check_unchanged(before: Mapping[str, str], result: nn.Module, touched: Collection[str], mode: str) -> Unchanged:
+    """Compares the result with the input, but for what the mode trains.
 
     Args:
-        model: the result as loaded.
-        before: :func:`digests` of the input.
-        touched: names of modules or parameters that may have changed.
-        mode: its name.
+        before: :func:`tensor_digests` of the input.
+        result: the result, as loaded from its folder.
+        touched: names of the modules and parameters that may be different.
+        mode: name of the mode.
 
     Raises:
-        CheckpointError: another tensor has changed; names it.
+        CheckpointError: another tensor is different, or missing; names it.
     """
     kept = {
         name: digest
         for name, digest in before.items()
         if not any(name == other or name.startswith(f"{other}.") for other in touched)
     }
-    found = digests(model, kept.keys())
+    found = tensor_digests(result, kept.keys())
     for name, digest in kept.items():
         if found.get(name) != digest:
             raise CheckpointError(f"{name}: changed by mode {mode!r}, which does not train it")
-    whole = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    return Unchanged(tensors=len(kept), sha256=whole)
+    together = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return Unchanged(tensors=len(kept), sha256=together)
+
+
+def _add(digest: Any, tensor: Tensor) -> None:
+    """Adds shape, dtype and bytes of a tensor to a hash."""
+    digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,8 +1,8 @@
 """Factored matrices in the form in which they are trained, and back in the form in which they are stored.
 
-Whatever a matrix is stored as, it is trained as two factors of one size. Modes then know one form only, and pivoting
-again afterwards keeps the coefficients of pivoted storage small, which training them directly does not. The rank
-stays, so the way back is exact (:mod:`bolaco.storage.pivot`).
+However a matrix is stored, it is trained as the product of two factors of equal scale. So a mode has to know one form
+only, and it trains better: the coefficients of pivoted storage, for one, grow when they are trained directly, and stay
+small when the trained product is pivoted anew. The way back is exact up to rounding, because training keeps the rank.
 """
 
 from __future__ import annotations
@@ -19,9 +19,15 @@ from bolaco.tune.mode import Matrix
 
 
 def balanced(expand: Tensor, reduce: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product with equal Gram matrices, diagonal: its singular vectors by the roots of its values.
+    """Factors of equal scale: singular vectors, each side multiplied by the roots of the singular values.
 
-    Computed in float64, returned in the dtype of the arguments.
+    Args:
+        expand: ``[out, rank]``.
+        reduce: ``[rank, in]``.
+
+    Returns:
+        Factors of the same shapes, dtypes and product. ``expand.T @ expand`` and ``reduce @ reduce.T`` are one and the
+        same diagonal matrix. Computed in float64.
     """
     left, left_core = torch.linalg.qr(expand.double())
     right, right_core = torch.linalg.qr(reduce.double().T)
@@ -30,46 +36,58 @@ def balanced(expand: Tensor, reduce: Tensor) -> tuple[Tensor, Tensor]:
     return (left @ (u * root)).to(expand.dtype), ((root[:, None] * vt) @ right.T).to(reduce.dtype)
 
 
-def two_factors(model: nn.Module, matrices: Iterable[Matrix]) -> dict[str, LowRankLinear | FollowerLinear]:
-    """Puts every factored matrix into the model as two balanced factors; by name, frozen as the model is.
+def in_two_factors(layer: nn.Module) -> bool:
+    """Whether a matrix is stored as it is trained: as two factors, one of which it may share with other matrices."""
+    # A subclass with a kind of its own is another form.
+    plain = isinstance(layer, FactoredLinear) and layer.kind == LowRankLinear.kind
+    return plain or isinstance(layer, LeadLinear | FollowerLinear)
 
-    Matrices that share a factor are two factors already and stay as they are: one cannot be balanced without the other.
+
+def two_factors(model: nn.Module, matrices: Iterable[Matrix]) -> dict[str, LowRankLinear | FollowerLinear]:
+    """Puts factored matrices into the model as two balanced factors, which do not require gradients yet.
+
+    Matrices that share a factor stay as they are: a factor cannot be balanced for two of them at once.
+
+    Returns:
+        The layers, by the names of their matrices.
+
+    Raises:
+        RecipeError: :func:`stored` would not find the storage of one of them.
     """
     found: dict[str, LowRankLinear | FollowerLinear] = {}
     for matrix in matrices:
-        module = matrix.of(model)
-        if isinstance(module, LeadLinear | FollowerLinear):
-            found[matrix.name] = module
+        layer = matrix.of(model)
+        if isinstance(layer, LeadLinear | FollowerLinear):
+            found[matrix.name] = layer
             continue
-        assert isinstance(module, FactoredLinear)
-        expand, reduce = (factor.detach() for factor in module.factors())
-        layer = low_rank_linear(*balanced(expand, reduce), module.dense_bias())
-        matrix.put(model, layer)
-        found[matrix.name] = layer
+        assert isinstance(layer, FactoredLinear)  # these are what is called factored
+        STORAGES.get(layer.kind)  # a missing package is noticed before training, not after
+        expand, reduce = (factor.detach() for factor in layer.factors())
+        made = low_rank_linear(*balanced(expand, reduce), layer.dense_bias())
+        matrix.put(model, made)
+        found[matrix.name] = made
     return found
 
 
 def stored(model: nn.Module, matrices: Iterable[Matrix]) -> None:
-    """Brings two-factor layers into the form that their configuration entry names, of the same rank.
+    """Undoes :func:`two_factors` after training: packs every layer into the form it was stored in, of the same rank.
 
-    The entry is changed with the layer.
+    Entries of the configuration are updated in place, because a form can have details that depend on the weights.
     """
     for matrix in matrices:
         layer, entry = matrix.of(model), matrix.entry
-        # Matrices that share a factor are stored as they are trained.
-        if entry is None or entry["kind"] not in STORAGES:
-            continue
-        assert isinstance(layer, FactoredLinear)
+        if entry is None or not isinstance(layer, FactoredLinear) or entry["kind"] == layer.kind:
+            continue  # it is trained as it is stored
         packed = STORAGES.get(entry["kind"]).pack(layer)
-        matrix.put(model, packed)
-        entry.update(packed.entry())
+        matrix.put(model, packed.requires_grad_(False))
+        # A part of a split projection has its name in its entry.
+        part = {"name": entry["name"]} if "name" in entry else {}
+        entry.clear()
+        entry.update(part | packed.entry())
 
 
 def growth(model: nn.Module) -> dict[str, float]:
-    """Of matrices whose stored form lets rounding errors grow, the factor, by the name of their site."""
-    found = {}
-    for name, module in model.named_modules():
-        grows = module.growth() if isinstance(module, FactoredLinear) else None
-        if grows is not None:
-            found[name.replace(".parts.", ".")] = grows
-    return found
+    """By matrix, the factor by which rounding errors can grow; of matrices in whose stored form they can."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, FactoredLinear))
+    found = {name.replace(".parts.", "."): layer.growth() for name, layer in layers}
+    return {name: factor for name, factor in found.items() if factor is not None}

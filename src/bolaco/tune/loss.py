@@ -1,7 +1,8 @@
-"""The loss of a tuned model: next-token prediction, and KL(teacher || model), a few positions at a time.
+"""The loss of a model that is tuned: next-token prediction, and KL(teacher || model) if it has a teacher.
 
-Logits of a slab of positions are computed, used and dropped, and computed again when their gradient is needed. So the
-memory they take does not depend on the batch, and only final hidden states are kept, of both models.
+Logits take most memory where the vocabulary is large. They are computed for a slab of positions at a time, used and
+dropped, and computed again when their gradient is needed. So their memory does not grow with the batch; what is kept
+for all positions is the final hidden states, of model and teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from bolaco.errors import NonFiniteError
 from bolaco.evaluation.objective import SLAB, Head, final_hidden
 
-# Label of a position that carries no loss.
+# The label of positions without loss.
 IGNORED = -100
 
 
@@ -29,14 +30,15 @@ def summed_losses(
     teacher: tuple[Head, Tensor] | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums over positions of the loss and of KL(teacher || model), in nats.
+    """Next-token loss and KL(teacher || model), each summed over all positions with a label, in nats.
 
     Args:
-        head: of the model.
-        hidden: ``[..., d]``, its final hidden states.
-        labels: ``[...]``, the token each position has to predict, :data:`IGNORED` where there is none.
-        teacher: its head and its final hidden states at the same positions; KL is zero without.
-        chunk: positions whose logits exist at once; by default as many as fit into 24 MiB.
+        head: head of the model.
+        hidden: ``[..., d]``, final hidden states of the model.
+        labels: ``[...]``, the token to predict at each position; :data:`IGNORED` where there is none.
+        teacher: head of the teacher, and its final hidden states ``[..., d of the teacher]`` at the same positions.
+            Without a teacher KL is zero.
+        chunk: positions whose logits are in memory at once; by default as many as fit into 24 MiB.
     """
     chosen = labels != IGNORED
     states, targets = hidden[chosen], labels[chosen]
@@ -67,16 +69,16 @@ def summed_losses(
 
 
 class Student(nn.Module):
-    """What the trainer trains: batch in, loss out.
+    """A model with its loss, as the Trainer needs it: batch in, loss out.
 
     Args:
-        model: prepared by a mode.
-        weight: of the distillation term, in [0, 1].
-        teacher: in evaluation mode; needed where ``weight`` is above 0.
+        model: the model to train, prepared by a mode.
+        weight: weight of the distillation term, in [0, 1].
+        teacher: the teacher, in evaluation mode; needed if ``weight`` is above 0.
         chunk: see :func:`summed_losses`.
     """
 
-    # The trainer passes the labels of all forward passes of a step, so that every token counts the same.
+    # Makes the Trainer pass the number of labels in all forward passes of a step, so that every token counts the same.
     accepts_loss_kwargs = True
 
     def __init__(
@@ -89,11 +91,17 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.weight, self.chunk = weight, chunk
-        # Not registered: neither saved, nor moved, nor put into training mode.
+        # In a tuple, so that no module among them is registered: saved, moved, or put into training mode.
         self._unregistered = Head(model), teacher, None if teacher is None else Head(teacher)
 
     def forward(self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Any:
-        """The loss of a batch: ``input_ids`` and ``labels`` ``[sequences, length]``, labels already shifted."""
+        """The mean loss of a batch, in nats a token.
+
+        Args:
+            input_ids: ``[sequences, length]``.
+            labels: ``[sequences, length]``, the next token of each position, or :data:`IGNORED`.
+            num_items_in_batch: what the sum is divided by; default: the number of labels in the batch.
+        """
         head, teacher, teacher_head = self._unregistered
         known = None
         if teacher is not None and teacher_head is not None:
@@ -104,7 +112,7 @@ class Student(nn.Module):
         return {"loss": ((1 - self.weight) * nll + self.weight * kl) / count}
 
     def gradient_checkpointing_enable(self, **arguments: Any) -> None:
-        """As of the model; the trainer calls it."""
+        """Switches it on in the model; the Trainer calls this if ``trainer.gradient_checkpointing`` is set."""
         self.model.gradient_checkpointing_enable(**arguments)
         self.model.enable_input_require_grads()
 
@@ -117,10 +125,18 @@ def mean_loss(
     chunk: int | None = None,
     tick: Callable[[int], Any] | None = None,
 ) -> tuple[float, int]:
-    """Loss of the model over all labels of ``examples``, in nats a token, and how many these are.
+    """Mean next-token loss of a model over all labels, in nats a token, and the number of labels.
+
+    Args:
+        model: the model, in evaluation mode.
+        examples: sequences, ``input_ids`` and ``labels`` ``[length]`` each.
+        collate: makes a batch of some of them.
+        batch: sequences in a forward pass.
+        chunk: see :func:`summed_losses`.
+        tick: called after each forward pass with the number of its sequences.
 
     Raises:
-        NonFiniteError: it is NaN.
+        NonFiniteError: the loss is NaN.
     """
     head = Head(model)
     total, count = 0.0, 0

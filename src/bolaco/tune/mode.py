@@ -24,18 +24,21 @@ from bolaco.tune.settings import TuneSettings
 
 
 class Options(Section):
-    """Options of one mode; a mode subclasses it with its own."""
+    """Base class of the options of a mode; as it is, it has none."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """One layer of a decoder block: a factored matrix, or a dense one (fused projections are one, unless split).
+    """A weight matrix of a decoder block, dense or factored.
+
+    A fused projection (qkv, gate_up) is one matrix, unless it was split when it was compressed.
 
     Attributes:
-        name: of the module, in the causal model.
+        name: name of its module in the causal model.
         layer: index of the decoder block.
-        types: matrix types it holds, of ``q k v o gate up down``; several only where it is fused.
-        entry: its entry in ``config.lowrank["matrices"]``, to be changed with the layer; None where it has none.
+        types: its type, one of ``q k v o gate up down``; several for a fused projection.
+        entry: what ``config.lowrank["matrices"]`` says of it, to be changed whenever the kind of layer changes; None
+            where there is no entry.
     """
 
     name: str
@@ -44,30 +47,30 @@ class Matrix:
     entry: Entry | None
 
     def of(self, model: nn.Module) -> nn.Module:
-        """The module as it is now."""
+        """The module that is in its place now."""
         return model.get_submodule(self.name)
 
     def put(self, model: nn.Module, module: nn.Module) -> None:
-        """Replaces the module."""
+        """Puts another module in its place."""
         put_module(model, self.name, module)
 
 
 @dataclass
 class Context:
-    """What a mode gets to know.
+    """What a mode is given.
 
     Attributes:
-        model: the loaded model, to be changed in place; no parameter requires a gradient.
-        settings: of the run, with every default filled in.
-        options: the mode's options, validated.
-        info: ``bolaco.json`` of the input, None if there is none.
-        tokens: called with a number, gives at most so many sequences of the data as token ids ``[1, length]`` each,
-            for modes that calibrate.
-        original: loads the model that was compressed, on the same device and in the same type: the one of this name,
-            or the one that ``bolaco.json`` names.
-        folder: of the run's intermediate results, where a mode may keep what took long to prepare; None in processes
-            that are not the first.
-        reporter: where progress goes.
+        model: the model to tune, which the mode changes in place; none of its parameters requires a gradient.
+        settings: the settings of the run, with all defaults filled in.
+        options: the mode's own options, an instance of ``Mode.options``.
+        info: content of the ``bolaco.json`` beside the model; None if there is none.
+        tokens: ``tokens(n)`` gives the first n training sequences as token ids ``[1, length]``, or all if there are
+            fewer; for modes that calibrate on text.
+        original: ``original(name)`` loads another model to the same device and number format. ``original(None)`` loads
+            the one that this model was compressed from, or raises UnsupportedModelError if ``info`` does not name it.
+        folder: where a mode may keep what took long to compute, for when the run is interrupted; it depends on
+            everything that the mode is given. None in all processes of torchrun but the first.
+        reporter: shows progress.
     """
 
     model: PreTrainedModel
@@ -81,7 +84,7 @@ class Context:
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Every matrix of the types that are tuned, in order of execution.
+        """The matrices of the types to be tuned, in order of execution.
 
         Raises:
             UnsupportedModelError: the model's structure is not known.
@@ -91,10 +94,10 @@ class Context:
 
     @cached_property
     def factored(self) -> tuple[Matrix, ...]:
-        """Those that are factored.
+        """Of these matrices, the factored ones.
 
         Raises:
-            UnsupportedModelError: there is none.
+            UnsupportedModelError: there are none.
         """
         found = tuple(m for m in self.matrices if isinstance(m.of(self.model), FactoredLinear))
         if not found:
@@ -109,16 +112,17 @@ class Context:
 
 @dataclass
 class Prepared:
-    """A model ready to be trained: parameters that require a gradient are trained, the others are not.
+    """What a mode says of the model it has prepared. Parameters that require a gradient will be trained.
 
     Attributes:
-        finish: called once after training; folds what folds, and returns the model to save with ``save_pretrained``.
-        touched: names of modules or parameters of the loaded model that may come out changed. Everything else in the
-            result is compared with the input, bit by bit.
-        on_step: called before every optimiser step with its number, from 0, and the number of all; for schedules. Where
-            time ends sooner the number is the one that the clock stands for.
-        save_extra: writes what belongs to the result and is not in the model into its folder.
-        note: for the model card, what a user of the result has to know; a sentence or two.
+        finish: called once, after training: undoes or merges what was only there for training, and returns the model
+            to save with ``save_pretrained``.
+        touched: names of the modules and parameters, in the model as it was loaded, that may be different in the
+            result. Every other tensor of the result is compared with the input's, bit for bit.
+        on_step: ``on_step(step, steps)``, called before every optimiser step, from step 0; for schedules. In a run that
+            is limited by time, ``step`` follows the clock where that is ahead.
+        save_extra: writes what belongs to the result, but is not part of the model, into the folder of the result.
+        note: one or two sentences for the model card: what users of the result have to know.
     """
 
     finish: Callable[[], PreTrainedModel]
@@ -130,7 +134,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Defaults:
-    """A mode's settings of training, from its paper where it has one."""
+    """A mode's training settings, those of its paper if it has any; ``distill_rate`` is for runs with a teacher."""
 
     learning_rate: float
     distill_rate: float | None = None
@@ -144,23 +148,22 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Mode:
-    """A mode, as ``--mode`` names it.
+    """A tuning mode.
 
     Attributes:
-        name: as on the command line.
-        paper: where it comes from.
-        summary: one line.
-        defaults: of training.
-        prepare: changes the model of a context in place so that it can be trained. Its outputs stay the same up to
-            rounding, unless ``exact_start`` is false. It depends on nothing but the context and torch's generator,
-            which is seeded: a run that goes on after an interruption prepares again, then loads what was trained by
-            name.
-        options: pydantic class of its options.
-        exact_start: outputs before the first step are the input's.
-        same_ranks: the result has the ranks and the parameter count of the input.
-        coded: takes models whose matrices are coded into tables (mode ``sketch``).
-        check: raises what is wrong with the options for this model, before anything long is done.
-        attach: puts on the loaded result what else is in its folder, before it is measured.
+        name: what ``--mode`` takes.
+        paper: where it is from, such as ``arXiv 2405.10616``.
+        summary: one line for ``bolaco methods``.
+        defaults: training settings for whatever the user does not set.
+        prepare: makes the model of a context ready for training, in place. It must depend on the context and torch's
+            random generator (which is seeded) only: a run that continues after an interruption calls it again, then
+            loads the trained parameters by name.
+        options: class of its options.
+        exact_start: whether the prepared model's outputs are those of the input, up to rounding.
+        same_ranks: whether the result has the ranks and the number of parameters of the input.
+        coded: whether it can tune models whose matrices are coded into tables (by mode ``sketch``).
+        check: raises whatever is wrong with options and model, before anything that takes long.
+        attach: puts adapters that the mode keeps in files of their own on the result, so that it is measured with them.
     """
 
     name: str
@@ -177,7 +180,7 @@ class Mode:
 
 
 def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
-    """Every matrix of the decoder, in a dense model or a compressed one.
+    """All matrices in the decoder blocks of a dense or a compressed model, in order of execution.
 
     Raises:
         UnsupportedModelError: the model's structure is not known.
@@ -190,13 +193,14 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
         if site.part is not None and isinstance(model.base_model.get_submodule(name), SplitLinear):
             name = f"{name}.parts.{site.part}"
             entry = next(part for part in entries[site.module]["parts"] if part["name"] == site.part)
+        # Several sites of one module: a fused projection.
         types = (*found[name].types, site.type) if name in found else (site.type,)
         found[name] = Matrix(prefix + name, site.layer, types, entry)
     return tuple(found.values())
 
 
 def structure_of(model: PreTrainedModel) -> Structure:
-    """Blocks and matrices of a dense model, or of the one that a compressed model was made from.
+    """Blocks and matrices of a dense model; of a compressed one, those of the dense model it was made from.
 
     Raises:
         UnsupportedModelError: the model's structure is not known.
@@ -205,7 +209,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
 
 
 def is_coded(model: PreTrainedModel) -> bool:
-    """Whether a matrix of the model is coded into tables."""
+    """Whether any matrix of the model is coded into tables (by mode ``sketch``)."""
     return any(isinstance(module, SketchLinear) for module in model.modules())
 
 

@@ -1,4 +1,4 @@
-"""Settings with every default filled in: what they leave open is the mode's to say."""
+"""Settings with nothing left open: what the user did not say, the mode does."""
 
 from __future__ import annotations
 
@@ -16,21 +16,13 @@ from bolaco.tune.settings import TuneSettings
 
 
 def resolve(settings: TuneSettings, mode: Mode) -> tuple[TuneSettings, Options]:
-    """The settings with the mode's defaults where they were open, and the mode's options.
+    """The settings with the mode's defaults where they were open, and the mode's options by themselves.
 
     Raises:
-        RecipeError: an option the mode does not have, or out of range; a field the trainer does not have.
+        RecipeError: an option that the mode does not have or that is out of range, or a field that
+            ``TrainingArguments`` does not have.
     """
-    try:
-        options = mode.options.model_validate(settings.options)
-    except ValidationError as error:
-        for item in error.errors():
-            if item["type"] == "extra_forbidden":
-                name, known = str(item["loc"][0]), list(mode.options.model_fields)
-                raise RecipeError(
-                    f"options.{name}: mode {mode.name!r} has no such option{meant(name, known)}"
-                ) from None
-        raise RecipeError(problems(error, "options", "options.")) from None
+    options = _options(settings, mode)
     given, defaults = settings.training, mode.defaults
     rate = defaults.distill_rate if settings.distillation.weight > 0 else None
     filled = {
@@ -42,14 +34,25 @@ def resolve(settings: TuneSettings, mode: Mode) -> tuple[TuneSettings, Options]:
     }
     if given.max_steps is None:
         filled["epochs"] = defaults.epochs
-    filled = {name: value for name, value in filled.items() if getattr(given, name) is None}
-    training = given.model_copy(update=filled)
+    training = given.model_copy(update={name: v for name, v in filled.items() if getattr(given, name) is None})
     values = options.model_dump(mode="json")
     trainer = {"adam_beta1": defaults.betas[0], "adam_beta2": defaults.betas[1]} | trainer_fields(settings.trainer)
     return settings.model_copy(update={"training": training, "options": values, "trainer": trainer}), options
 
 
-# Fields of TrainingArguments that have a name of their own here, or that the engine needs as they are.
+def _options(settings: TuneSettings, mode: Mode) -> Options:
+    known = mode.options.model_fields
+    for name in settings.options:
+        if name not in known:
+            raise RecipeError(f"options.{name}: mode {mode.name!r} has no such option{meant(name, known)}")
+    try:
+        return mode.options.model_validate(settings.options)
+    except ValidationError as error:
+        raise RecipeError(problems(error, "options", "options.")) from None
+
+
+# Fields of TrainingArguments that must not be set directly -> the setting to use instead; "" where there is none
+# because the engine needs the field as it is.
 OWNED = {
     "max_steps": "training.max_steps",
     "num_train_epochs": "training.epochs",
@@ -76,10 +79,10 @@ OWNED = {
 
 
 def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
-    """These fields of TrainingArguments, numbers that YAML takes for text (``1e-7``) as numbers.
+    """Checks values of ``TrainingArguments`` by field; makes numbers of those that YAML reads as text (``1e-7``).
 
     Raises:
-        RecipeError: one of them is no field, or not to be set there.
+        RecipeError: there is no such field, or it must not be set directly.
     """
     known = {field.name: str(field.type) for field in fields(TrainingArguments) if field.name not in OWNED}
     found = {}

@@ -1,8 +1,10 @@
-"""Weights as entries of small tables: weighted k-means, and codes with the feedback of GPTQ (arXiv 2410.06364).
+"""Coding weights as entries of small tables: weighted k-means, and error feedback as in GPTQ (arXiv 2410.06364).
 
-A matrix ``[out, in]`` has a table of ``2**bits`` numbers for each row and each run of ``ceil(in / groups)`` columns.
-The tables are k-means centres, where a column counts by how much its errors cost. The codes are chosen column by
-column, the costly ones first; what a column loses is made up for by those after it, as far as the inputs correlate.
+The columns of a matrix ``[out, in]`` are divided into runs of ``ceil(in / groups)``. Each row has a table of
+``2**bits`` numbers for each run, and every weight is replaced by a number in its table. The tables are the centres of a
+k-means clustering in which a column weighs more the more its errors cost. The codes (indices into the tables) are
+chosen column by column, those whose errors cost most first. The error of a column is then made up for in the columns
+that follow, as far as their inputs correlate.
 """
 
 from __future__ import annotations
@@ -16,23 +18,29 @@ from bolaco.layers import SketchLinear
 from bolaco.layers.sketch import pack
 from bolaco.models.structure import weight_of
 
-# Columns between two updates of all that follow.
+# The feedback of so many columns is applied together to all columns after them.
 _PANEL = 128
+# Iterations of k-means, at most.
 _ITERATIONS = 100
-# Tables of this size and below start evenly spaced only.
+# k-means of more centres than this is also started from k-means++.
 _EVEN = 8
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Tables ``[out, groups, 2**bits]``, ascending, and codes ``[out, in]``, uint8."""
+    """A coded matrix.
+
+    Attributes:
+        lut: the tables, ``[out, groups, 2**bits]``, each in ascending order.
+        codes: index of every weight in its table, ``[out, in]``, uint8.
+    """
 
     lut: Tensor
     codes: Tensor
 
     @property
     def weight(self) -> Tensor:
-        """``[out, in]``."""
+        """The matrix that it stands for, ``[out, in]``."""
         size = -(-self.codes.shape[1] // self.lut.shape[1])
         group = torch.arange(self.codes.shape[1], device=self.codes.device) // size
         rows = torch.arange(len(self.codes), device=self.codes.device)[:, None]
@@ -41,9 +49,15 @@ class Coded:
 
 
 def inverse_factor(second_moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """``(order, U)``: columns by falling second moment, and upper U with ``U^T U = H^-1`` in that order; float64.
+    """What error feedback needs to know of the inputs x: ``H = 2 E[x x^T]``, in the form that :func:`code` takes.
 
-    ``H = 2 E[x x^T]`` with ``damping`` times its mean diagonal on the diagonal; the identity where all inputs are zero.
+    Args:
+        second_moment: ``E[x x^T]``, ``[in, in]``.
+        damping: this times the mean of H's diagonal is added to the diagonal. If all inputs are zero, 1 is.
+
+    Returns:
+        ``(order, U)``: the columns in order of falling second moment, ``[in]``; and the upper triangular U with
+        ``U^T U = H^-1`` for columns in that order, ``[in, in]``, float64.
     """
     hessian = 2 * second_moment.double()
     mean = hessian.diagonal().mean()
@@ -59,11 +73,11 @@ def code(weight: Tensor, feedback: tuple[Tensor, Tensor], bits: int, groups: int
     """Codes a matrix.
 
     Args:
-        weight: ``[out, in]``.
-        feedback: order of the columns and U, by :func:`inverse_factor` of its inputs.
-        bits: of a code, 1 to 4.
-        groups: tables of a row.
-        power: a column weighs ``diag(U)**-power`` in k-means.
+        weight: the matrix, ``[out, in]``.
+        feedback: :func:`inverse_factor` of its inputs.
+        bits: length of a code, 1 to 4.
+        groups: number of tables for each row.
+        power: in k-means, the weight of a column is ``diag(U)**-power``.
     """
     (out, columns), (order, upper) = weight.shape, feedback
     importance = torch.empty_like(order, dtype=torch.float64)
@@ -74,7 +88,7 @@ def code(weight: Tensor, feedback: tuple[Tensor, Tensor], bits: int, groups: int
         kmeans(left[:, start : start + size], importance[start : start + size], 2**bits)
         for start in range(0, columns, size)
     ]
-    # A row that has fewer runs of columns than groups has tables that nothing refers to.
+    # Where columns run out before groups do, the remaining tables are not referred to.
     luts += [torch.zeros_like(luts[0])] * (groups - len(luts))
     lut = torch.stack(luts, dim=1).to(weight.dtype)
     tables = lut.double()
@@ -96,10 +110,18 @@ def code(weight: Tensor, feedback: tuple[Tensor, Tensor], bits: int, groups: int
 
 
 def kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Centres ``[rows, count]``, ascending, of each row of ``values`` ``[rows, n]`` with ``weights`` ``[n]``.
+    """Weighted k-means in one dimension, of each row by itself.
 
-    Lloyd's iteration to its fixed point, from evenly spaced centres; of more than eight centres also from k-means++
-    (seeded), and the better one of each row is taken. So no row is worse than rounded to nearest on an even grid.
+    Lloyd's iteration is started from evenly spaced centres. For more than eight centres it is started from k-means++
+    (seeded) as well, and each row takes the better result. So no row is worse off than on an even grid.
+
+    Args:
+        values: ``[rows, n]``.
+        weights: ``[n]``.
+        count: number of centres.
+
+    Returns:
+        The centres in ascending order, ``[rows, count]``.
     """
     ordered, order = values.contiguous().sort(dim=1)
     mass = weights.expand_as(values).gather(1, order)
@@ -114,14 +136,34 @@ def kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def clustering_error(values: Tensor, weights: Tensor, centres: Tensor) -> Tensor:
-    """Weighted squared distance of each row's values from their nearest centre, ``[rows]``; centres ascend."""
+    """Weighted sum of squared distances between values and their nearest centres, by row.
+
+    Args:
+        values: ``[rows, n]``.
+        weights: ``[rows, n]`` or ``[n]``.
+        centres: ``[rows, count]``, in ascending order.
+
+    Returns:
+        ``[rows]``.
+    """
     middles = (centres[:, 1:] + centres[:, :-1]) / 2
     nearest = centres.gather(1, torch.searchsorted(middles.contiguous(), values.contiguous()))
     return (weights * (values - nearest) ** 2).sum(1)
 
 
 def _lloyd(ordered: Tensor, mass: Tensor, centres: Tensor) -> Tensor:
-    """The iteration, on sums from the left: a centre's values are a run of the sorted ones."""
+    """Lloyd's iteration until nothing moves, on sorted rows, where the values of a centre are consecutive.
+
+    So their sum is a difference of two cumulative sums.
+
+    Args:
+        ordered: values ``[rows, n]``, in ascending order.
+        mass: their weights ``[rows, n]``.
+        centres: where to start, ``[rows, count]``.
+
+    Returns:
+        Centres in ascending order, ``[rows, count]``.
+    """
     start = torch.zeros_like(ordered[:, :1])
     sums = torch.cat([start, (mass * ordered).cumsum(1)], dim=1)
     masses = torch.cat([start, mass.cumsum(1)], dim=1)
@@ -139,7 +181,11 @@ def _lloyd(ordered: Tensor, mass: Tensor, centres: Tensor) -> Tensor:
 
 
 def _spread(ordered: Tensor, mass: Tensor, count: int) -> Tensor:
-    """Starting centres of k-means++: each next one drawn by weight times squared distance from those there are."""
+    """Starting centres of k-means++, ``[rows, count]``.
+
+    The probability that a value is drawn as the next centre is proportional to its weight times its squared distance
+    from the nearest centre so far.
+    """
     draw = torch.Generator().manual_seed(0)
     chosen: list[Tensor] = []
     distance = torch.ones_like(ordered)
@@ -154,7 +200,7 @@ def _spread(ordered: Tensor, mass: Tensor, count: int) -> Tensor:
 
 
 def coded_layer(module: nn.Module, coded: Coded, bits: int) -> SketchLinear:
-    """The layer of these codes and tables with the bias of ``module``, a Linear or Conv1D."""
+    """The layer of a coded matrix, to replace ``module``, a Linear or Conv1D, whose bias it takes over."""
     weight, bias = weight_of(module), module.bias
     out, columns = weight.shape
     made = SketchLinear(columns, out, bias is not None, bits, coded.lut.shape[1]).to(weight.device, weight.dtype)

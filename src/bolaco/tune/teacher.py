@@ -1,4 +1,4 @@
-"""Other models beside the one that is tuned: its teacher, and the original it was compressed from."""
+"""Models beside the one that is tuned: the teacher, and the model that it was compressed from."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from bolaco.errors import RecipeError, UnsupportedModelError
 from bolaco.models.load import load_config, load_model, load_tokenizer
 from bolaco.tune.settings import TuneSettings
 
-AnyInfo = CompressedInfo | TunedInfo | None
 
-
-def as_trained(model: PreTrainedModel, settings: TuneSettings) -> None:
-    """Brings a model into the number format of the run.
+def to_run_dtype(model: PreTrainedModel, settings: TuneSettings) -> None:
+    """Brings a model into the number format of the run, in place.
 
     Raises:
-        RecipeError: half precision without autocast.
+        RecipeError: the model would stay in half precision, which cannot be multiplied with trained weights in float32
+            unless autocast is on.
     """
     if settings.dtype == "float32":
         model.float()
@@ -30,31 +29,54 @@ def as_trained(model: PreTrainedModel, settings: TuneSettings) -> None:
         )
 
 
-def _named(info: AnyInfo) -> str | None:
-    """The original that ``bolaco.json`` names."""
+def original_name(info: CompressedInfo | TunedInfo | None) -> str | None:
+    """The model that was compressed, if ``bolaco.json`` names it."""
     return info.model if isinstance(info, CompressedInfo) else None
 
 
-def teacher_name(settings: TuneSettings, info: AnyInfo) -> str:
-    """The teacher: the one asked for, or the original.
+def load_original(
+    settings: TuneSettings, info: CompressedInfo | TunedInfo | None, name: str | None = None
+) -> PreTrainedModel:
+    """The model of this name, or without one the model that was compressed.
 
     Raises:
-        RecipeError: there is none.
+        UnsupportedModelError: there is no name, or it cannot be loaded.
     """
-    name = settings.distillation.teacher or _named(info)
+    name = name or original_name(info)
     if name is None:
-        raise RecipeError(
-            f"distillation.teacher is missing: {settings.model} has no {INFO_FILE} that names its original; "
-            "--teacher MODEL"
+        raise UnsupportedModelError(
+            f"{settings.model}: mode {settings.mode!r} needs the model that was compressed, and there is no "
+            f"{INFO_FILE} that names it"
         )
-    return name
+    return _load_frozen(name, settings)
 
 
-def check_teacher(settings: TuneSettings, info: AnyInfo, config: Any, tokenizer: Any) -> None:
-    """Raises RecipeError or UnsupportedModelError if a teacher is needed and none of this vocabulary is there."""
+def load_teacher(settings: TuneSettings, info: CompressedInfo | TunedInfo | None) -> PreTrainedModel | None:
+    """The teacher, or None if the settings do not ask for distillation.
+
+    Raises:
+        RecipeError: no teacher is named.
+        UnsupportedModelError: it cannot be loaded.
+    """
+    return _load_frozen(_teacher_name(settings, info), settings) if settings.distillation.weight > 0 else None
+
+
+def check_teacher(settings: TuneSettings, info: CompressedInfo | TunedInfo | None, config: Any, tokenizer: Any) -> None:
+    """Checks, without reading weights, that there is a teacher if one is needed, and that it has the same vocabulary.
+
+    Args:
+        settings: settings of the run.
+        info: content of the ``bolaco.json`` beside the model that is tuned.
+        config: configuration of that model.
+        tokenizer: its tokenizer.
+
+    Raises:
+        RecipeError: no teacher is named, or its vocabulary is another one.
+        UnsupportedModelError: its configuration or tokenizer cannot be read.
+    """
     if settings.distillation.weight == 0:
         return
-    name = teacher_name(settings, info)
+    name = _teacher_name(settings, info)
     theirs = load_config(name)
     if theirs.vocab_size != config.vocab_size:
         raise RecipeError(
@@ -68,23 +90,17 @@ def check_teacher(settings: TuneSettings, info: AnyInfo, config: Any, tokenizer:
         )
 
 
-def load_other(name: str, settings: TuneSettings) -> PreTrainedModel:
-    """Another model, on the same device and in the same number format as the one that is tuned; not trained."""
-    model = load_model(name, device=settings.device)
-    as_trained(model, settings)
-    return model.requires_grad_(False)
-
-
-def load_original(name: str | None, settings: TuneSettings, info: AnyInfo) -> PreTrainedModel:
-    """The model of this name, or the original.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    name = name or _named(info)
+def _teacher_name(settings: TuneSettings, info: CompressedInfo | TunedInfo | None) -> str:
+    name = settings.distillation.teacher or original_name(info)
     if name is None:
-        raise UnsupportedModelError(
-            f"{settings.model}: mode {settings.mode!r} needs the model that was compressed, and there is no "
-            f"{INFO_FILE} that names it"
+        raise RecipeError(
+            f"distillation.teacher is missing: {settings.model} has no {INFO_FILE} that names its original; "
+            "--teacher MODEL"
         )
-    return load_other(name, settings)
+    return name
+
+
+def _load_frozen(name: str, settings: TuneSettings) -> PreTrainedModel:
+    model = load_model(name, device=settings.device)
+    to_run_dtype(model, settings)
+    return model.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""transformers' Trainer, saving only what is trained and reporting where bolaco reports."""
+"""The training itself: transformers' Trainer, whose checkpoints hold only what is trained."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,54 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from bolaco.checkpoint.info import CurvePoint, Record
 from bolaco.errors import NonFiniteError, RecipeError, ResumeError
-from bolaco.progress import Tick
+from bolaco.models.quiet import quiet
+from bolaco.progress import Reporter, Tick
+from bolaco.tune.data import TuneData
 from bolaco.tune.loss import Student
 from bolaco.tune.mode import Prepared
 from bolaco.tune.settings import TuneSettings
+from bolaco.work.files import whole
 
+# In a checkpoint of the Trainer: what is trained, and the seconds that training has taken so far.
 TRAINED = "trained.safetensors"
 _CLOCK = "clock.json"
 _SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
+# The loss curve in bolaco.json has at most so many points.
+CURVE = 200
+
+
+class Trained(Record):
+    """How training went: steps taken out of those planned, whether time ended it early, and the loss on the way."""
+
+    steps: int
+    of_steps: int
+    out_of_time: bool
+    curve: list[CurvePoint]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of the Trainer: its folder, and the content of its ``trainer_state.json``."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken until then."""
+        return int(self.state["global_step"])
 
 
 def total_steps(settings: TuneSettings, examples: int, world: int) -> int:
-    """Optimiser steps of a run on so many examples in so many processes."""
+    """Optimiser steps that the settings ask for.
+
+    Args:
+        settings: settings of the run, resolved.
+        examples: sequences to train on.
+        world: processes that train together.
+    """
     training = settings.training
     an_epoch = math.ceil(math.ceil(examples / (training.batch * world)) / training.gradient_accumulation)
     wanted = [] if training.max_steps is None else [training.max_steps]
@@ -38,61 +74,133 @@ def total_steps(settings: TuneSettings, examples: int, world: int) -> int:
 
 
 def training_arguments(settings: TuneSettings, steps: int, folder: Path, device: torch.device) -> TrainingArguments:
-    """What the settings mean to the Trainer.
+    """The settings as the Trainer takes them; also sets up the process group under torchrun.
+
+    Args:
+        settings: settings of the run, resolved.
+        steps: optimiser steps.
+        folder: where checkpoints go.
+        device: where the model is.
 
     Raises:
-        RecipeError: it refuses one of ``trainer.*``.
+        RecipeError: the Trainer refuses a value of ``settings.trainer``.
     """
     training = settings.training
-    # Settings are resolved by now: nothing is open.
-    assert training.schedule is not None
-    assert training.learning_rate is not None
-    assert training.warmup is not None
-    assert training.weight_decay is not None
-    more: dict[str, Any] = {"report_to": "none", "dataloader_pin_memory": device.type == "cuda", "save_total_limit": 2}
+    values: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": training.batch,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "learning_rate": training.learning_rate,
+        "warmup_steps": training.warmup,
+        "lr_scheduler_type": _SCHEDULES[str(training.schedule)],
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": training.autocast,
+        "save_strategy": "steps",
+        "save_steps": training.save_steps,
+        "save_total_limit": 2,
+        "logging_strategy": "steps",
+        # Every step, so that an interruption leaves no trace in the loss curve.
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+    }
     if training.schedule == "cosine":
-        more["lr_scheduler_kwargs"] = {"min_lr_rate": training.final_rate}
+        values["lr_scheduler_kwargs"] = {"min_lr_rate": training.final_rate}
     try:
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            per_device_train_batch_size=training.batch,
-            gradient_accumulation_steps=training.gradient_accumulation,
-            learning_rate=training.learning_rate,
-            warmup_steps=training.warmup,
-            lr_scheduler_type=_SCHEDULES[training.schedule],
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            bf16=training.autocast,
-            save_strategy="steps",
-            save_steps=training.save_steps,
-            logging_strategy="steps",
-            # Every step, so that the curve of a run that was interrupted has no seam.
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            use_cpu=device.type == "cpu",
-            seed=settings.seed,
-            data_seed=settings.seed,
-            **(more | settings.trainer),
-        )
+        return TrainingArguments(**(values | settings.trainer))
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         why = textwrap.shorten(str(error), 300)
         raise RecipeError(f"trainer: transformers refuses these settings: {why}") from error
 
 
-def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is trained, by name."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def train(
+    student: Student,
+    prepared: Prepared,
+    data: TuneData,
+    minutes: float | None,
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> Trained:
+    """Trains the student's model, from the last checkpoint on if an earlier call was interrupted.
+
+    Args:
+        student: computes the loss.
+        prepared: what the mode said of the model.
+        data: what is trained on.
+        minutes: training stops when they have passed, those before an interruption included; None is no limit.
+        arguments: of the Trainer; checkpoints are in ``output_dir``.
+        reporter: shows progress.
+
+    Raises:
+        NonFiniteError: the loss is NaN or infinite.
+        ResumeError: the last checkpoint is damaged.
+    """
+    _hold_in_float32(student.model)
+    with quiet():
+        _meet(arguments)
+        steps, last = arguments.max_steps, last_checkpoint(Path(str(arguments.output_dir)))
+        begun = 0 if last is None else last.step
+        if last is not None:
+            reporter.say(f"training: {begun} of {steps} steps are done already")
+        with reporter.stage("train", steps - begun) as tick:
+            trainer = TuneTrainer(
+                student,
+                prepared,
+                minutes,
+                tick,
+                args=arguments,
+                train_dataset=data.train,
+                data_collator=data.collate,
+            )
+            out_of_time = last is not None and trainer.out_of_time(last.path) and begun < steps
+            if last is not None and (begun >= steps or out_of_time):
+                # Interrupted between the last checkpoint and the end of the stage.
+                load_trained(student.model, last.path / TRAINED)
+                state = last.state
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last.path))
+                state, out_of_time = vars(trainer.state), trainer.watch.out_of_time
+    return Trained(
+        steps=int(state["global_step"]),
+        of_steps=steps,
+        out_of_time=out_of_time,
+        curve=loss_curve(state["log_history"]),
+    )
+
+
+def loss_curve(history: list[dict[str, Any]]) -> list[CurvePoint]:
+    """The loss over the steps, from the Trainer's log of every step.
+
+    It has at most :data:`CURVE` points; each is the mean of the steps after the point before.
+    """
+    points = [(int(entry["step"]), float(entry["loss"])) for entry in history if "loss" in entry]
+    size = math.ceil(len(points) / CURVE) or 1
+    runs = [points[i : i + size] for i in range(0, len(points), size)]
+    return [CurvePoint(step=run[-1][0], loss=sum(loss for _, loss in run) / len(run)) for run in runs]
+
+
+def save_trained(model: nn.Module, file: Path) -> None:
+    """Writes the parameters that require a gradient, by name; the file appears whole or not at all."""
+    state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    with whole(file) as partial:
+        save_file(state, partial)
 
 
 def load_trained(model: nn.Module, file: Path) -> None:
-    """Puts what :func:`trained_state` saved back into a model that was prepared in the same way.
+    """Loads what :func:`save_trained` wrote into a model that was prepared in the same way, in float32.
 
     Raises:
-        ResumeError: the file is damaged, or of another model.
+        ResumeError: the file is damaged, or of a model prepared in another way.
     """
+    _hold_in_float32(model)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         state = load_file(file)
@@ -105,20 +213,35 @@ def load_trained(model: nn.Module, file: Path) -> None:
         raise ResumeError(f"{file}: damaged ({error}); delete the work folder to start anew") from error
 
 
-def last_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The latest whole checkpoint of the Trainer and its state; it writes the state last."""
+def _hold_in_float32(model: nn.Module) -> None:
+    """Converts what is trained: steps of training can be smaller than half precision resolves."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The latest complete checkpoint in a folder; one whose writing was interrupted is passed over."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
+        # The Trainer writes this file last.
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        return path, state
+        return Checkpoint(path, state)
     return None
 
 
+def _meet(arguments: TrainingArguments) -> None:
+    """Waits until all processes of torchrun have come this far, so that they find the same checkpoint."""
+    _ = arguments.device  # sets up the process group if that has not been done
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
 def _agreed(value: float, device: torch.device) -> float:
-    """The first process's value, in all of them: one clock decides."""
+    """The first process's value, in all processes: one clock decides for all."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     shared = torch.tensor(value, device=device)
@@ -127,10 +250,10 @@ def _agreed(value: float, device: torch.device) -> float:
 
 
 def _seconds(file: Path) -> float:
-    """What :class:`TuneTrainer` wrote of its clock.
+    """Seconds that training had taken when a checkpoint was written.
 
     Raises:
-        ResumeError: missing or damaged.
+        ResumeError: the file is missing or damaged.
     """
     try:
         return float(json.loads(file.read_text(encoding="utf-8"))["seconds"])
@@ -139,10 +262,10 @@ def _seconds(file: Path) -> float:
 
 
 class _Clock:
-    """Time spent on training, of a budget; what was spent before an interruption counts.
+    """Time spent on training, that before an interruption included.
 
     Args:
-        minutes: the budget; None is without end.
+        minutes: how many may be spent; None is no limit.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -150,7 +273,7 @@ class _Clock:
         self.earlier, self.start = 0.0, time.monotonic()
 
     def begin(self, earlier: float = 0.0) -> None:
-        """Starts, with so many seconds spent before."""
+        """Starts, ``earlier`` seconds having been spent before."""
         self.earlier, self.start = earlier, time.monotonic()
 
     @property
@@ -159,12 +282,12 @@ class _Clock:
         return self.earlier + time.monotonic() - self.start
 
     def share(self, device: torch.device) -> float:
-        """What is spent of the budget, from 0, the same in all processes; always 0 without one."""
+        """The share of the limit that is spent, the same number in all processes; always 0 without a limit."""
         return 0.0 if self.budget is None else _agreed(self.spent / self.budget, device)
 
 
 class TuneTrainer(Trainer):
-    """Trains a :class:`Student`; its checkpoints hold what is trained, not the whole model."""
+    """Trains a :class:`Student`; its checkpoints hold what is trained instead of the whole model."""
 
     model: Student
 
@@ -175,10 +298,10 @@ class TuneTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """transformers' schedule, run by the clock where time ends before the steps do.
+        """transformers' learning-rate schedule, but by the clock where that is ahead of the steps.
 
-        It is asked for the middle of each step: at their beginnings a warm-up has a learning rate of zero, at their
-        ends a linear schedule has, and a short run has no step to give away.
+        Each step has the schedule's value at its middle. At its beginning, the first step of a warm-up would have a
+        rate of zero; at its end, the last step of a linear schedule would. A short run has no step to waste.
         """
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if isinstance(scheduler, LambdaLR):
@@ -188,7 +311,7 @@ class TuneTrainer(Trainer):
                 return lambda step: shape(min(steps, max(step + 0.5, self.clock.share(self.args.device) * steps)))
 
             scheduler.lr_lambdas = [timed(shape) for shape in shapes]
-            # The first step's rate was set when the schedule was made.
+            # The first step's rate was set when the schedule was made, before the change.
             for group, rate, shape in zip(
                 scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
             ):
@@ -196,14 +319,14 @@ class TuneTrainer(Trainer):
         return scheduler
 
     def out_of_time(self, checkpoint: Path) -> bool:
-        """Whether training stopped at this checkpoint because its time was spent."""
+        """Whether all the time was spent when this checkpoint was written."""
         return self.clock.budget is not None and _seconds(checkpoint / _CLOCK) >= self.clock.budget
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CLOCK).write_text(json.dumps({"seconds": self.clock.spent}), encoding="utf-8")
-        save_file(trained_state(self.model.model), folder / TRAINED)
+        save_trained(self.model.model, folder / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -212,7 +335,7 @@ class TuneTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Progress, the mode's schedule, the budget of time, and a look at the loss."""
+    """Reports progress, tells the mode of each step, ends training when time is spent, and looks at the loss."""
 
     def __init__(self, prepared: Prepared, clock: _Clock, tick: Tick) -> None:
         self.prepared, self.clock, self.tick = prepared, clock, tick

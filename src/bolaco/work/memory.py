@@ -24,10 +24,10 @@ def give_back() -> None:
 
 
 class PeakMemory:
-    """Largest resident memory of this process since this was made; since its start where the mark cannot be reset.
+    """Largest resident memory of this process since the object was made; since its start where that is not possible.
 
-    Linux keeps the mark (VmHWM) and resets it on request; elsewhere getrusage has the one of the whole process. What
-    was freed before does not count.
+    Linux keeps a high-water mark (VmHWM) and resets it on request; elsewhere getrusage knows that of the whole process
+    only. Memory that was freed before does not count.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class PeakMemory:
         return True
 
     def bytes(self) -> int:
-        """The mark."""
+        """The largest value so far."""
         if self.reset:
             lines = Path("/proc/self/status").read_text().splitlines()
             return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024

@@ -39,13 +39,16 @@ class Menu:
         return int(np.argmin(self.errors + price * self.costs))
 
 
-def make_menu(site: Site, spectrum: Tensor, multiple: int, storage: Storage, relative: bool) -> Menu:
+def make_menu(
+    site: Site, spectrum: Tensor, multiple: int, storage: Storage, relative: bool, earlier: int | None = None
+) -> Menu:
     """The menu of a site from its spectrum (squared errors by component, descending).
 
-    ``relative`` divides by the whole, for methods whose errors are not comparable between matrices.
+    ``relative`` divides by the whole, for methods whose errors are not comparable between matrices. ``earlier`` is the
+    rank that an earlier result gives it, which need not be a multiple.
     """
     top = min(storage.max_rank(site, multiple), len(spectrum))
-    ranks: list[int | None] = list(range(multiple, top + 1, multiple))
+    ranks: list[int | None] = [*sorted({*range(multiple, top + 1, multiple), *([earlier] if earlier else [])})]
     energy = spectrum.double().numpy()
     tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     errors = [float(tails[rank]) for rank in ranks if rank is not None]
@@ -76,7 +79,8 @@ def spectral_ranks(
         BudgetError: not even the lowest ranks fit.
     """
     names = [site.name for site in sites if site.name in spectra]
-    menus = [make_menu(budget.sites[n], spectra[n], multiple, budget.storage, relative) for n in names]
+    start = warm or {}
+    menus = [make_menu(budget.sites[n], spectra[n], multiple, budget.storage, relative, start.get(n)) for n in names]
     if warm is not None:
         over = budget.cost(warm) > budget.limit
         menus = [

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
-from bolaco.allocate.space import uniform_preview
+from bolaco.allocate.space import NO_FLOOR, uniform_preview
 from bolaco.models.structure import Site
 from bolaco.settings import Section
 from bolaco.storage.budget import Budget, Ranks
@@ -81,8 +81,7 @@ def welore_ranks(
     thresholds = np.unique(np.concatenate([*values.values(), [np.inf]]))
     low, high = 0, len(thresholds) - 1
     if budget.cost(at(np.inf)) > budget.limit:
-        advice = "raise --keep, or let more types be factored (search.dense_types)"
-        raise budget.too_small(budget.cost(at(np.inf)), advice)
+        raise budget.too_small(budget.cost(at(np.inf)), NO_FLOOR)
     while low < high:
         middle = (low + high) // 2
         if budget.cost(at(thresholds[middle])) > budget.limit:
@@ -106,17 +105,12 @@ def allocate(task: AllocationTask, options: WeloreOptions) -> Allocation:
     return Allocation(ranks)
 
 
-def preview(task: AllocationTask, options: WeloreOptions) -> Ranks:
-    """One ratio for all."""
-    return uniform_preview(task)
-
-
 ALLOCATOR = Allocator(
     name="welore",
     paper="arXiv 2407.11239",
     summary="one threshold on all normalised singular values (WeLore)",
     allocate=allocate,
-    preview=preview,
+    preview=lambda task, options: uniform_preview(task),
     shows="uniform",
     options=WeloreOptions,
 )

@@ -1,1 +1,1 @@
-"""What can be trained: one file for each mode."""
+"""The tuning modes, one file each."""

@@ -1,7 +1,7 @@
-"""All parameters are trained on: extended pretraining, as for layer-chopped models in arXiv 2305.14864 (v3).
+"""All parameters are trained, as in pretraining; layer-chopped models need it (arXiv 2305.14864v3).
 
-It takes any model, dense ones included. Deviations: the warm-up is a share of the steps instead of 2,000, and factored
-matrices of pivoted storage are trained as two balanced factors and pivoted again.
+It takes any model, dense ones included. Deviations from the paper: the warm-up is a share of the steps instead of 2,000
+steps, and factored matrices are trained as two balanced factors, whatever form they are stored in.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from bolaco.tune.mode import Context, Defaults, Mode, Prepared
 
 
 def check(context: Context) -> None:
-    """Raises RecipeError where only some matrices are to be tuned."""
+    """Raises RecipeError if only some types of matrices are to be tuned."""
     if context.settings.types is not None:
         raise RecipeError("types: mode 'continued' trains all parameters; leave it out, or use --mode factors")
 
 
 def prepare(context: Context) -> Prepared:
-    """Everything requires a gradient."""
+    """Makes every parameter require a gradient."""
     model = context.model
     touched = frozenset(model.state_dict())
     matrices = context.factored if is_compressed(model.config) else ()

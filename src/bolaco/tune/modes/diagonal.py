@@ -1,10 +1,11 @@
-"""Bolaco's post-training (arXiv 2405.10616, section 3.3): two vectors a matrix, inside the subspace that is there.
+"""Bolaco's post-training (arXiv 2405.10616, section 3.3): two vectors for each factored matrix are trained.
 
-``y = (B A + diag(b) B' diag(d) A') x``, where B' and A' are some columns of B and the same rows of A, all frozen, and
-only b (from 0) and d (from 0.1) are trained. It folds: column j of B becomes ``B_j + d_j (b o B_j)``.
+A matrix ``B A`` becomes ``B A + diag(b) B' diag(d) A'``, where B' is some columns of B and A' the same rows of A, all
+frozen. Only b, which starts at 0, and d, which starts at 0.1, are trained. Afterwards they are folded into B, whose
+column j becomes ``B_j + d_j (b * B_j)``, element by element: rank and size stay as they are.
 
-The paper trains on instructions, 64 a step; its released script has size 64 and a learning rate of 1e-2. Pivoted
-matrices are trained as two balanced factors and pivoted again.
+The paper trains on instructions, 64 in a step; its released script has size 64 and a learning rate of 1e-2. A matrix
+that is not stored as two factors is trained as two balanced ones.
 """
 
 from __future__ import annotations
@@ -16,23 +17,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.layers import FollowerLinear, LowRankLinear
-from bolaco.tune.factored import stored, two_factors
+from bolaco.tune.factored import in_two_factors, stored, two_factors
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
 
 class DiagonalOptions(Options):
-    """Size and start of the tuned term."""
+    """Size and start of the term that is trained."""
 
-    size: int = Field(256, gt=0, description="columns of B and rows of A in it; the rank, where that is less")
-    start: float = Field(0.1, description="of d")
+    size: int = Field(256, gt=0, description="columns of B and rows of A in the term; the rank, if that is less")
+    start: float = Field(0.1, description="initial value of d")
 
 
 class DiagonalLinear(nn.Module):
-    """A frozen two-factor layer with the tuned term.
+    """A frozen layer of two factors, plus the term that is trained.
 
     Args:
-        layer: the frozen factors.
-        chosen: ``[size]``, which columns of B and rows of A.
+        layer: the layer; B is the weight of its ``expand``.
+        chosen: which columns of B and rows of A are in the term, ``[size]``.
         start: initial value of d.
     """
 
@@ -53,7 +54,7 @@ class DiagonalLinear(nn.Module):
         return tuned
 
     def fold(self) -> LowRankLinear | FollowerLinear:
-        """The layer with the term in its factor B, computed in float64."""
+        """The layer, with the term added to B; computed in float64."""
         weight = self.layer.expand.weight.data
         columns = weight[:, self.chosen].double()
         weight[:, self.chosen] = (columns * (1 + self.b.data.double()[:, None] * self.d.data.double())).to(weight.dtype)
@@ -61,14 +62,14 @@ class DiagonalLinear(nn.Module):
 
 
 def prepare(context: Context) -> Prepared:
-    """Factored matrices with b and d."""
+    """Adds the term to every factored matrix; b and d require gradients."""
     model, options = context.model, context.options
     matrices, touched = context.factored, set()
-    packed = [matrix for matrix in matrices if not isinstance(matrix.of(model), LowRankLinear | FollowerLinear)]
+    packed = [matrix for matrix in matrices if not in_two_factors(matrix.of(model))]
     two_factors(model, packed)
     for i, matrix in enumerate(matrices):
         layer = matrix.of(model)
-        assert isinstance(layer, LowRankLinear | FollowerLinear)
+        assert isinstance(layer, LowRankLinear | FollowerLinear)  # all are in two factors now
         generator = torch.Generator().manual_seed(context.settings.seed * 100_003 + i)
         chosen = torch.randperm(layer.rank, generator=generator)[: options.size]
         matrix.put(model, DiagonalLinear(layer, chosen, options.start))
@@ -77,7 +78,7 @@ def prepare(context: Context) -> Prepared:
     def finish() -> PreTrainedModel:
         for matrix in matrices:
             tuned = matrix.of(model)
-            assert isinstance(tuned, DiagonalLinear)
+            assert isinstance(tuned, DiagonalLinear)  # put there above
             matrix.put(model, tuned.fold())
         stored(model, matrices)
         return model

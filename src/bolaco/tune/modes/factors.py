@@ -1,6 +1,6 @@
-"""The low-rank factors are trained, and nothing else unless asked for: what WeLore calls LRC-only (arXiv 2407.11239).
+"""The low-rank factors are trained, and nothing else unless asked for: LRC-only training of WeLore (arXiv 2407.11239).
 
-Deviations: pivoted matrices are trained as two factors and pivoted again, and factors are balanced first.
+Deviations from the paper: factored matrices are trained as two balanced factors, whatever form they are stored in.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ class FactorOptions(Options):
 
 
 def prepare(context: Context) -> Prepared:
-    """Factors in two balanced matrices each, which require gradients."""
+    """Makes the factors of every factored matrix require gradients."""
     model, options = context.model, context.options
     matrices = context.factored
     for layer in two_factors(model, matrices).values():
-        for linear in layer.children():
-            assert isinstance(linear, nn.Linear)
+        for linear in layer.linears().values():
             linear.weight.requires_grad_(True)
         if options.biases and layer.expand.bias is not None:
             layer.expand.bias.requires_grad_(True)
@@ -42,7 +41,7 @@ def prepare(context: Context) -> Prepared:
 
 
 def train_norms(model: nn.Module) -> set[str]:
-    """Lets all norms be trained; returns their parameters' names."""
+    """Makes the parameters of all norms require gradients; returns their names."""
     found = set()
     for name, module in model.named_modules():
         if "norm" in type(module).__name__.lower():

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT, on the factors of factored matrices, on dense ones, or on both.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) by PEFT: on factored matrices, on dense ones, or on both.
 
-A factored matrix is two plain Linears, and each gets an adapter of its own. Merged into them the adapters leave the
-rank of the product, and the size of the model, as they are. Kept apart they are a standard PEFT adapter in the folder
-``adapter`` of a model that is otherwise the input; ``bolaco.load`` and bolaco's commands put it on.
+A factored matrix consists of Linears, each of which gets an adapter of its own. When the adapters are merged, which is
+the default, ranks and size of the model stay as they are. Otherwise the model is written as it was, with a standard
+PEFT adapter in its folder ``adapter``, which ``bolaco.load`` and bolaco's commands put on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from bolaco.errors import UnsupportedModelError
 from bolaco.layers import FactoredLinear
 from bolaco.models.adapters import PEFT_FOLDER, attach_peft, import_peft
 from bolaco.models.quiet import quiet
-from bolaco.models.structure import weight_of
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
 _NOTE = (
@@ -32,20 +31,20 @@ class LoraOptions(Options):
     """Size and place of the adapters."""
 
     rank: int = Field(8, gt=0)
-    alpha: int = Field(16, gt=0, description="the adapter is scaled by alpha / rank")
+    alpha: int = Field(16, gt=0, description="an adapter's output is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
-    on: Literal["factored", "dense", "all"] = Field("all", description="which matrices")
-    merge: bool = Field(True, description="false: the adapters are kept in a folder of their own")
+    on: Literal["factored", "dense", "all"] = Field("all", description="which matrices get adapters")
+    merge: bool = Field(True, description="false: keep the adapters in a folder of their own")
 
 
 def check(context: Context) -> None:
-    """Raises MissingPackageError without PEFT, and UnsupportedModelError where there is nothing to adapt."""
+    """Raises MissingPackageError if PEFT is not installed, UnsupportedModelError if there is nothing to adapt."""
     import_peft()
     _linears(context, context.options.on)
 
 
 def prepare(context: Context) -> Prepared:
-    """Adapters, which alone require gradients."""
+    """Adds the adapters, whose parameters require gradients."""
     peft = import_peft()
     options: LoraOptions = context.options
     names = _linears(context, options.on)
@@ -79,7 +78,7 @@ def prepare(context: Context) -> Prepared:
 
 
 def _linears(context: Context, on: str) -> list[str]:
-    """Names of the modules that get an adapter.
+    """Names of the modules that get an adapter; ``on`` as in the options.
 
     Raises:
         UnsupportedModelError: there is none.
@@ -90,8 +89,8 @@ def _linears(context: Context, on: str) -> list[str]:
         if not isinstance(module, FactoredLinear):
             names += [matrix.name]
         elif on != "dense":
-            inside = {part: weight_of(linear) for part, linear in module.linears().items()}
-            names += [f"{matrix.name}.{part}" for part, weight in inside.items() if weight.numel()]
+            # One of them can be empty: at full rank pivots leave nothing to be made from them.
+            names += [f"{matrix.name}.{part}" for part, linear in module.linears().items() if linear.weight.numel()]
     if not names:
         raise UnsupportedModelError(f"{context.settings.model}: there is no {on} matrix to put an adapter on")
     return names

@@ -1,12 +1,13 @@
-"""Factors trained among the weights they replace: the third stage of LPAF (arXiv 2306.14152).
+"""Factors are trained in a model that often still has the weights they replace: LPAF's third stage (arXiv 2306.14152).
 
-In every step each matrix is, by a coin of its own, the weight that was factored or its factors:
-``W~ = z W + (1 - z) B A`` with ``z ~ Bernoulli(p)``. The probability p falls linearly from ``start`` to 0 at ``decay``
-of the steps; from there on, in evaluation and in the result, there are the factors only. Only they are trained.
+In every step, each factored matrix is replaced with probability p by the weight W that was factored:
+``z W + (1 - z) B A`` with ``z ~ Bernoulli(p)``, drawn for each matrix by itself. Only the factors B and A are trained.
+p falls linearly from ``start`` in the first step to 0 after a share ``decay`` of the steps. From there on, and in
+evaluation and result, W is not used.
 
-W is the pruned weight where the input's folder has a file ``sparse.safetensors``, else that of the original model,
-which ``bolaco.json`` names. The paper's summary gives no schedule in numbers: the linear one and both
-options' defaults are ours, and the learning rate is WeLore's for factors.
+W is the pruned weight if there is a file ``sparse.safetensors`` beside the model, and otherwise the weight of the
+original model, which ``bolaco.json`` names. The paper gives no schedule in numbers: the linear one and the defaults of
+its options are ours, and the learning rate is WeLore's for factors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.checkpoint.info import CompressedInfo
 from bolaco.errors import CheckpointError
 from bolaco.layers import FactoredLinear, FollowerLinear, LowRankLinear
 from bolaco.models.load import resolve
@@ -30,34 +30,36 @@ from bolaco.transform.prune import SPARSE_FILE
 from bolaco.tune.factored import stored, two_factors
 from bolaco.tune.mode import Context, Matrix, Mode, Options, Prepared, structure_of
 from bolaco.tune.modes import factors
+from bolaco.tune.teacher import original_name
 
+# Weight ``[out, in]`` and bias ``[out]`` or None, by the name of the matrix.
 Weights = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class MixedOptions(Options):
-    """How often the factors give way, and for how long."""
+    """How often factors are replaced, for how long, and by what."""
 
     start: float = Field(1.0, ge=0, le=1, description="probability of the original weight in the first step")
-    original: str | None = Field(None, description="the model that was factored; default: what bolaco.json names")
-    decay: float = Field(0.5, gt=0, le=1, description="share of the steps after which it is zero")
+    original: str | None = Field(None, description="the model that was factored; default: the one bolaco.json names")
+    decay: float = Field(0.5, gt=0, le=1, description="share of the steps after which that probability is zero")
 
 
 class MixedLinear(nn.Module):
-    """Two trained factors, or the weight they stand for.
+    """Two factors that are trained, and the weight that they replace.
 
     Args:
         layer: the factors.
-        weight: ``[out, in]``, of the other.
-        bias: ``[out]`` or None, of the other.
+        weight: the weight, ``[out, in]``.
+        bias: the bias that belongs to the weight, ``[out]``, or None.
 
     Attributes:
-        mixed: whether it is the other now (z = 1); in training mode only.
+        mixed: z: whether the weight is used instead of the factors; has no effect in evaluation mode.
     """
 
     def __init__(self, layer: LowRankLinear | FollowerLinear, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.layer, self.mixed = layer, False
-        # No part of the state: checkpoints of the run and the result do without.
+        # Not part of the state dict: neither checkpoints nor the result need them.
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.weight: Tensor
@@ -68,25 +70,28 @@ class MixedLinear(nn.Module):
         if not (self.mixed and self.training):
             made: Tensor = self.layer(x)
             return made
-        # The factors get gradients of zero instead of none: where all matrices are mixed there is still a loss to
-        # differentiate, and processes that train together agree on what has a gradient.
+        # Gives the factors a gradient of zero instead of none. Otherwise nothing would depend on a trained parameter
+        # when all matrices are replaced, and processes that train together would wait for gradients that never come.
         nothing = sum(0.0 * parameter.flatten()[0] for parameter in self.layer.parameters() if parameter.requires_grad)
         return F.linear(x, self.weight, self.bias) + nothing
 
 
 def probability(step: int, steps: int, start: float, decay: float) -> float:
-    """p in step ``step`` of ``steps``, counted from 0."""
+    """The probability p of the original weight in a step; steps count from 0."""
     return start * max(0.0, 1 - step / (decay * steps))
 
 
 def coin(seed: int, step: int, name: str, chance: float) -> bool:
-    """z of one matrix in one step: the same whenever it is asked for, so that runs go on as if not interrupted."""
+    """Draws z for one matrix in one step: true with probability ``chance``.
+
+    It depends on the arguments only, so that a run that was interrupted continues as if it had not been.
+    """
     found = hashlib.sha256(f"{seed} {step} {name}".encode()).digest()
     return int.from_bytes(found[:8], "big") < chance * 2**64
 
 
 def prepare(context: Context) -> Prepared:
-    """Factors in two balanced matrices each, which require gradients, beside what they replace."""
+    """Puts the weights that were factored beside the factors, which require gradients."""
     model, options, seed = context.model, context.options, context.settings.seed
     matrices = context.factored
     weights = _replaced(context, matrices)
@@ -94,10 +99,8 @@ def prepare(context: Context) -> Prepared:
     for name, layer in two_factors(model, matrices).items():
         weight, bias = weights[name]
         mixed[name] = MixedLinear(layer, weight, bias)
-        layer.expand.weight.requires_grad_(True)
-        # A factor that two matrices share belongs to the first.
-        if isinstance(layer, LowRankLinear):
-            layer.reduce.weight.requires_grad_(True)
+        for linear in layer.linears().values():
+            linear.weight.requires_grad_(True)
     for matrix in matrices:
         matrix.put(model, mixed[matrix.name].train(model.training))
 
@@ -116,10 +119,11 @@ def prepare(context: Context) -> Prepared:
 
 
 def _replaced(context: Context, matrices: tuple[Matrix, ...]) -> Weights:
-    """Weight and bias of each matrix before it was factored, by its name in the compressed model.
+    """Weight and bias of each matrix before it was factored.
 
     Raises:
-        CheckpointError: ``sparse.safetensors`` is damaged, or it or the original lacks a matrix.
+        CheckpointError: ``sparse.safetensors`` is damaged, or a matrix is neither in it nor in the original.
+        UnsupportedModelError: the original is needed, and it is not known or cannot be loaded.
     """
     model = context.model
     file = Path(resolve(context.settings.model).path) / SPARSE_FILE
@@ -130,6 +134,7 @@ def _replaced(context: Context, matrices: tuple[Matrix, ...]) -> Weights:
     prefix = prefix_of(model)
     sites = {prefix + s.module + (f".parts.{s.part}" if s.part else ""): s for s in structure_of(model).sites}
     original, known = None, {}
+    # The file holds no biases.
     if not sparse or any(sites[matrix.name].bias for matrix in matrices):
         whole = context.original(context.options.original)
         original = Subject(whole, inspect_structure(whole))
@@ -137,15 +142,14 @@ def _replaced(context: Context, matrices: tuple[Matrix, ...]) -> Weights:
     found = Weights()
     for matrix in matrices:
         name, layer = sites[matrix.name].name, matrix.of(model)
-        assert isinstance(layer, FactoredLinear)  # what is factored
+        assert isinstance(layer, FactoredLinear)  # these are what is called factored
         shape = (layer.out_features, layer.in_features)
         weight, bias = sparse.get(name), None
         if original is not None and name in known:
             bias = original.bias(known[name])
             weight = weight if sparse else original.weight(known[name])
         if weight is None or tuple(weight.shape) != shape:
-            named = context.info.model if isinstance(context.info, CompressedInfo) else None
-            where = file if sparse else context.options.original or named
+            where = file if sparse else context.options.original or original_name(context.info)
             raise CheckpointError(f"{where}: has no matrix {name} of shape {list(shape)}, as mode 'mixed-rank' needs")
         found[matrix.name] = weight.to(model.device, model.dtype).clone(), None if bias is None else bias.clone()
     return found
@@ -155,7 +159,7 @@ MODE = Mode(
     name="mixed-rank",
     paper="arXiv 2306.14152",
     summary="the factors, in steps that replace them by the original or pruned weight ever more rarely (LPAF)",
-    defaults=factors.MODE.defaults,  # the same parameters are trained
+    defaults=factors.MODE.defaults,  # that mode trains the same parameters
     prepare=prepare,
     options=MixedOptions,
     check=lambda context: context.factored,

@@ -1,11 +1,13 @@
-"""Weights coded into tables of a few numbers, of which only the tables are trained (SketchTune, arXiv 2410.06364).
+"""Weights are coded into small tables, and only the tables are trained (SketchTune, arXiv 2410.06364).
 
-Block by block over calibration sequences, on the inputs that the coded blocks before give, every Linear of the chosen
-matrices is coded (:mod:`bolaco.tune.tables`): a dense matrix, or each factor of a factored one. Codes of 2 to 4 bits
-are what the checkpoint stores, packed; with the tables they are the model, there is no other copy of the weights. A
-model that is coded already keeps its codes, and its tables are trained on.
+Before training, every Linear of the chosen matrices is coded: a dense matrix, or each factor of a factored one. Every
+weight becomes a code of 2 to 4 bits, an index into a table that it shares with others of its row; see
+:mod:`bolaco.tune.tables`. This is done decoder block by decoder block, on calibration sequences, where the inputs of a
+block come from the coded blocks before it. The result stores tables and packed codes, and no other copy of the weights.
+A model that is coded already keeps its codes, and its tables are trained further.
 
-Deviations: k-means of 16 centres takes the better of two starts, and factors of low-rank products are coded too.
+Deviations from the paper: k-means of 16 centres takes the better of two starts, and factors of low-rank products are
+coded too.
 """
 
 from __future__ import annotations
@@ -30,22 +32,26 @@ from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared,
 from bolaco.tune.tables import Coded, code, coded_layer, inverse_factor
 from bolaco.work.files import require_space, whole
 
-# In the work folder: tables and codes as they were before training.
+# In the work folder: tables and codes as they are before training.
 _FILE = "sketch.safetensors"
 
 
 class SketchOptions(Options):
-    """Size of the codes and tables, and how they are found."""
+    """Size of codes and tables, and how they are found."""
 
-    bits: Literal[2, 3, 4] = Field(3, description="of a code")
-    groups: int = Field(1, gt=0, description="tables of a row, each for a run of columns")
-    sequences: int = Field(128, gt=0, description="of the data, to calibrate on")
-    damping: float = Field(0.01, gt=0, description="of the inputs' second moment, in mean diagonals")
-    power: float = Field(3.0, ge=0, description="how much more k-means minds the columns whose errors cost more")
+    bits: Literal[2, 3, 4] = Field(3, description="length of a code")
+    groups: int = Field(1, gt=0, description="tables for each row, each for a run of columns")
+    sequences: int = Field(128, gt=0, description="training sequences to calibrate on")
+    damping: float = Field(
+        0.01, gt=0, description="added to the diagonal of the inputs' second moment, as a multiple of its mean"
+    )
+    power: float = Field(
+        3.0, ge=0, description="how much k-means prefers columns whose errors cost more; 0: not at all"
+    )
 
 
 def prepare(context: Context) -> Prepared:
-    """Codes the matrices, or takes the codes of an earlier call; the tables require gradients."""
+    """Codes the matrices, or takes the codes of a run that was interrupted; the tables require gradients."""
     model, options = context.model, context.options
     matrices = context.matrices
     wanted = [matrix for matrix in matrices if any(_leaves(model, matrix))]
@@ -55,7 +61,7 @@ def prepare(context: Context) -> Prepared:
         for name in {key.rpartition(".")[0] for key in state}:
             _put(model, name, Coded(state[f"{name}.lut"], state[f"{name}.codes"]), options.bits)
     elif wanted:
-        if file is not None:  # a byte for each weight, before hours of coding
+        if file is not None:  # it holds a byte for each weight; coding can take hours
             leaves = [weight_of(leaf) for matrix in wanted for _, leaf in _leaves(model, matrix)]
             require_space([(file.parent, sum(weight.numel() for weight in leaves))], "the codes")
         state = _code_blocks(context, wanted)
@@ -74,21 +80,26 @@ def prepare(context: Context) -> Prepared:
 
 
 def _leaves(model: nn.Module, matrix: Matrix) -> Iterator[tuple[str, nn.Module]]:
-    """The uncoded Linears that a matrix consists of, by name in the model."""
+    """The Linears that a matrix consists of and that are not coded yet, each with its name in the model."""
     for name, module in matrix.of(model).named_modules(prefix=matrix.name):
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
 
 
 def _put(model: nn.Module, name: str, coded: Coded, bits: int) -> None:
+    """Replaces a Linear by its coded form."""
     put_module(model, name, coded_layer(model.get_submodule(name), coded, bits))
 
 
 def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
-    """Codes all matrices in place; returns tables and codes, by name."""
+    """Codes matrices in place.
+
+    Returns:
+        Tables and codes as in :class:`bolaco.tune.tables.Coded`, by name: ``<Linear>.lut`` and ``<Linear>.codes``.
+    """
     model, options = context.model, context.options
     sequences = [tokens[0] for tokens in context.tokens(options.sequences)]
-    # Instructions differ in length: one stream, cut to the length of the longest.
+    # Instructions differ in length. Joined, they are cut into pieces as long as the longest of them.
     stream, length = torch.cat(sequences), max(map(len, sequences))
     tokens = stream[: len(stream) // length * length].view(-1, length)
     structure = structure_of(model)
@@ -113,12 +124,22 @@ def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
 
 
 def _empty(weight: Tensor, options: SketchOptions) -> Coded:
+    """Tables and codes of a matrix without elements."""
     lut = torch.zeros(len(weight), options.groups, 2**options.bits, dtype=weight.dtype, device=weight.device)
     return Coded(lut, torch.zeros_like(weight, dtype=torch.uint8))
 
 
 def _moments(runner: BlockRunner, layer: int, hidden: Tensor, leaves: dict[str, nn.Module]) -> dict[str, PooledMoments]:
-    """Statistics of each Linear's input in a block; one object for those that are called with the same tensor."""
+    """Statistics of the input of every Linear in a block, by name.
+
+    Linears that are called with the same tensor (q, k and v) have one object between them.
+
+    Args:
+        runner: runs the block.
+        layer: index of the block.
+        hidden: its inputs, ``[sequences, length, d]``.
+        leaves: the Linears by name.
+    """
     found: dict[str, PooledMoments] = {}
     seen: list[tuple[Tensor, PooledMoments]] = []
 
@@ -148,21 +169,30 @@ def _moments(runner: BlockRunner, layer: int, hidden: Tensor, leaves: dict[str, 
 
 
 def _with_entries(model: PreTrainedModel, matrices: list[Matrix], options: SketchOptions) -> PreTrainedModel:
-    """The model, its configuration saying what is coded; of a compressed type if it was none."""
+    """Enters what was coded into the configuration; makes a compressed model of a dense one.
+
+    Args:
+        model: the model, whose layers are coded.
+        matrices: the matrices that were coded.
+        options: as in the run.
+
+    Returns:
+        The model to save.
+    """
     prefix = prefix_of(model)
     coding: Entry = {"kind": SketchLinear.kind, "bits": options.bits, "groups": options.groups}
     entries: dict[str, Entry] = {}
     for matrix in matrices:
         entry = matrix.entry
         if entry is not None:
-            # A part of a fused projection keeps its name.
-            named = {"name": entry.pop("name")} if "name" in entry else {}
+            # A part of a split projection has its name in its entry; the layer inside needs none.
+            part = {"name": entry.pop("name")} if "name" in entry else {}
             inner = dict(entry)
             entry.clear()
-            entry.update(named | coding | {"layer": inner})
+            entry.update(part | coding | {"layer": inner})
             continue
         layer = matrix.of(model)
-        assert isinstance(layer, SketchLinear)
+        assert isinstance(layer, SketchLinear)  # a matrix without an entry was dense
         plain: Entry = {"kind": "dense", "out": layer.out_features, "bias": layer.bias is not None}
         entries[matrix.name.removeprefix(prefix)] = coding | {"layer": plain}
     if is_compressed(model.config):

@@ -1,11 +1,11 @@
-"""Tensor-train adapters on q and v (TT-LoRA, arXiv 2408.01008): some hundred numbers a matrix, everything else frozen.
+"""Tensor-train adapters on q and v (TT-LoRA, arXiv 2408.01008): only some hundred numbers for each matrix are trained.
 
-The adapter adds to what a matrix computes, dense or factored alike. It is kept in files of its own beside the unchanged
-model, which ``bolaco.load`` and bolaco's commands put on; stock transformers does not know them. Into dense matrices it
-can be merged instead. A factored matrix would leave its rank by that, so there it cannot.
+An adapter adds its output to that of a matrix, whether that is dense or factored. The adapters are kept in files of
+their own beside the unchanged model. ``bolaco.load`` and bolaco's commands put them on; stock transformers does not
+know them. Adapters of dense matrices can be merged instead. A factored matrix cannot take one in: its rank would rise.
 
-Deviations: other sizes than the published ones are factored by rule (:func:`bolaco.layers.tensor_train.factorization`),
-and there is no early stopping.
+Deviations from the paper: sizes for which it gives no factorization are factored by a rule of ours
+(:func:`bolaco.layers.tensor_train.factorization`), and there is no early stopping.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of, trai
 from bolaco.models.adapters import TRAIN_JSON, TRAIN_TENSORS, attach_trains, save_trains
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared
 
-# Matrix types that are adapted if the settings name none.
+# Matrix types that get adapters if the settings name none.
 TYPES = ("q", "v")
 _NOTE = (
     f"The adapter is in `{TRAIN_TENSORS}` and `{TRAIN_JSON}`; what was trained is measured with it. Load the folder "
@@ -32,16 +32,16 @@ _NOTE = (
 class TrainOptions(Options):
     """Size of the trains, and what becomes of them."""
 
-    rank: int = Field(5, gt=0, description="of every bond between two cores")
-    alpha: float = Field(16.0, gt=0, description="the adapter's output is multiplied by it")
+    rank: int = Field(5, gt=0, description="size of every bond between two cores")
+    alpha: float = Field(16.0, gt=0, description="an adapter's output is multiplied by it")
     factors: int = Field(
-        4, gt=0, description="numbers that a size is split into, at most; published sizes are as published"
+        4, gt=0, description="a matrix's size is the product of at most so many numbers; published ones are kept"
     )
-    merge: bool = Field(False, description="into dense matrices; refused where one is factored")
+    merge: bool = Field(False, description="merge the adapters into the matrices, which must all be dense")
 
 
 def prepare(context: Context) -> Prepared:
-    """Adapters around the matrices, which alone require gradients."""
+    """Adds the adapters, whose parameters require gradients."""
     model, options = context.model, context.options
     matrices = _chosen(context)
     adapters: dict[str, TrainAdapter] = {}
@@ -69,7 +69,7 @@ def _chosen(context: Context) -> tuple[Matrix, ...]:
 
     Raises:
         UnsupportedModelError: there is none.
-        RecipeError: one of them is not dense, and adapters are to be merged.
+        RecipeError: adapters are to be merged, and one of these matrices is not dense.
     """
     types = context.settings.types or TYPES
     found = tuple(matrix for matrix in context.matrices if set(matrix.types) & set(types))
