@@ -13,21 +13,27 @@ from pathlib import Path
 
 import torch
 
-from bolaco.allocate import Budget, SearchSpace, hand_keeps, make_space
-from bolaco.allocate.bayesian import best, open_ledger, search
-from bolaco.allocate.proposal import Proposer
-from bolaco.allocate.validation import select_sequences
-from bolaco.elastic import ElasticModel
+from bolaco.allocate.allocators.hand import hand_keeps
+from bolaco.allocate.search.elastic import ElasticModel
+from bolaco.allocate.search.ledger import best, open_ledger, search
+from bolaco.allocate.search.proposal import Proposer
+from bolaco.allocate.search.selection import select_sequences
+from bolaco.allocate.space import SearchSpace, make_space
+from bolaco.evaluation.objective import Head, Scores, hidden_states, score
 from bolaco.models.load import load_tokenizer
-from bolaco.objective import Head, Scores, hidden_states, score
 from bolaco.progress import Reporter
+from bolaco.storage.budget import Budget
+from bolaco.storage.storage import STORAGES
 from common import Ledger, arguments, gap, prepare, print_table, protocol_texts
+
+# Search -> into how many runs of layers it cuts the depth.
+PARTS = {"5x1": 1, "5x4": 4}
 
 
 def run_search(prepared, space: SearchSpace, blocks, trials: int, count: int, journal: Path, surrogate: str, seed: int):
     """The search of `bolaco compress` on a prepared model; returns its trials."""
     model = prepared.model
-    with ElasticModel(model, prepared.structure, prepared.store) as elastic:
+    with ElasticModel(prepared.subject, prepared.store) as elastic:
         head = Head(model)
         proposer = Proposer(space, 0.02, surrogate, seed)
         reporter = Reporter()
@@ -64,7 +70,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="sequences of 1024 tokens")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=8, help="validation sequences of 512, of twice as many")
-    parser.add_argument("--layout", default="5x1")
+    parser.add_argument("--layout", choices=PARTS, default="5x1")
     parser.add_argument("--surrogate", default="fitted")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
@@ -72,7 +78,7 @@ def main() -> None:
     heldout = texts.heldout[: args.windows // 4]
     prepared = prepare(args, texts.calibration)
     ledger = Ledger(args.cache / f"allocation-{args.layout}-{args.surrogate}-{args.calibration}-{args.trials}.json")
-    structure = prepared.structure
+    structure, two_factor, parts = prepared.structure, STORAGES.get("two-factor"), PARTS[args.layout]
     dense = {
         n: ledger.get(f"dense {n}", lambda b=b: prepared.perplexity({}, b))
         for n, b in (("wikitext", texts.wikitext), ("c4", heldout))
@@ -80,17 +86,17 @@ def main() -> None:
     rows = [["dense", 1.0, dense["wikitext"], 0.0, dense["c4"], 0.0]]
 
     def report(name: str, ranks) -> None:
-        ratio = Budget(structure.sites, 1.0).ratio(ranks)
+        ratio = Budget(structure.sites, 1.0, two_factor).ratio(ranks)
         values = [
             ledger.get(f"{name} {n}", lambda b=b: prepared.perplexity(ranks, b))
             for n, b in (("wikitext", texts.wikitext), ("c4", heldout))
         ]
         rows.append([name, ratio, values[0], gap(values[0], dense["wikitext"]), values[1], gap(values[1], dense["c4"])])
 
-    wide = make_space(structure, Budget(structure.sites, 0.8), args.layout)
+    wide = make_space(structure, Budget(structure.sites, 0.8, two_factor), parts)
     hand = wide.settle(hand_keeps(wide), fill=False)
     exact = wide.budget.cost(wide.ranks(hand)) / wide.budget.total
-    tight = make_space(structure, Budget(structure.sites, exact), args.layout)
+    tight = make_space(structure, Budget(structure.sites, exact, two_factor), parts)
     report("hand allocation, as published", wide.ranks(hand))
     report("hand allocation, filled to keep 0.8", wide.ranks(wide.settle(hand_keeps(wide))))
     for name, space in (("keep 0.8", wide), ("the hand allocation's parameters", tight)):

@@ -3,7 +3,7 @@
     python benchmarks/calibration.py --data DATA
 
 On the same tokens, in one run, in turn: the bare forward pass of the decoder; bolaco's pass (block by block, one pooled
-covariance per shared input); and the naive way, a hook on every linear that forms its output covariance.
+covariance for each input); and the naive way, a hook on every linear that forms its output covariance.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import inspect_structure
-from bolaco.statistics import collect
-from bolaco.statistics.collect import BlockWalk
+from bolaco.statistics.forward import BlockWalk, collect
+from bolaco.statistics.moments import MOMENTS
 from common import PeakMemory, arguments, median, print_table, protocol_texts
 
 
@@ -31,7 +31,7 @@ def bare(model, structure, blocks) -> None:
 def ours(model, structure, blocks) -> None:
     walk = BlockWalk(model, structure, blocks, batch=4)
     for _ in range(structure.num_layers):
-        collect(walk, 8)
+        collect(walk, [MOMENTS], groups=8)
 
 
 def naive(model, structure, blocks) -> None:

@@ -17,13 +17,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bolaco import api
-from bolaco.checkpoint.info import read_info
+from bolaco.checkpoint.info import read_any_info
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import inspect_structure
+from bolaco.models.structure import inspect_structure, parameter_limit
 from bolaco.progress import Reporter
-from bolaco.recipe import Chop, make_recipe
-from bolaco.transform.chop import PATTERNS, chop, plan
-from common import Budget, Ledger, TuningTexts, arguments, gap, print_table
+from bolaco.transform.chop import PATTERNS, ChopOptions, chop, plan
+from common import Ledger, TuningTexts, arguments, gap, print_table
 
 
 def patterns(args: argparse.Namespace, texts: TuningTexts) -> None:
@@ -37,9 +36,9 @@ def patterns(args: argparse.Namespace, texts: TuningTexts) -> None:
 
     dense: Any = ledger.get("dense", lambda: measured(model))
     rows: list[list[object]] = [["dense", structure.num_layers, dense["wikitext"], 0.0, dense["c4"], 0.0]]
+    limit = parameter_limit(args.keep, sum(site.size for site in structure.sites))
     for pattern in PATTERNS:
-        recipe = make_recipe({"model": args.model, "keep": args.keep, "chop": {"pattern": pattern}}, "chop")
-        blocks = plan(structure, Budget(structure.sites, args.keep), recipe)
+        blocks = plan(structure, args.keep, limit, ChopOptions.model_validate({"pattern": pattern}))
         found: Any = ledger.get(pattern, lambda kept=blocks: measured(chop(model, structure, kept)))
         gaps = {text: gap(found[text], dense[text]) for text in ("wikitext", "c4")}
         rows.append([pattern, len(blocks), found["wikitext"], gaps["wikitext"], found["c4"], gaps["c4"]])
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--max-steps", type=int, default=40, help="of 2,048 tokens")
     parser.add_argument("--windows", type=int, default=8, help="of WikiText-2; half as many of C4")
-    parser.add_argument("--pattern", choices=PATTERNS, default=Chop().pattern)
+    parser.add_argument("--pattern", choices=PATTERNS, default=ChopOptions().pattern)
     parser.add_argument("--patterns", action="store_true", help="all patterns at this keep ratio, nothing is trained")
     args = parser.parse_args()
     texts = TuningTexts(args.data)
@@ -63,7 +62,7 @@ def main() -> None:
     # The random start is the same for all patterns.
     chopped, fresh = args.cache / f"chopped-{name}-{args.pattern}", args.cache / f"chopped-{name}-random"
     if not chopped.exists():
-        options = {"evaluation.windows": 4, "chop.pattern": args.pattern}
+        options = {"evaluation.windows": 4, "method.pattern": args.pattern}
         words = {"evaluation": texts.wikitext, "options": options}
         api.compress(args.model, keep=args.keep, out=chopped, preset="chop", reporter=Reporter(), **words)
     if not fresh.exists():
@@ -77,8 +76,9 @@ def main() -> None:
             words = {"max_steps": args.max_steps, "seq_len": 512, "batch": 4, "reporter": Reporter()}
             words |= {"evaluation": texts.held_out, "options": {"evaluation.windows": 4}}
             api.tune(str(source), "continued", texts.tuning, out, **words)
-        record = read_info(out, compressed=False)["tuning"]
-        return {**texts.perplexities(str(out), 1024, args.windows), "minutes": record["seconds"]["train"] / 60}
+        record = read_any_info(out).tuning
+        assert record is not None  # of a folder that was tuned
+        return {**texts.perplexities(str(out), 1024, args.windows), "minutes": record.seconds["train"] / 60}
 
     rows: list[list[object]] = []
     for start, source in ((f"chopped, {args.pattern}", chopped), ("random start", fresh)):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the data, a prepared model with its factors, and tables."""
+"""What the benchmarks have in common: the data, a prepared model with its factors, and tables."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco import api
-from bolaco.allocate import Budget, Ranks, max_rank
-from bolaco.data import TokenStream
-from bolaco.elastic import ElasticModel
-from bolaco.factorize import get_method
+from bolaco.allocate.search.elastic import ElasticModel
+from bolaco.data.settings import Calibration
+from bolaco.data.sources import TokenStream
+from bolaco.evaluation.objective import Head, score
+from bolaco.factorize import METHODS, ChosenMethod
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
-from bolaco.memory import PeakMemory
 from bolaco.models.load import load_model
 from bolaco.models.structure import Structure, inspect_structure
-from bolaco.objective import Head, score
+from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
-from bolaco.recipe import Calibration
-from bolaco.statistics.site import LossStatistics
+from bolaco.statistics.stored import StatisticStore, estimate_gradients
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
+from bolaco.work.memory import PeakMemory
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -101,14 +103,23 @@ class TuningTexts:
 
 @dataclass
 class Prepared:
-    model: PreTrainedModel
-    structure: Structure
+    """A model, the factors of a method, and what that method needed of statistics on disk."""
+
+    subject: Subject
     store: FactorStore
-    losses: LossStatistics
+    statistics: list[StatisticStore]
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.subject.model
+
+    @property
+    def structure(self) -> Structure:
+        return self.subject.structure
 
     def perplexity(self, ranks: Ranks, blocks: Tensor) -> float:
         """Perplexity of an allocation, through the elastic model."""
-        with ElasticModel(self.model, self.structure, self.store) as elastic:
+        with ElasticModel(self.subject, self.store) as elastic:
             elastic.set_ranks(ranks)
             return score(self.model, Head(self.model), blocks).perplexity
 
@@ -138,14 +149,24 @@ def prepare(
     """Loads the model and computes (or finds) the factors for these calibration blocks."""
     model = load_model(args.model)
     structure = inspect_structure(model)
+    subject = Subject(model, structure)
     store = FactorStore(args.cache / f"factors-{_key(blocks, args.model, method, groups, storage, gradients)}")
-    chosen = get_method(method)
-    losses = LossStatistics(args.cache / f"losses-{_key(blocks[:gradients], args.model)}", chosen.losses)
-    losses.estimate(model, structure, blocks[:gradients], 4, Reporter())
-    top = {site.name: max_rank(site, 8, storage) for site in structure.sites}
-    settings = Calibration(groups=groups)
-    factorize(model, structure, blocks, [FactorJob(chosen, store, top, losses)], settings, Reporter())
-    return Prepared(model, structure, store, losses)
+    method_chosen, settings, reporter = chosen(method), Calibration(groups=groups), Reporter()
+    statistics = []
+    for kind in method_chosen.method.gradients:
+        folder = args.cache / f"{kind.name}-{_key(blocks[:gradients], args.model)}"
+        statistics.append(StatisticStore(folder, kind))
+        estimate_gradients(statistics[-1], kind, model, structure, blocks[:gradients], settings, reporter)
+    form = STORAGES.get(storage)
+    top = {site.name: form.max_rank(site, 8) for site in structure.sites}
+    factorize(blocks, [FactorJob(method_chosen, subject, store, top, statistics)], settings, reporter)
+    return Prepared(subject, store, statistics)
+
+
+def chosen(method: str) -> ChosenMethod:
+    """The method of this name with its default options."""
+    found = METHODS.get(method)
+    return ChosenMethod(found, found.options())
 
 
 def _key(blocks: Tensor, *words: object) -> str:
@@ -197,6 +218,7 @@ __all__ = [
     "Texts",
     "TuningTexts",
     "arguments",
+    "chosen",
     "gap",
     "median",
     "prepare",

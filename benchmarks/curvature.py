@@ -1,4 +1,4 @@
-"""The two-sided metric with closed-form ranks, in two-factor and in pivoted storage (`--preset kfac`).
+"""The two-sided metric with closed-form ranks, in two factors (`--preset kfac-svd`) and in pivoted storage.
 
     python benchmarks/curvature.py --data DATA --keep 0.8
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 
-from bolaco.allocate.spectral import spectral_ranks
+from bolaco.allocate.allocators.spectral import spectral_ranks
 from bolaco.models.load import load_tokenizer
+from bolaco.storage.storage import STORAGES
 from common import Budget, Ledger, arguments, gap, prepare, print_table, protocol_texts
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     rows = [["dense", 1.0, dense[0], 0.0, dense[1], 0.0]]
     for keep in args.keep:
         for storage in ("two-factor", "pivoted"):
-            budget = Budget(sites, keep, storage)
+            budget = Budget(sites, keep, STORAGES.get(storage))
             ranks = spectral_ranks(sites, spectra, budget, 8)
             a, b = (
                 ledger.get(f"{keep} {storage} {n}", lambda b=b, r=ranks: prepared.perplexity(r, b))

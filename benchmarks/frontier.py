@@ -16,20 +16,34 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from allocation import run_search
-from bolaco.allocate import Budget, Ranks, hand_keeps, make_space
-from bolaco.allocate.bayesian import best
-from bolaco.allocate.spectral import spectral_ranks
-from bolaco.blockstore import BlockStore
-from bolaco.compressed import compressed_block
-from bolaco.factorize import get_method
+from allocation import PARTS, run_search
+from bolaco.allocate.allocators.hand import hand_keeps
+from bolaco.allocate.allocators.spectral import spectral_ranks
+from bolaco.allocate.search.ledger import best
+from bolaco.allocate.space import make_space
+from bolaco.data.settings import Calibration
+from bolaco.evaluation.objective import Head, score
+from bolaco.factorize import METHODS
 from bolaco.models.load import load_tokenizer
-from bolaco.objective import Head, score
 from bolaco.progress import Reporter
-from bolaco.recipe import make_recipe
-from bolaco.refine import Refiner
-from bolaco.refine.run import stored_block
-from common import Ledger, PeakMemory, Prepared, arguments, gap, prepare, print_table, protocol_texts, with_blocks
+from bolaco.refine.run import Refiner, stored_block
+from bolaco.refine.settings import Refinement
+from bolaco.storage.block import compressed_block
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
+from bolaco.work.blockstore import BlockStore
+from common import (
+    Ledger,
+    PeakMemory,
+    Prepared,
+    arguments,
+    chosen,
+    gap,
+    prepare,
+    print_table,
+    protocol_texts,
+    with_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,11 @@ class Bench:
         self.texts = protocol_texts(args.data, tokenizer, args.calibration, args.length, 16, 512, args.windows)
         self.heldout = self.texts.heldout[: args.windows // 2]
         self.factors: dict[str, Prepared] = {}
-        self.recipe = make_recipe({"model": args.model, "keep": 0.5})
 
     def prepared(self, method: str) -> Prepared:
         """Factors of a method, up to the ranks of pivoted storage, which serve both."""
         if method not in self.factors:
-            gradients = self.args.gradients if get_method(method).losses else 0
+            gradients = self.args.gradients if METHODS.get(method).gradients else 0
             self.factors[method] = prepare(self.args, self.texts.calibration, method, 32, gradients, "pivoted")
         return self.factors[method]
 
@@ -91,20 +104,20 @@ class Bench:
         """The allocation, and the keep ratio it comes to."""
         prepared = self.prepared(variant.method)
         structure = prepared.structure
-        budget = Budget(structure.sites, keep, variant.storage)
+        budget = Budget(structure.sites, keep, STORAGES.get(variant.storage))
         if variant.ranks == "spectral":
-            relative = not get_method(variant.method).comparable
+            relative = not METHODS.get(variant.method).comparable
             spectra = prepared.store.spectra(structure.num_layers)
             found = spectral_ranks(structure.sites, spectra, budget, 8, relative)
-        elif variant.ranks in ("5x1", "5x4"):
-            space = make_space(structure, budget, variant.ranks)
+        elif variant.ranks in PARTS:
+            space = make_space(structure, budget, PARTS[variant.ranks])
             journal = self.args.cache / f"trials-{variant.ranks}-{keep}-{self.args.calibration}.journal"
             torch.manual_seed(0)
             trials = run_search(prepared, space, self.texts.validation, self.args.trials, 8, journal, "fitted", 0)
             found = space.ranks(best(trials).levels)
         else:
             dense_types = ("v",) if variant.ranks == "hand" else ()
-            space = make_space(structure, budget, "5x1", dense_types)
+            space = make_space(structure, budget, dense_types=dense_types)
             keeps = hand_keeps(space) if variant.ranks == "hand" else [keep] * len(space.names)
             found = space.ranks(space.settle(keeps))
         return found, budget.ratio(found)
@@ -118,7 +131,7 @@ class Bench:
         ranks, ratio = self.ranks(variant, keep)
         layers = range(structure.num_layers)
         if variant.drift is None and not variant.steps:
-            made = [compressed_block(model, structure, n, prepared.store.load(n), ranks) for n in layers]
+            made = [compressed_block(prepared.subject, n, prepared.store.load(n), ranks) for n in layers]
         else:
             made = self._refined(name, variant, keep, ranks)
         seconds = time.perf_counter() - start
@@ -127,23 +140,21 @@ class Bench:
         return {"keep": ratio, "seconds": seconds, "peak": memory.bytes() / 1e6, **found}
 
     def _refined(self, name: str, variant: Variant, keep: float, ranks: Ranks) -> list[torch.nn.Module]:
-        prepared, method = self.prepared(variant.method), get_method(variant.method)
+        prepared, method = self.prepared(variant.method), chosen(variant.method)
         steps = self.args.steps if variant.steps else 0
-        refinement = {
-            "fit": variant.drift is not None,
-            "drift": variant.drift or 0.0,
-            "steps": steps,
-            "sequences": self.args.refine_sequences,
-        }
-        recipe = make_recipe({"model": self.args.model, "keep": keep, "refinement": refinement})
+        settings = Refinement(
+            fit=variant.drift is not None,
+            drift=variant.drift or 0.0,
+            steps=steps,
+            sequences=self.args.refine_sequences,
+        )
         sizes = (self.args.calibration, self.args.length, self.args.gradients, self.args.refine_sequences, steps)
         key = f"{name}-{keep}-{'-'.join(map(str, sizes))}"
         store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))
-        model, structure = prepared.model, prepared.structure
-        tokens = self.texts.calibration
-        refiner = Refiner(model, structure, prepared.store, ranks, tokens, method, recipe, prepared.losses)
+        subject, tokens = prepared.subject, self.texts.calibration
+        refiner = Refiner(subject, prepared.store, ranks, tokens, method, settings, Calibration(), prepared.statistics)
         refiner.run(store, Reporter())
-        return [stored_block(store, model, structure, layer) for layer in range(structure.num_layers)]
+        return [stored_block(store, subject, layer) for layer in range(subject.structure.num_layers)]
 
     def perplexities(self, prepared: Prepared) -> dict[str, float]:
         head = Head(prepared.model)
@@ -160,7 +171,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="sequences of --length tokens")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--gradients", type=int, default=64, help="of these, sequences for the loss gradients")
-    parser.add_argument("--steps", type=int, default=make_recipe({"model": "m", "keep": 1}).refinement.steps)
+    parser.add_argument("--steps", type=int, default=Refinement().steps)
     parser.add_argument("--refine-sequences", type=int, default=32, help="of these, sequences fitted and trained on")
     parser.add_argument("--trials", type=int, default=30, help="of the searches")
     parser.add_argument("--windows", type=int, default=16)

@@ -19,11 +19,11 @@ import sys
 import torch
 from torch import nn
 
-from bolaco.allocate.budget import rank_for
 from bolaco.evaluation.speed import decode_seconds, median_seconds
 from bolaco.layers import PivotedLinear, install_layers
 from bolaco.models.load import load_config
 from bolaco.models.structure import inspect_structure, meta_model
+from bolaco.storage.storage import STORAGES
 from common import print_table
 
 PREFILL, DECODE = 256, 16
@@ -47,11 +47,11 @@ def build(config, kind: str, keep: float, dtype: torch.dtype) -> nn.Module:
     """A model with every matrix at the same keep ratio, and random weights."""
     model = meta_model(config)
     if kind != "dense":
-        structure = inspect_structure(model)
+        structure, storage = inspect_structure(model), STORAGES.get(kind)
         matrices = {}
         for site in structure.sites:
-            rank = rank_for(site, keep, 8, kind)
-            entry = {"out": site.out_features, "rank": rank, "bias": True}
+            rank = storage.rank_for(site, keep, 8)
+            entry = {"kind": kind, "out": site.out_features, "rank": rank, "bias": True}
             if kind == "pivoted":
                 entry["side"] = "rows" if site.out_features <= site.in_features else "columns"
             if rank is not None:

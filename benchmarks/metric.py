@@ -10,21 +10,24 @@ validation split and on C4 that ablation and comparison do not report, so that c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from bolaco.allocate import Budget, max_rank
-from bolaco.allocate.spectral import spectral_ranks
-from bolaco.compressed import compressed_block
-from bolaco.data import TokenStream
+from bolaco.allocate.allocators.spectral import spectral_ranks
+from bolaco.data.sources import TokenStream
+from bolaco.evaluation.objective import Head, score
 from bolaco.factorize.solver import Factors, InputMetric, OutputMetric, low_rank
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import Site, Structure, inspect_structure
-from bolaco.objective import Head, score
-from bolaco.statistics.gradients import GradientWalk
+from bolaco.models.structure import Site, inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.statistics.backward import GradientWalk
+from bolaco.statistics.gradient import GRADIENT
+from bolaco.statistics.statistic import GradientAccumulator, GradientStatistic
+from bolaco.storage.block import compressed_block
+from bolaco.storage.budget import Budget
+from bolaco.storage.storage import STORAGES
 from common import Ledger, arguments, gap, print_table, with_blocks
 
 SHRINKAGE = 0.1
@@ -84,45 +87,52 @@ TOKENS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
 }
 
 
-class Both(GradientWalk):
-    """A gradient walk that sees the inputs too; keeps what it saw of the block it is at."""
+class Seen:
+    """Takes gradients as the output metric does, and inputs in several ways."""
 
-    ways: tuple[str, ...] = ("",)
+    def __init__(self, outputs: GradientAccumulator, inputs: dict[str, Weighted]) -> None:
+        self.outputs, self.inputs = outputs, inputs
 
-    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            x = args[0].detach()
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        self.outputs.update(x, gradient)
+        for way, moments in self.inputs.items():
+            moments.update(*TOKENS[way](x, gradient))
 
-            def take(gradient: Tensor) -> None:
-                for way, moments in self.moments[site.name].items():
-                    moments.update(*TOKENS[way](x, gradient))
+    def result(self) -> Tensor:
+        return self.outputs.result()
 
-            output.register_hook(take)
 
-        return hook
+class Both(GradientStatistic):
+    """The statistic of the output metric; ``moments`` has those of the inputs, by site name and way to treat tokens."""
 
-    def _backward(self, layer, tick):
-        base, sites = self.model.base_model, self.structure.of_layer(layer)
-        self.moments = {site.name: {way: Weighted(site.in_features) for way in self.ways} for site in sites}
-        handles = [base.get_submodule(site.module).register_forward_hook(self._hook(site)) for site in sites]
-        try:
-            return super()._backward(layer, tick)
-        finally:
-            for handle in handles:
-                handle.remove()
+    name, labels = GRADIENT.name, GRADIENT.labels
+
+    def __init__(self, ways: tuple[str, ...]) -> None:
+        self.ways = ways
+        self.moments: dict[str, dict[str, Weighted]] = {}
+
+    def accumulator(self, site: Site, device: torch.device) -> Seen:
+        self.moments[site.name] = {way: Weighted(site.in_features) for way in self.ways}
+        return Seen(GRADIENT.accumulator(site, device), self.moments[site.name])
+
+    def stack(self, values: Sequence[Tensor]) -> Tensor:
+        return GRADIENT.stack(values)
+
+    def numbers(self, site: Site) -> int:
+        return GRADIENT.numbers(site)
 
 
 def rows(
-    model: PreTrainedModel, structure: Structure, tokens: Tensor, ways: tuple[str, ...], shrinkage: list[float]
+    subject: Subject, tokens: Tensor, ways: tuple[str, ...], shrinkage: list[float]
 ) -> Iterator[tuple[str, list[dict[str, Factors]]]]:
     """Label and factors by block of each way to treat tokens, and of the plain one with each shrinkage."""
-    walk = Both(model, structure, tokens, batch=4)
-    walk.ways = ways
+    structure, storage, both = subject.structure, STORAGES.get("pivoted"), Both(ways)
+    walk = GradientWalk(subject.model, structure, tokens, 4, both)
     made: dict[str, list[dict[str, Factors]]] = {}
     for layer, found in walk.run():
         for site in structure.of_layer(layer):
-            weight, top = structure.weight(model, site), max_rank(site, 8, "pivoted")
-            for way, moments in walk.moments[site.name].items():
+            weight, top = subject.weight(site), storage.max_rank(site, 8)
+            for way, moments in both.moments.pop(site.name).items():
                 mean, covariance = moments.finish()
                 for value in shrinkage if not way else [SHRINKAGE]:
                     label = way or ("" if value == SHRINKAGE else f"shrinkage {value}")
@@ -151,6 +161,7 @@ def main() -> None:
     texts = {name: stream.take(args.windows, args.length, name) for name, stream in judged.items()}
     model = load_model(args.model)
     structure = inspect_structure(model)
+    subject, budget = Subject(model, structure), Budget(structure.sites, args.keep, STORAGES.get("pivoted"))
     ledger = Ledger(args.cache / f"metric-{args.keep}-{few}-{many}-{args.length}-{args.windows}.json")
 
     def measured() -> dict[str, float]:
@@ -166,10 +177,10 @@ def main() -> None:
         done = f"{text}: all"
         if done not in ledger.values:
             start = time.perf_counter()
-            for label, factors in rows(model, structure, tokens, ways, shrinkage):
+            for label, factors in rows(subject, tokens, ways, shrinkage):
                 spectra = {name: item.spectrum for block in factors for name, item in block.items()}
-                ranks = spectral_ranks(structure.sites, spectra, Budget(structure.sites, args.keep, "pivoted"), 8)
-                made = [compressed_block(model, structure, n, factors[n], ranks) for n in range(len(factors))]
+                ranks = spectral_ranks(structure.sites, spectra, budget, 8)
+                made = [compressed_block(subject, n, factors[n], ranks) for n in range(len(factors))]
                 with with_blocks(model, structure, made):
                     ledger.get(", ".join(filter(None, (text, label))), measured)
             ledger.get(done, lambda start=start: time.perf_counter() - start)

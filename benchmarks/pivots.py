@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bolaco.allocate import Budget
-from bolaco.allocate.spectral import spectral_ranks
-from bolaco.factorize.pivot import pivot
+from bolaco.allocate.allocators.spectral import spectral_ranks
 from bolaco.models.load import load_tokenizer
+from bolaco.storage.budget import Budget
+from bolaco.storage.pivot import pivot
+from bolaco.storage.storage import STORAGES
 from common import arguments, prepare, print_table, protocol_texts
 
 
@@ -52,9 +53,8 @@ def main() -> None:
     texts = protocol_texts(args.data, load_tokenizer(args.model), args.calibration, args.length, 16, 512, 1)
     prepared = prepare(args, texts.calibration, "kfac", 32, args.gradients, "pivoted")
     structure, store = prepared.structure, prepared.store
-    ranks = spectral_ranks(
-        structure.sites, store.spectra(structure.num_layers), Budget(structure.sites, args.keep, "pivoted"), 8
-    )
+    budget = Budget(structure.sites, args.keep, STORAGES.get("pivoted"))
+    ranks = spectral_ranks(structure.sites, store.spectra(structure.num_layers), budget, 8)
     found: dict[str, list[tuple[float, ...]]] = {}
     for layer in range(0, structure.num_layers, args.every):
         factors = store.load(layer)

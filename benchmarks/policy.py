@@ -17,13 +17,14 @@ import optuna
 import torch
 from torch import Tensor
 
-from bolaco.allocate import Budget, Ranks
-from bolaco.allocate.spectral import spectral_ranks
-from bolaco.data import TokenStream
-from bolaco.elastic import ElasticModel
+from bolaco.allocate.allocators.spectral import spectral_ranks
+from bolaco.allocate.search.elastic import ElasticModel
+from bolaco.data.sources import TokenStream
+from bolaco.evaluation.objective import Head, score
 from bolaco.models.load import load_tokenizer
 from bolaco.models.structure import TYPES
-from bolaco.objective import Head, score
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
 from common import arguments, gap, prepare, print_table, protocol_texts
 
 
@@ -61,14 +62,14 @@ def main() -> None:
     prepared = prepare(args, texts.calibration, "kfac", 32, args.gradients, "pivoted")
     structure, model = prepared.structure, prepared.model
     spectra = prepared.store.spectra(structure.num_layers)
-    budget = Budget(structure.sites, args.keep, "pivoted")
+    budget = Budget(structure.sites, args.keep, STORAGES.get("pivoted"))
     names = [*TYPES, "depth"]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=0, n_startup_trials=6))
     study.enqueue_trial(dict.fromkeys(names, 0.0))
     head, best, evaluated = Head(model), None, 0
     start = time.perf_counter()
-    with ElasticModel(model, structure, prepared.store) as elastic:
+    with ElasticModel(prepared.subject, prepared.store) as elastic:
         for _ in range(args.trials):
             trial = study.ask()
             values = {name: trial.suggest_float(name, -1.0, 1.0) for name in names}

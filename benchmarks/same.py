@@ -76,9 +76,9 @@ _SEARCH = {"search.initial": 2, "validation.candidates": 8, "validation.sequence
 
 def _compress(*words: str, model: str = "llama", keep: float = 0.7, fields: Mapping[str, object] | None = None) -> Case:
     """``fields`` are laid over those of all cases; one that is None is left out."""
-    chosen = {name: value for name, value in (_TEXT | dict(fields or {})).items() if value is not None}
+    given = {name: value for name, value in (_TEXT | dict(fields or {})).items() if value is not None}
     head = ("compress", f"models/{model}", "--keep", str(keep), "--calibration", "pydoc", "--seq-len", "64")
-    return Case((*head, *words, *_sets(chosen)))
+    return Case((*head, *words, *_sets(given)))
 
 
 def _search(*words: str, needs: tuple[str, ...] = ()) -> Case:

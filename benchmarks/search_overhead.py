@@ -17,13 +17,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bolaco.allocate import Budget, hand_keeps, make_space
-from bolaco.allocate.bayesian import open_ledger, search
-from bolaco.allocate.proposal import Proposer
-from bolaco.elastic import ElasticModel
+from bolaco.allocate.allocators.hand import hand_keeps
+from bolaco.allocate.search.elastic import ElasticModel
+from bolaco.allocate.search.ledger import open_ledger, search
+from bolaco.allocate.search.proposal import Proposer
+from bolaco.allocate.space import make_space
+from bolaco.evaluation.objective import Head, hidden_states, score
 from bolaco.layers import LowRankLinear
 from bolaco.models.load import load_tokenizer
-from bolaco.objective import Head, hidden_states, score
+from bolaco.storage.budget import Budget
+from bolaco.storage.storage import STORAGES
 from common import arguments, median, prepare, print_table, protocol_texts
 
 
@@ -46,7 +49,7 @@ def plain_model(prepared, ranks):
 
 
 def naive_model(prepared, ranks, bases):
-    """What a trial does without shared factors: copy, multiply, replace."""
+    """What a trial does without factors computed once: copy, multiply, replace."""
     model = copy.deepcopy(prepared.model)
     for site in prepared.structure.sites:
         rank = ranks[site.name]
@@ -54,7 +57,7 @@ def naive_model(prepared, ranks, bases):
             continue
         basis_t, offset = bases[site.name]
         basis = basis_t[:rank].T.contiguous()
-        weight = prepared.structure.weight(prepared.model, site)
+        weight = prepared.subject.weight(site)
         first = nn.Linear(site.in_features, rank, bias=False)
         second = nn.Linear(rank, site.out_features, bias=True)
         first.weight.data = basis.T @ weight
@@ -79,7 +82,7 @@ def main() -> None:
     texts = protocol_texts(args.data, tokenizer, 16, 512, args.sequences, args.length, 1)
     prepared = prepare(args, texts.calibration)
     model, structure, store = prepared.model, prepared.structure, prepared.store
-    space = make_space(structure, Budget(structure.sites, 0.8))
+    space = make_space(structure, Budget(structure.sites, 0.8, STORAGES.get("two-factor")))
     proposer = Proposer(space, 0.02, "fitted", 0)
     first = [hand_keeps(space), *proposer.random(1, stream=1)]
     blocks = texts.validation
@@ -91,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         study = open_ledger(Path(folder) / "journal")
         for number in range(args.trials + 2):
-            with ElasticModel(model, structure, store) as elastic:
+            with ElasticModel(prepared.subject, store) as elastic:
 
                 def evaluate(levels, elastic=elastic):
                     elastic.set_ranks(space.ranks(levels))

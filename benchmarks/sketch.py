@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bolaco import api
-from bolaco.checkpoint.info import read_info
+from bolaco.checkpoint.info import read_any_info
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from common import Ledger, TuningTexts, arguments, gap, print_table
 
@@ -52,10 +53,10 @@ class Bench:
     def to_nearest(self, bits: int) -> dict[str, float]:
         """All decoder matrices rounded, each row with a grid of its own: two numbers, where a table has 2^bits."""
         model = load_model(self.args.model, "float32")
-        structure = inspect_structure(model)
+        subject = Subject(model, inspect_structure(model))
         with torch.no_grad():
-            for site in structure.sites:
-                weight = structure.weight(model, site)  # a view
+            for site in subject.structure.sites:
+                weight = subject.weight(site)  # a view
                 weight.copy_(rounded(weight, bits))
         folder = self.args.cache / "nearest.tmp"
         shutil.rmtree(folder, ignore_errors=True)
@@ -71,14 +72,14 @@ class Bench:
             options = {"evaluation.windows": 4, "training.warmup": 0.1} | words.pop("options", {})
             words |= {"seq_len": 512, "batch": 4, "evaluation": self.texts.held_out, "reporter": Reporter()}
             api.tune(source, "sketch", self.texts.tuning, out, options=options, **words)
-        record = read_info(out, compressed=False)["tuning"]
-        seconds = record["seconds"]
+        record = read_any_info(out).tuning
+        assert record is not None  # of a folder that was tuned
         return {
             **self.perplexities(str(out)),
-            "bytes": record["bytes"],
-            "trained": record["trainable_parameters"],
-            "minutes": {name: seconds[name] / 60 for name in ("prepare", "train")},
-            "same": same_tensors(Path(source), out) if Path(source).is_dir() else None,
+            "bytes": record.bytes,
+            "trained": record.trainable_parameters,
+            "minutes": {name: record.seconds[name] / 60 for name in ("prepare", "train")},
+            "same": None if source == self.args.model else same_tensors(Path(source), out),
         }
 
 

@@ -22,23 +22,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bolaco.allocate import Budget, Ranks, make_space, max_rank, rank_for
-from bolaco.allocate.welore import welore_ranks
+from bolaco.allocate.allocators.welore import welore_ranks
+from bolaco.allocate.space import make_space
+from bolaco.data.settings import Calibration
 from bolaco.evaluation.perplexity import perplexity
-from bolaco.factorize import InputMetric, SiteStatistics, get_method, low_rank
-from bolaco.factorize.fwsvd import importance
+from bolaco.factorize import FISHER, INPUT_IMPORTANCE, OUTPUT_IMPORTANCE, InputMetric, SiteStatistics, low_rank
+from bolaco.factorize.methods.fwsvd import importance
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.structure import Stack, inspect_structure, stacked
+from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
-from bolaco.recipe import Calibration, Pruning
-from bolaco.statistics.site import LossStatistics
-from bolaco.transform.prune import kept_elements, prune, with_weights
-from common import arguments, print_table, protocol_texts
+from bolaco.statistics.stored import StatisticStore, estimate_gradients
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
+from bolaco.transform.prune import PruningOptions, kept_elements, prune, with_weights
+from common import arguments, chosen, print_table, protocol_texts
 
 HEADER = ["check", "setting", "quantity", "method", "baseline"]
 MULTIPLE = 8
+TWO_FACTOR = STORAGES.get("two-factor")
 
 
 @dataclass(frozen=True)
@@ -74,24 +78,25 @@ class Bench:
         whole = inspect_structure(model)
         self.sites = tuple(site for site in whole.sites if site.layer % every == every // 2)
         self.structure = replace(whole, sites=self.sites)
+        self.subject = Subject(model, self.structure)
 
     def loss(self, weights: dict[str, Tensor], blocks: Tensor | None = None) -> float:
         """Nats a token with these matrices, the others as they are."""
-        all_weights = {site.name: self.structure.weight(self.model, site) for site in self.sites} | weights
+        all_weights = {site.name: self.subject.weight(site) for site in self.sites} | weights
         changed = with_weights(self.model, self.structure, all_weights)
         return math.log(perplexity(changed, self.heldout if blocks is None else blocks, 4).perplexity)
 
-    def factors(self, method: str, losses: LossStatistics) -> FactorStore:
+    def factors(self, method: str, statistics: Sequence[StatisticStore] = ()) -> FactorStore:
         store = FactorStore(self.folder / method)
-        top = {site.name: max_rank(site, MULTIPLE) for site in self.sites}
-        job = FactorJob(get_method(method), store, top, losses)
-        factorize(self.model, self.structure, self.calibration, [job], Calibration(), Reporter(quiet=True))
+        top = {site.name: TWO_FACTOR.max_rank(site, MULTIPLE) for site in self.sites}
+        job = FactorJob(chosen(method), self.subject, store, top, statistics)
+        factorize(self.calibration, [job], Calibration(), Reporter(quiet=True))
         return store
 
     @cached_property
     def svd(self) -> FactorStore:
         """Plain factors of every matrix."""
-        return self.factors("svd", LossStatistics(self.folder))
+        return self.factors("svd")
 
     def products(self, store: FactorStore, ranks: Ranks) -> dict[str, Tensor]:
         """The factored matrices at these ranks, multiplied back."""
@@ -105,19 +110,19 @@ class Bench:
 
     def uniform(self, keep: float) -> Ranks:
         """One ratio for all matrices, filled up to the budget."""
-        space = make_space(self.structure, Budget(self.sites, keep), "uniform", (), MULTIPLE)
+        space = make_space(self.structure, Budget(self.sites, keep, TWO_FACTOR), dense_types=(), multiple=MULTIPLE)
         return space.ranks(space.settle([keep] * len(space.names)))
 
 
 def fwsvd(bench: Bench, keeps: Sequence[float] = (0.9, 0.8)) -> list[Row]:
     """Less error in the Fisher metric by construction, and less loss on the text the Fisher was estimated on."""
-    losses = LossStatistics(bench.folder, ("fisher",))
-    losses.estimate(bench.model, bench.structure, bench.calibration, 4, Reporter(quiet=True))
-    store, rows = bench.factors("fwsvd", losses), []
+    known, quiet = StatisticStore(bench.folder / FISHER.name, FISHER), Reporter(quiet=True)
+    estimate_gradients(known, FISHER, bench.model, bench.structure, bench.calibration, Calibration(), quiet)
+    store, rows = bench.factors("fwsvd", [known]), []
     fisher = {
-        name: importance(fields["fisher"])
+        name: importance(value)
         for layer in range(bench.structure.num_layers)
-        for name, fields in losses.of_layer(layer, torch.device("cpu")).items()
+        for name, value in known.get(layer, torch.device("cpu")).items()
     }
     for keep in keeps:
         ranks = bench.uniform(keep)
@@ -128,7 +133,7 @@ def fwsvd(bench: Bench, keeps: Sequence[float] = (0.9, 0.8)) -> list[Row]:
             shares = []
             for site in bench.sites:
                 if site.name in products:
-                    weight = bench.structure.weight(bench.model, site)
+                    weight = bench.subject.weight(site)
                     error = (weight - products[site.name]).double().square() @ fisher[site.name]
                     shares.append(float(error.sum() / (weight.double().square() @ fisher[site.name]).sum()))
             return math.sqrt(sum(shares) / len(shares))
@@ -143,7 +148,7 @@ def welore(bench: Bench, keeps: Sequence[float] = (0.7, 0.6, 0.5)) -> list[Row]:
     """One threshold on all singular values against one ratio for all, the same factors."""
     spectra, rows = bench.svd.spectra(bench.structure.num_layers), []
     for keep in keeps:
-        ranks = welore_ranks(bench.sites, spectra, Budget(bench.sites, keep), MULTIPLE)
+        ranks = welore_ranks(bench.sites, spectra, Budget(bench.sites, keep, TWO_FACTOR), MULTIPLE)
         found = [bench.loss(bench.products(bench.svd, r)) for r in (ranks, bench.uniform(keep))]
         rows.append(Row("WeLore / uniform SVD", f"keep {keep}", "loss", *found))
     return rows
@@ -158,8 +163,8 @@ def joint(bench: Bench, keeps: Sequence[float] = (0.8, 0.6, 0.4)) -> list[Row]:
     for stack in stacks:
         for sites, found in (([stack], together), (stack.members, apart)):
             for site in sites:
-                weight = bench.structure.weight(bench.model, site)
-                ranks = [rank_for(site, keep, 1) for keep in keeps]
+                weight = bench.subject.weight(site)
+                ranks = [TWO_FACTOR.rank_for(site, keep, 1) for keep in keeps]
                 factors = low_rank(weight, InputMetric(None), max(rank for rank in ranks if rank is not None))
                 for products, rank in zip(found, ranks, strict=True):
                     assert rank is not None
@@ -168,11 +173,7 @@ def joint(bench: Bench, keeps: Sequence[float] = (0.8, 0.6, 0.4)) -> list[Row]:
     for keep, ours, others in zip(keeps, together, apart, strict=True):
 
         def error(products: dict[str, Tensor]) -> float:
-            squares = [
-                (bench.structure.weight(bench.model, m) - products[m.name]).square().sum()
-                for s in stacks
-                for m in s.members
-            ]
+            squares = [(bench.subject.weight(m) - products[m.name]).square().sum() for s in stacks for m in s.members]
             return math.sqrt(float(sum(squares)))
 
         rows.append(Row("joint / separate SVD", f"keep {keep} of the stacks", "error", error(ours), error(others)))
@@ -192,27 +193,27 @@ def lpaf(
     bench: Bench, sparsity: float = 0.5, steps: int = 64, batch: int = 4, keep: float = 0.8, score: str = "sensitivity"
 ) -> list[Row]:
     """First-order-pruned weights have lower rank than magnitude-pruned ones; their SVD gains from the importances."""
-    settings = Pruning(steps=steps, batch=batch, score=score)
+    settings = PruningOptions.model_validate({"steps": steps, "batch": batch, "score": score})
     pruned = prune(bench.model, bench.structure, bench.calibration, sparsity, settings)
     first, magnitude = [], []
     for site in bench.sites:
-        weight = bench.structure.weight(bench.model, site)
+        weight = bench.subject.weight(site)
         first.append(_energy_rank(pruned[site.name].weight))
         magnitude.append(_energy_rank(weight * kept_elements(weight.abs(), sparsity)))
     what = f"sparsity {sparsity}, {steps} steps"
     ranks = [sum(found) / len(found) for found in (first, magnitude)]
     rows = [Row("first-order / magnitude pruning", what, "95%-energy rank", *ranks)]
-    simply = {site.name: bench.structure.weight(bench.model, site) for site in bench.sites}
+    simply = {site.name: bench.subject.weight(site) for site in bench.sites}
     simply = {name: weight * kept_elements(weight.abs(), sparsity) for name, weight in simply.items()}
     found = [bench.loss(weights) for weights in ({n: item.weight for n, item in pruned.items()}, simply)]
     rows.append(Row("first-order / magnitude pruning", what, "loss, not factored", *found))
-    method, allocation = get_method("lpaf"), bench.uniform(keep)
+    method, allocation = chosen("lpaf"), bench.uniform(keep)
     aware, plain = {}, {}
     for site in bench.sites:
         item, rank = pruned[site.name], allocation[site.name]
         aware[site.name] = plain[site.name] = item.weight
         if rank is not None:
-            statistics = SiteStatistics(None, outputs=item.outputs, inputs=item.inputs)
+            statistics = SiteStatistics({OUTPUT_IMPORTANCE: item.outputs, INPUT_IMPORTANCE: item.inputs})
             aware[site.name] = method.prepare(item.weight, InputMetric(None), statistics, rank).product(rank)
             plain[site.name] = low_rank(item.weight, InputMetric(None), rank).product(rank)
     rows.append(
@@ -231,7 +232,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8, help="held-out C4 windows of 1024 tokens")
     parser.add_argument("--every", type=int, default=1, help="change one block of so many (1: all)")
-    parser.add_argument("--steps", type=int, default=Pruning().steps, help="of LPAF's pruning")
+    parser.add_argument("--steps", type=int, default=PruningOptions().steps, help="of LPAF's pruning")
     args = parser.parse_args()
     texts = protocol_texts(args.data, load_tokenizer(args.model), args.calibration, args.length, 16, 512, 1)
     rows = []

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bolaco import api
-from bolaco.checkpoint.info import read_info
+from bolaco.checkpoint.info import read_any_info, read_info
 from bolaco.progress import Reporter
-from bolaco.tune.registry import MODES
+from bolaco.tune.mode import MODES
 from common import Ledger, TuningTexts, gap, print_table
 
 # Name -> mode and settings. Modes that are not named here run with their defaults.
@@ -33,7 +33,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def variants(only: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MODES} | NAMED
+    every: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MODES.names()} | NAMED
     return {name: value for name, value in sorted(every.items()) if not only or name.startswith(tuple(only))}
 
 
@@ -49,7 +49,7 @@ class Bench:
         args = self.args
         out = args.cache / "".join(c if c.isalnum() else "-" for c in f"tuned-{args.folder.name}-{name}-{self.key}")
         if out.exists():  # written before its perplexities were in the ledger
-            info = read_info(out, compressed=False)
+            info = read_any_info(out)
         else:
             words = {"max_steps": args.max_steps, "minutes": args.minutes, "seq_len": args.length, "batch": args.batch}
             words |= {"evaluation": self.texts.held_out, "reporter": Reporter()}
@@ -57,11 +57,12 @@ class Bench:
             result = api.tune(str(args.folder), mode, self.texts.tuning, out, options=given, **words)
             assert result is not None
             info = result.info
-        record = info["tuning"]
+        record = info.tuning
+        assert record is not None  # of a folder that was tuned
         found = {
-            "parameters": record["trainable_parameters"],
-            "steps": record["steps"],
-            "minutes": record["seconds"]["train"] / 60,
+            "parameters": record.trainable_parameters,
+            "steps": record.steps,
+            "minutes": record.seconds["train"] / 60,
             **self.perplexities(str(out)),
         }
         if not args.keep:
@@ -103,7 +104,7 @@ def main() -> None:
     bench = Bench(args)
     ledger = Ledger(args.cache / f"tune-{args.folder.name}-{bench.key}.json")
     if not args.measured:
-        original = read_info(args.folder)["model"]
+        original = read_info(args.folder).model
         ledger.get("dense", lambda: bench.perplexities(original))
         ledger.get("compressed", lambda: bench.perplexities(str(args.folder)))
     dense, before = (ledger.values[name]["value"] for name in ("dense", "compressed"))

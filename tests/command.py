@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from bolaco.cli import main
+from bolaco.errors import RecipeError
+from bolaco.recipe.recipe import applicable, recipe_values
 from tests.models import english, save_tiny
 
+# Those of a search are for recipes that search.
 SMALL = {
     "calibration.sequences": 8,
     "validation.candidates": 6,
     "validation.sequences": 3,
     "validation.allocations": 2,
+    "search.trials": 3,
     "search.initial": 1,
     "search.rank_multiple": 4,
     "evaluation.windows": 4,
@@ -61,13 +65,30 @@ def ok(*words: str | Path) -> Done:
 def compress(
     out: str | Path, *more: str | Path, model: str = "model", calibration: str = "text.txt", **changes: Any
 ) -> list[str]:
-    """The words of a small `compress`; ``search_min_keep=0.3`` adds ``--set search.min_keep=0.3``."""
+    """The words of a small `compress`; ``search_min_keep=0.3`` adds ``--set search.min_keep=0.3``.
+
+    Of :data:`SMALL` those that its recipe has; ``more`` and ``changes`` are passed on as they are.
+    """
     words = ["compress", model, "--keep", "0.8", "--calibration", calibration, "--eval", "other.txt", "--seq-len", "32"]
-    settings = SMALL | {name.replace("_", ".", 1): value for name, value in changes.items()}
+    settings = _sizes(*map(str, more)) | {name.replace("_", ".", 1): value for name, value in changes.items()}
+    if "search.trials" in settings:
+        words += ["--trials", str(settings.pop("search.trials"))]
     for name, value in settings.items():
         words += ["--set", f"{name}={value}"]
     words += [] if "--preset" in more else ["--preset", "bolaco-5x1"]
-    return [*words, "--trials", "3", "-o", str(out), *map(str, more)]
+    return [*words, "-o", str(out), *map(str, more)]
+
+
+def _sizes(*words: str) -> dict[str, Any]:
+    """Of :data:`SMALL` the fields that the recipe of these words has; none of its search where they make no recipe."""
+    chosen = {
+        name: words[words.index(f"--{name}") + 1] for name in ("method", "search", "storage") if f"--{name}" in words
+    }
+    preset = words[words.index("--preset") + 1] if "--preset" in words else "bolaco-5x1"
+    try:
+        return applicable(SMALL, recipe_values(**chosen), preset)
+    except RecipeError:
+        return {name: value for name, value in SMALL.items() if not name.startswith("search.")}
 
 
 def furnish(folder: Path, model: Path | None = None) -> Path:
@@ -104,5 +125,5 @@ def what_counts(folder: str | Path) -> dict[str, Any]:
     del record["seconds"]
     for trial in record["trials"]:
         del trial["seconds"]
-    del record["recipe"]["search"]["trials"]
+    record["recipe"].get("search", {}).pop("trials", None)
     return record | {"weights": digest(Path(folder) / "model.safetensors")}

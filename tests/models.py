@@ -23,7 +23,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bolaco import api
-from bolaco.recipe import Recipe, make_recipe, recipe_values
+from bolaco.checkpoint.info import CompressedInfo
+from bolaco.data.texts import Texts
+from bolaco.factorize.store import FactorStore
+from bolaco.recipe.recipe import Recipe, applicable, make_recipe, recipe_values
+from bolaco.runs.session import open_source, texts_for
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 UNK, BOS, EOS, PAD = range(4)
@@ -302,11 +306,16 @@ def text_file() -> Path:
 
 
 def tiny_recipe(**values: Any) -> Recipe:
-    """A recipe of :data:`TINY` size; ``values`` as for :func:`recipe_values`, with ``search="none"`` by default."""
-    given = {"keep": 0.7, "search": "none", "calibration": str(text_file())} | values
-    options = TINY | given.pop("options", {})
+    """A recipe of :data:`TINY` size; ``values`` as for :func:`recipe_values`, with ``search="hand"`` by default.
+
+    The sizes of :data:`TINY`, and ``trials``, are for recipes that have such fields; ``options`` are not chosen from.
+    """
+    given = {"keep": 0.7, "search": "hand", "calibration": str(text_file())} | values
+    options = given.pop("options", {})
     preset = given.pop("preset", "bolaco-5x1")
-    return make_recipe(recipe_values(**given, options=options | {"model": "tiny"}), preset)
+    sizes = TINY | ({"search.trials": given.pop("trials")} if "trials" in given else {})
+    sizes = applicable(sizes, recipe_values(**given), preset)
+    return make_recipe(recipe_values(**given, options=sizes | options | {"model": "tiny"}), preset)
 
 
 @dataclass(frozen=True)
@@ -317,7 +326,23 @@ class Compressed:
     recipe: Recipe
     path: Path
     work: Path
-    info: dict[str, Any]
+    info: CompressedInfo
+
+    @property
+    def factors(self) -> FactorStore:
+        """The factors that the run left in its work folder."""
+        (folder,) = self.work.glob("factors-*")
+        return FactorStore(folder)
+
+    @property
+    def texts(self) -> Texts:
+        """The texts that the run used."""
+        return texts_for(self.recipe, open_source("tiny", self.original, tiny_tokenizer()))
+
+    def stage(self, name: str) -> Path:
+        """The folder that a stage left in the work folder; there must be one."""
+        (found,) = [path for path in self.work.glob(f"{name}-*") if path.is_dir()]
+        return found
 
 
 def compress_tiny(model: PreTrainedModel, out: Path, **values: Any) -> Compressed:
@@ -331,7 +356,7 @@ def compress_tiny(model: PreTrainedModel, out: Path, **values: Any) -> Compresse
 _finished: dict[Path, Compressed] = {}
 
 
-def compressed(family: str, keep: float = 0.7, search: str = "none", method: str = "afm") -> Compressed:
+def compressed(family: str, keep: float = 0.7, search: str = "hand", method: str = "afm") -> Compressed:
     """A family's tiny model, compressed once for all tests; leave the folder as it is."""
     out = scratch() / f"{family}-{keep}-{search}-{method}"
     if out not in _finished:

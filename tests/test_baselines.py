@@ -8,15 +8,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bolaco.blockstore import BlockStore
+from bolaco.data.settings import Calibration
 from bolaco.errors import ResumeError
-from bolaco.factorize import SiteStatistics, get_method
+from bolaco.factorize import FISHER, GRADIENT, METHODS, ChosenMethod, SiteStatistics
+from bolaco.factorize.method import NoOptions
 from bolaco.factorize.store import FactorStore
-from bolaco.models import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.statistics.site import LossStatistics
+from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.progress import Reporter
+from bolaco.statistics import stored
+from bolaco.statistics.stored import StatisticStore, estimate_gradients, site_statistics
 from tests.models import FAMILIES, compress_tiny, text_file, tiny_llama, token_blocks
+from tests.test_resume import counted
 
+CPU = torch.device("cpu")
 ONE_SHOT = {"asvd": "asvd", "fwsvd": "fwsvd", "svd-llm": "svd-llm"}
 
 
@@ -24,14 +30,14 @@ ONE_SHOT = {"asvd": "asvd", "fwsvd": "fwsvd", "svd-llm": "svd-llm"}
 @pytest.mark.parametrize("preset", ONE_SHOT)
 def test_one_ratio_two_factors_and_no_bias(preset: str, family: str, tmp_path: Path) -> None:
     run = compress_tiny(FAMILIES[family](), tmp_path / "out", preset=preset, search=None, keep=0.6)
-    assert run.info["method"] == ONE_SHOT[preset]
-    assert run.info["storage"] == "two-factor"
-    assert run.info["keep_linears"] <= 0.6
+    assert run.info.method == ONE_SHOT[preset]
+    assert run.info.storage == "two-factor"
+    assert run.info.keep_linears <= 0.6
     assert run.recipe.dense_types == ()
-    assert run.recipe.search.space == "uniform"
+    assert run.recipe.search.name == "uniform"
     by_type = {}
     for site in inspect_structure(run.original).sites:
-        by_type.setdefault(site.type, set()).add(run.info["ranks"][site.name])
+        by_type.setdefault(site.type, set()).add(run.info.ranks[site.name])
     assert all(len(ranks) == 1 for ranks in by_type.values())
     biases = sum(name.endswith("bias") for name, _ in run.original.named_parameters())
     model = load_model(str(run.path))
@@ -46,15 +52,16 @@ def test_one_ratio_two_factors_and_no_bias(preset: str, family: str, tmp_path: P
 def test_factors_are_those_of_the_statistics(method: str, tmp_path: Path) -> None:
     """The pipeline gives every matrix its own statistics: each in its own metric is nearer than plain SVD."""
     run = compress_tiny(tiny_llama(), tmp_path / "out", preset=method, search=None, keep=0.6)
-    structure, store = inspect_structure(run.original), FactorStore(run.work / "factors")
-    plain = get_method("svd")
+    structure, store = inspect_structure(run.original), FactorStore(run.stage("factors"))
+    subject, plain = Subject(run.original, structure), ChosenMethod(METHODS.get("svd"), NoOptions())
+    nothing = SiteStatistics({})
     different = 0
     for layer in range(structure.num_layers):
-        fisher = BlockStore(run.work / "fisher").read(layer) if method == "fwsvd" else {}
+        fisher = StatisticStore(run.stage("fisher"), FISHER).get(layer, CPU) if method == "fwsvd" else {}
         for name, factors in store.load(layer).items():
             (site,) = (site for site in structure.sites if site.name == name)
-            weight = structure.weight(run.original, site)
-            other = plain.prepare(weight, plain.metric(None), SiteStatistics(None), 8).product(8)
+            weight = subject.weight(site)
+            other = plain.prepare(weight, plain.metric(nothing), nothing, 8).product(8)
             different += not torch.allclose(other, factors.product(8), atol=1e-3)
             if fisher:
                 scale = (fisher[name] / fisher[name].mean()).sqrt()
@@ -71,40 +78,44 @@ def test_with_closed_form_ranks_pivoted_storage_and_refinement(method: str, tmp_
     run = compress_tiny(
         tiny_llama(), tmp_path / "out", preset="default", search="spectral", method=method, options=options
     )
-    assert run.info["keep_linears"] <= 0.7
-    assert run.info["perplexity"]["compressed"] < 2 * run.info["perplexity"]["dense"]
+    assert run.info.keep_linears <= 0.7
+    assert run.info.perplexity.compressed < 2 * run.info.perplexity.dense
     assert not list(run.work.rglob("*.cache"))
 
 
-def test_the_same_with_statistics_that_were_there(tmp_path: Path) -> None:
-    """Interrupted after the statistics, a run ends with the same ranks and weights."""
+def test_the_same_with_statistics_that_were_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after the statistics, a run ends with the same ranks and weights, and estimates nothing again."""
     values = {"preset": "fwsvd", "search": "spectral", "keep": 0.7, "calibration": str(text_file())}
     whole = compress_tiny(tiny_llama(), tmp_path / "whole", **values)
-    again = tmp_path / "again"
+    again, fisher = tmp_path / "again", whole.stage("fisher")
     (tmp_path / "again.work").mkdir()
-    for name in ("recipe.json", "seconds.json"):
-        (tmp_path / "again.work" / name).write_bytes((whole.work / name).read_bytes())
-    (whole.work / "fisher").rename(tmp_path / "again.work" / "fisher")
+    (tmp_path / "again.work/recipe.json").write_bytes((whole.work / "recipe.json").read_bytes())
+    fisher.rename(tmp_path / "again.work" / fisher.name)
+    walks = counted(monkeypatch, stored, "GradientWalk")
     after = compress_tiny(tiny_llama(), again, **values)
-    assert after.info["ranks"] == whole.info["ranks"]
+    assert walks == []
+    assert after.info.ranks == whole.info.ranks
     assert (again / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
+    compress_tiny(tiny_llama(), tmp_path / "another", **values)
+    assert len(walks) == 1  # where nothing was there
 
 
 def test_both_kinds_of_gradients_for_a_method_that_asks_for_both(tmp_path: Path) -> None:
-    from bolaco.progress import Reporter
-
     model = tiny_llama()
     structure = inspect_structure(model)
-    losses = LossStatistics(tmp_path, ("gradient", "fisher"))
-    losses.estimate(model, structure, token_blocks(3, 12), 2, Reporter(quiet=True))
-    found = losses.of_layer(1, torch.device("cpu"))
-    assert set(found) == {site.name for site in structure.of_layer(1)}
-    for site in structure.of_layer(1):
-        assert found[site.name]["gradient"].shape == (site.out_features,) * 2
-        assert found[site.name]["fisher"].shape == (site.in_features,)
-    # As an earlier version wrote it.
-    file = next((tmp_path / "gradients").glob("block-00001*"))
-    save_file({name: values["gradient"] for name, values in found.items()}, file)
+    stores = [StatisticStore(tmp_path / kind.name, kind) for kind in (GRADIENT, FISHER)]
+    for store, kind in zip(stores, (GRADIENT, FISHER), strict=True):
+        settings = Calibration(batch=2)
+        estimate_gradients(store, kind, model, structure, token_blocks(3, 12), settings, Reporter(quiet=True))
+    sites = structure.of_layer(1)
+    found = site_statistics(1, sites, stores, CPU)
+    assert set(found) == {site.name for site in sites}
+    for site in sites:
+        assert found[site.name][GRADIENT].shape == (site.out_features,) * 2
+        assert found[site.name][FISHER].shape == (site.in_features,)
+    # As a version before the first wrote it.
+    file = stores[0].path(1)
+    save_file({name: values[GRADIENT] for name, values in found.items()}, file)
     with pytest.raises(ResumeError, match=r"block-00001.*no folded symmetric matrix.*delete this file"):
-        losses.of_layer(1, torch.device("cpu"))
-    assert LossStatistics(tmp_path / "nothing").of_layer(0, torch.device("cpu")) == {}
+        site_statistics(1, sites, stores, CPU)
+    assert all(found.values == {} for found in site_statistics(1, sites, (), CPU).values())

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bolaco.allocate import Budget
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import BudgetError, RecipeError, UnsupportedModelError
-from bolaco.models import inspect_structure
-from bolaco.models.structure import meta_model
-from bolaco.recipe import make_recipe
-from bolaco.transform.chop import PATTERNS, chop, chop_config, kept_blocks, plan, skipping_logits
+from bolaco.models.structure import inspect_structure, meta_model
+from bolaco.recipe.recipe import TransformRecipe, make_recipe
+from bolaco.runs.chop import kept_blocks as blocks_of
+from bolaco.transform.chop import PATTERNS, chop, chop_config, kept_blocks, skipping_logits
 from tests.command import bolaco, compress, furnish, ok
 from tests.models import FAMILIES, build, compress_tiny, save_tiny, tiny_deep, tiny_llama, token_blocks
 
@@ -78,10 +77,11 @@ def test_numbers_of_blocks_that_cannot_be() -> None:
 def test_the_largest_number_within_the_budget() -> None:
     structure = inspect_structure(meta_model(tiny_llama(num_hidden_layers=6).config))
     for keep, expected in ((1.0, 6), (0.99, 5), (0.5, 3), (0.49, 2), (0.34, 2)):
-        recipe = make_recipe({"model": "m", "keep": keep, "factorization": {"method": "chop"}})
-        assert len(plan(structure, Budget(structure.sites, keep), recipe)) == expected
+        recipe = make_recipe({"model": "m", "keep": keep, "method": "chop"})
+        assert isinstance(recipe, TransformRecipe)
+        assert len(blocks_of(recipe, structure)) == expected
     with pytest.raises(BudgetError, match="the first and the last"):
-        plan(structure, Budget(structure.sites, 0.3), recipe)
+        blocks_of(recipe.model_copy(update={"keep": 0.3}), structure)
 
 
 @pytest.mark.parametrize("pattern", ["max-gap", "input"])
@@ -155,14 +155,14 @@ def test_a_configuration_that_cannot_say_it_is_refused(monkeypatch: pytest.Monke
 def test_a_run(tmp_path: Path) -> None:
     run = compress_tiny(tiny_deep("llama"), tmp_path / "out", preset="default", search=None, method="chop", keep=0.7)
     info = run.info
-    assert (info["method"], info["storage"], info["ranks"], info["trials"]) == ("chop", "dense", {}, [])
-    assert (info["layers"], info["layers_dense"]) == ([0, 1, 4, 5], 6)
-    assert info["keep_linears"] == pytest.approx(4 / 6)
-    assert info["parameters_linears"] == 4 * info["parameters_linears_dense"] // 6
+    assert (info.method, info.storage, info.ranks, info.trials) == ("chop", None, {}, [])
+    assert (info.layers, info.layers_dense) == ([0, 1, 4, 5], 6)
+    assert info.keep_linears == pytest.approx(4 / 6)
+    assert info.parameters_linears == 4 * info.parameters_linears_dense // 6
     model = AutoModelForCausalLM.from_pretrained(run.path)
-    assert info["parameters"] == sum(p.numel() for p in model.parameters())
-    assert info["perplexity"]["compressed"] != info["perplexity"]["dense"]
-    assert not (run.work / "factors").exists()
+    assert info.parameters == sum(p.numel() for p in model.parameters())
+    assert info.perplexity.compressed != info.perplexity.dense
+    assert not [path for path in run.work.iterdir() if path.is_dir()]  # nothing is factored
     card = (run.path / "README.md").read_text()
     assert "4 of 6 decoder blocks stay: 0-1, 4-5" in card
     assert "trust_remote_code" not in card
@@ -170,13 +170,13 @@ def test_a_run(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(furnish(tmp_path, save_tiny(tmp_path / "deep", tiny_deep("llama"))))
-    words = ["compress", "model", "--keep", "0.7", "--method", "chop", "--set", "chop.pattern=input"]
+    words = ["compress", "model", "--keep", "0.7", "--method", "chop", "--set", "method.pattern=input"]
     words += ["--eval", "other.txt", "--seq-len", "32", "--set", "evaluation.windows=4"]
     plan = ok(*words, "--dry-run").out
     assert "4 of 6 decoder blocks stay: 0, 3-5" in plan
     assert "(0.6667)" in plan
     ok(*words, "-o", "out")  # no calibration text is needed: the default's is not there
-    assert read_info("out")["recipe"]["chop"]["pattern"] == "input"
+    assert read_info("out").recipe["method"] == {"name": "chop", "pattern": "input"}
     shown = ok("inspect", "out").out
     assert "4 of 6 decoder blocks stay: 0, 3-5" in shown
     assert "0.6667" in shown
@@ -189,15 +189,15 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"factorization": {"storage": "pivoted"}}, "factorization.storage pivoted contradicts method chop"),
-        ({"search": {"space": "5x1"}}, "search.space 5x1 contradicts method chop"),
-        ({"refinement": {"steps": 3}}, "refinement.steps is not possible with method chop"),
-        ({"refinement": {"fit": True}}, "refinement.fit is not possible with method chop"),
-        ({"search": {"warm_start": "x"}}, "search.warm_start is not possible with method chop"),
-        ({"chop": {"pattern": "random"}}, "chop.pattern"),
+        ({"storage": "pivoted"}, "storage pivoted contradicts method chop"),
+        ({"search": "5x1"}, "search contradicts method chop"),
+        ({"search": {"warm_start": "x"}}, "search contradicts method chop"),
+        ({"refinement": {"steps": 3}}, "refinement contradicts method chop"),
+        ({"refinement": {"fit": True}}, "refinement contradicts method chop"),
+        ({"method": {"name": "chop", "pattern": "random"}}, r"method\.pattern: "),
+        ({"method": {"name": "chop", "steps": 3}}, r"method\.steps: method 'chop' has no such option"),
     ],
 )
 def test_contradictions(values: dict, named: str) -> None:
-    section = {"method": "chop"} | values.pop("factorization", {})
     with pytest.raises(RecipeError, match=named):
-        make_recipe({"model": "m", "keep": 0.5, "factorization": section} | values)
+        make_recipe({"model": "m", "keep": 0.5, "method": "chop"} | values)

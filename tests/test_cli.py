@@ -22,20 +22,20 @@ from transformers import AutoModelForCausalLM
 from bolaco.factorize import METHODS
 from bolaco.models.load import load_model
 from bolaco.progress import Reporter
-from bolaco.recipe import load_recipe
-from bolaco.systems import SYSTEMS
+from bolaco.recipe.presets import PRESETS, SYSTEMS
+from bolaco.recipe.recipe import load_recipe
 from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
 from tests.models import save_tiny, tiny_llama
 
 COMMANDS = ("compress", "compare", "run", "eval", "tune", "bench", "inspect", "export", "methods")
-METHOD_NAMES = sorted({*METHODS, *SYSTEMS})
+METHOD_NAMES = sorted({*METHODS.names(), *SYSTEMS})
 GOLDEN = Path(__file__).parent / "golden"
 LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A furnished folder with three results: ``small`` (5x1), ``split`` (5x4) and ``hand`` (no search)."""
+    """A furnished folder with three results: ``small`` (5x1), ``split`` (5x4) and ``hand`` (the hand allocation)."""
     folder = furnish(tmp_path_factory.mktemp("shared"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -44,7 +44,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "small.txt").write_text(said.out, encoding="utf-8")
         (folder / "small.log").write_text(said.err, encoding="utf-8")
         ok(*compress("split", "--trials", "4", "--search", "5x4"))
-        ok(*compress("hand", "--search", "none"))
+        ok(*compress("hand", "--search", "hand"))
     return folder
 
 
@@ -57,6 +57,10 @@ def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def budget_kept(record: dict) -> bool:
     return record["parameters_linears"] <= 0.8 * LINEARS == 12_288 and record["parameters_linears_dense"] == LINEARS
+
+
+def as_number(rank: int | None) -> float:
+    return float("inf") if rank is None else rank
 
 
 def masked(text: str) -> str:
@@ -112,20 +116,56 @@ def test_wrong_usage_is_exit_2(words: tuple[str, ...]) -> None:
 
 
 def test_methods() -> None:
-    lines = ok("methods").out.partition("mode of tune")[0].splitlines()
-    kind, rows = "", {}
-    for line in lines:
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for line in ok("methods").out.splitlines():
         cells = [cell.strip() for cell in line.split("│")]
         if len(cells) == 1 and line[:1].isalpha():
-            kind = line.strip()
-        elif len(cells) == 6 and cells[1]:  # the modes of tuning have no column for packages
-            rows[cells[1]] = [kind, cells[2]]
+            rows = kinds[line.strip()] = {}
+        elif len(cells) == 6 and cells[1]:
+            rows[cells[1]] = cells[2:5]
     factorizations = {"svd", "asvd", "fwsvd", "svd-llm", "afm", "kfac", "joint", "lpaf"}
-    assert rows.keys() == factorizations | {"bolaco", "welore", "chop"}
-    assert {name for name, (kind, _) in rows.items() if kind == "factorization"} == factorizations
-    assert rows["welore"] == ["allocation", "arXiv 2407.11239"]
-    assert rows["chop"] == ["transform", "arXiv 2305.14864"]
-    assert rows["lpaf"] == ["factorization", "arXiv 2306.14152"]
+    assert {kind: set(rows) for kind, rows in kinds.items()} == {
+        "factorization": factorizations,
+        "allocation": {"bolaco", "welore"},
+        "transform": {"chop"},
+        "ways to find ranks": {"spectral", "5x1", "5x4", "uniform", "welore", "hand"},
+        "forms of a factored matrix": {"two-factor", "pivoted", "shared"},
+        "what is trained": {"diagonal", "factors", "lora", "continued", "mixed-rank", "sketch", "tt-lora"},
+    }
+    assert kinds["allocation"]["welore"][0] == kinds["ways to find ranks"]["welore"][0] == "arXiv 2407.11239"
+    assert kinds["transform"]["chop"][0] == "arXiv 2305.14864"
+    assert kinds["factorization"]["lpaf"][0] == "arXiv 2306.14152"
+    assert kinds["forms of a factored matrix"]["pivoted"][0] == "arXiv 2501.19090"
+    assert {cells[-1] for rows in kinds.values() for cells in rows.values()} == {"bolaco"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("kfac", ["method kfac (arXiv 2505.17974): ", "method.shrinkage", "0.1", "mean eigenvalue"]),
+        ("svd", ["method svd (Eckart-Young 1936): plain truncated SVD"]),
+        ("chop", ["method chop (arXiv 2305.14864)", "method.pattern", "preset chop, beside the defaults:"]),
+        ("lpaf", ["method lpaf", "method.keep_sparse", "method.steps", "64", "preset lpaf"]),
+        ("spectral", ["search spectral: closed form"]),
+        ("5x4", ["search 5x4 (arXiv 2405.10616)", "search.trials", "50", "search.kl_weight"]),
+        ("welore", ["search welore", "search.min_ratio", "preset welore, beside the defaults:", "name: svd"]),
+        ("uniform", ["search uniform: one ratio for all matrices", "search.min_keep"]),
+        ("pivoted", ["storage pivoted (arXiv 2501.19090)"]),
+        ("bolaco", ["method bolaco (arXiv 2405.10616)"]),
+        ("paper", ["preset paper, beside the defaults:", "sequences: 1024"]),
+        ("sketch", ["mode sketch (arXiv 2410.06364)", "options.bits"]),
+    ],
+)
+def test_methods_shows_one_with_its_options(name: str, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    out = ok("methods", name).out
+    assert [part for part in said if part not in out] == []
+
+
+def test_methods_of_no_such_name() -> None:
+    done = bolaco("methods", "kfacc")
+    assert (done.code, done.out) == (1, "")
+    assert done.err == "bolaco: error: nothing is called 'kfacc'; did you mean 'kfac'?\n"
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
@@ -135,36 +175,41 @@ def test_every_method_makes_a_recipe_that_reads_back(name: str, tmp_path: Path) 
     (tmp_path / "recipe.yaml").write_text(text)
     assert load_recipe(tmp_path / "recipe.yaml").to_yaml() == text
     values = yaml.safe_load(text)
-    factored, space = values["factorization"], values["search"]["space"]
     parts = {
         "bolaco": ("afm", "two-factor", "5x1"),
         "welore": ("svd", "two-factor", "welore"),
         "joint": ("svd", "shared", "uniform"),
         "lpaf": ("lpaf", "two-factor", "uniform"),
-        "chop": ("chop", "dense", "none"),
+        "chop": ("chop", None, None),
     }.get(name, (name, "pivoted", "spectral"))
-    assert (factored["method"], factored["storage"], space) == parts
+    assert (values["method"]["name"], values.get("storage"), values.get("search", {}).get("name")) == parts
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "chop", "--storage", "pivoted"), "factorization.storage pivoted contradicts method chop"),
-        (("--method", "chop", "--search", "5x1"), "search.space 5x1 contradicts method chop"),
-        (("--method", "joint", "--search", "5x4"), "search.space 5x4 is not possible with shared storage"),
-        (("--method", "joint", "--storage", "two-factor"), "factorization.storage two-factor contradicts method joint"),
-        (("--method", "welore", "--search", "spectral"), "search.space spectral contradicts method welore"),
-        (("--method", "bolaco", "--search", "welore"), "search.space welore contradicts method bolaco"),
-        (("--method", "lpaf", "--search", "5x1"), "search.space 5x1 contradicts method lpaf"),
+        (("--method", "chop", "--storage", "pivoted"), "storage pivoted contradicts method chop: it removes blocks"),
+        (("--method", "chop", "--search", "5x1"), "search contradicts method chop: it removes blocks"),
+        (("--preset", "chop", "--search", "5x1"), "search contradicts method chop: it removes blocks"),
+        (("--method", "chop", "--set", "refinement.steps=3"), "refinement contradicts method chop"),
+        (("--method", "joint", "--search", "5x4"), "search.name 5x4 is not possible with shared storage"),
+        (("--method", "joint", "--storage", "two-factor"), "storage two-factor contradicts method joint"),
+        (("--method", "welore", "--search", "spectral"), "search.name spectral contradicts method welore"),
+        (("--method", "bolaco", "--search", "welore"), "search.name welore contradicts method bolaco"),
+        (("--method", "lpaf", "--search", "5x1"), "search.name 5x1 contradicts method lpaf"),
         (("--method", "welore", "--preset", "aa-svd"), "welore is a recipe of its own and so is the preset aa-svd"),
-        (("--method", "svd", "--preset", "chop"), "factorization.storage dense with method svd"),
-        (
-            (
-                "--method",
-                "wellore",
-            ),
-            "did you mean 'welore'",
-        ),
+        (("--method", "svd", "--preset", "chop"), "method svd contradicts the preset chop, which factors nothing"),
+        (("--method", "wellore"), "method.name: unknown method 'wellore'; did you mean 'welore'?"),
+        (("--method", "kfacc"), "method.name: unknown method 'kfacc'; did you mean 'kfac'?"),
+        (("--search", "spectrall"), "search.name: unknown search 'spectrall'; did you mean 'spectral'?"),
+        (("--search", "none"), "search.name: unknown search 'none'; known are "),
+        (("--storage", "pivotted"), "storage: unknown storage 'pivotted'; did you mean 'pivoted'?"),
+        (("--storage", "dense"), "storage: unknown storage 'dense'; known are "),
+        (("--trials", "3"), "search.trials: search 'spectral' has no such option"),
+        (("--set", "search.ranks_multiple=3"), "search.ranks_multiple: search 'spectral' has no such option"),
+        (("--search", "5x1", "--set", "search.slak=0"), "search '5x1' has no such option; did you mean 'slack'?"),
+        (("--set", "method.shrinkige=0"), "method 'kfac' has no such option; did you mean 'shrinkage'?"),
+        (("--set", "factorization.method=svd"), "factorization.method: is called method.name now"),
     ],
 )
 def test_contradictions_are_refused_in_one_line(words: tuple[str, ...], said: str) -> None:
@@ -176,9 +221,12 @@ def test_contradictions_are_refused_in_one_line(words: tuple[str, ...], said: st
 
 def test_a_system_goes_with_its_own_presets_and_options() -> None:
     assert recipe("--method", "bolaco", "--preset", "paper")["calibration"]["sequences"] == 1024
-    assert recipe("--method", "bolaco", "--search", "5x4")["search"]["space"] == "5x4"
-    assert recipe("--method", "welore", "--storage", "pivoted")["factorization"]["storage"] == "pivoted"
-    assert recipe("--preset", "joint", "--method", "afm")["factorization"] == {"method": "afm", "storage": "shared"}
+    assert recipe("--method", "bolaco", "--search", "5x4")["search"]["name"] == "5x4"
+    assert recipe("--method", "welore", "--storage", "pivoted")["storage"] == "pivoted"
+    joint = recipe("--preset", "joint", "--method", "afm")
+    assert (joint["method"], joint["storage"]) == ({"name": "afm"}, "shared")
+    assert recipe("--method", "lpaf", "--set", "method.steps=4")["method"]["steps"] == 4
+    assert recipe("--method", "chop", "--set", "method.pattern=input")["method"] == {"name": "chop", "pattern": "input"}
 
 
 # --- the recipe ---------------------------------------------------------------------------------------------------
@@ -190,10 +238,10 @@ def recipe(*words: str) -> dict:
 
 def test_words_reach_the_recipe() -> None:
     words = {
-        "--search": ("search.space", "5x4"),
+        "--search": ("search.name", "5x4"),
         "--trials": ("search.trials", 7),
-        "--method": ("factorization.method", "svd"),
-        "--storage": ("factorization.storage", "two-factor"),
+        "--method": ("method.name", "svd"),
+        "--storage": ("storage", "two-factor"),
         "--calibration": ("calibration.source", "a.txt"),
         "--validation": ("validation.source", "b.txt"),
         "--eval": ("evaluation.source", "c.txt"),
@@ -210,7 +258,7 @@ def test_words_reach_the_recipe() -> None:
     for name, value in words.values():
         section, _, field = name.rpartition(".")
         assert (given[section] if section else given)[field] == value
-        assert (default[section] if section else default)[field] != value
+        assert (default[section] if section else default).get(field) != value
 
 
 def test_preset_paper() -> None:
@@ -254,7 +302,7 @@ def test_preset_paper() -> None:
 )
 def test_set_has_types(pair: str, value: object) -> None:
     section, field = pair.partition("=")[0].split(".")
-    found = recipe("--set", pair)[section][field]
+    found = recipe("--preset", "bolaco-5x1", "--set", pair)[section][field]
     assert found == value
     assert type(found) is type(value)
 
@@ -292,7 +340,7 @@ def test_search_5x4(shared: Path) -> None:
     assert len(record["trials"]) == 4
 
 
-def test_search_none_takes_the_hand_allocation(shared: Path) -> None:
+def test_search_hand_takes_the_hand_allocation(shared: Path) -> None:
     record = info(shared / "hand")
     assert budget_kept(record)
     assert record["trials"] == []
@@ -303,23 +351,32 @@ def test_search_none_takes_the_hand_allocation(shared: Path) -> None:
 
 @pytest.mark.parametrize("method", ["svd", "svd-llm"])
 def test_method(place: Path, method: str) -> None:
-    ok(*compress("out", "--search", "none", "--method", method))
+    ok(*compress("out", "--search", "hand", "--method", method))
     assert info("out")["method"] == method
 
 
 def test_keep_1_is_the_original(place: Path) -> None:
-    ok(*compress("out", "--search", "none", "--keep", "1"))
+    ok(*compress("out", "--search", "hand", "--keep", "1"))
     assert set(info("out")["ranks"].values()) == {None}
     ppl = info("out")["perplexity"]
     assert ppl["compressed"] == pytest.approx(ppl["dense"], rel=1e-6)
 
 
-def test_warm_start_without_search_reuses_the_ranks(place: Path, shared: Path) -> None:
-    other = info(shared / "split")["ranks"]
-    assert other != info(shared / "hand")["ranks"]
-    ok(*compress("out", "--search", "none", "--warm-start", shared / "split"))
-    assert info("out")["ranks"] == other
+def test_warm_start_of_the_closed_form_lowers_no_rank_within_the_budget(place: Path, shared: Path) -> None:
+    start, cold = info(shared / "split")["ranks"], ["--search", "spectral"]
+    ok(*compress("cold", *cold))
+    ok(*compress("out", *cold, "--warm-start", shared / "split"))
+    assert budget_kept(info("out"))
+    assert [name for name, rank in info("out")["ranks"].items() if as_number(rank) < as_number(start[name])] == []
+    assert [name for name, rank in info("cold")["ranks"].items() if as_number(rank) < as_number(start[name])] != []
     assert info("out")["trials"] == []
+
+
+@pytest.mark.parametrize("search", ["hand", "uniform", "welore"])
+def test_warm_start_of_what_looks_at_no_earlier_ranks_is_refused(search: str, place: Path, shared: Path) -> None:
+    done = bolaco(*compress("out", "--search", search, "--warm-start", shared / "split"))
+    assert (done.code, done.out) == (1, "")
+    assert done.err == f"bolaco: error: search.warm_start is not possible with search {search}; leave it out\n"
 
 
 def test_warm_start_with_search_tries_them_first(place: Path, shared: Path) -> None:
@@ -346,7 +403,7 @@ def share(ranks: dict[str, int | None], types: tuple[str, ...]) -> float:
 
 
 def test_a_finetune_takes_over_the_ranks_of_its_base_model(place: Path) -> None:
-    """With the default recipe as they are, its own spectra not asked; with a search as the first trial."""
+    """With the default recipe as they are, as they meet the budget; with a search as the first trial."""
     quick = ("--set", "refinement.steps=0", "--preset", "default")
     ok(*compress("base", *quick, "--search", "spectral"))
     tuned = load_model("model")
@@ -368,13 +425,17 @@ def test_a_finetune_takes_over_the_ranks_of_its_base_model(place: Path) -> None:
 
 
 def test_warm_start_above_the_budget_is_lowered(place: Path, shared: Path) -> None:
-    ok(*compress("out", "--search", "none", "--warm-start", shared / "small", "--keep", "0.6"))
+    start = info(shared / "small")["ranks"]
+    ok(*compress("out", "--search", "spectral", "--warm-start", shared / "small", "--keep", "0.6"))
     assert info("out")["parameters_linears"] <= 0.6 * LINEARS
+    assert [name for name, rank in info("out")["ranks"].items() if as_number(rank) > as_number(start[name])] == []
+    ok(*compress("searched", "--warm-start", shared / "small", "--keep", "0.6"))
+    assert info("searched")["parameters_linears"] <= 0.6 * LINEARS
 
 
 def test_output_in_a_folder_that_does_not_exist_yet(place: Path) -> None:
     before = set(snapshot())
-    ok(*compress("new/deep/out", "--search", "none"))
+    ok(*compress("new/deep/out", "--search", "hand"))
     assert info("new/deep/out")
     made = {path for path in set(snapshot()) - before if not path.startswith("new/deep/out/")}
     assert made == {"new", "new/deep", "new/deep/out"}
@@ -384,7 +445,7 @@ def test_names_are_printed_as_they_are(place: Path) -> None:
     """No markup, no emoji codes: these would vanish, change or fail in rich's own language."""
     name = "a[red]b:smile:"
     Path("model").rename(name)
-    done = ok(*compress("out[bold]", "--search", "none", model=f"./{name}"))
+    done = ok(*compress("out[bold]", "--search", "hand", model=f"./{name}"))
     assert f"loading ./{name}" in done.err
     assert f"./{name}, keep 0.8" in done.out
     assert "written to out[bold]" in done.out
@@ -499,13 +560,14 @@ def test_dry_run_needs_no_weights(place: Path, shared: Path, monkeypatch: pytest
     expected = {name.split(".")[-1].removesuffix("_proj"): rank for name, rank in ranks.items()}
     assert {row[0]: row[3] for row in rows} == {t: "dense" if r is None else str(r) for t, r in expected.items()}
     assert f"hand allocation {info(shared / 'hand')['parameters_linears']:,} " in done.out
-    assert "search 5x1: 3 trials on 3 x 32 tokens of text.txt, dimensions qk, o, gate, up, down" in done.out
+    assert "search 5x1 on 3 x 32 tokens of text.txt: " in done.out
+    assert "trials 3, initial 1, slack 0.02, " in done.out
 
 
 @pytest.mark.parametrize("search", ["uniform", "spectral"])
 def test_dry_run_of_a_search_without_trials(search: str, place: Path) -> None:
     """Uniform ranks are known before the run; of the closed form the size is."""
-    words = [*compress("out", "--keep", "0.7"), "--search", search]
+    words = compress("out", "--keep", "0.7", "--search", search)
     said = ok(*words, "--dry-run").out
     assert "rank of the uniform allocation" in said
     assert ("come from the spectra" in said) == (search == "spectral")
@@ -515,10 +577,41 @@ def test_dry_run_of_a_search_without_trials(search: str, place: Path) -> None:
 
 
 def test_dry_run_of_a_recipe_file(place: Path) -> None:
-    Path("recipe.yaml").write_text("model: model\nkeep: 0.5\nsearch: {space: none, rank_multiple: 4}\n")
+    Path("recipe.yaml").write_text("model: model\nkeep: 0.5\nsearch: {name: hand, rank_multiple: 4}\n")
     done = ok("run", "recipe.yaml", "--dry-run")
     assert "budget 7,680 of 15,360" in done.out
     assert "trials" not in done.out
+
+
+@pytest.fixture
+def wider(place: Path) -> Path:
+    """A model with matrices of 64 columns, in which low ranks are a small share."""
+    return save_tiny(place / "wider", tiny_llama(hidden_size=64, intermediate_size=96))
+
+
+def test_a_keep_below_the_smallest_of_a_search_is_met_by_the_closed_form(wider: Path) -> None:
+    words = compress("out", "--preset", "default", "--keep", "0.15", model="wider", search_rank_multiple=2)
+    said = ok(*words, "--dry-run").out
+    limit, total = re.search(r"budget ([\d,]+) of ([\d,]+) parameters", said).groups()
+    assert "rank of the uniform allocation" in said
+    assert "come from the spectra" in said
+    ok(*words)
+    record = info("out")
+    assert record["parameters_linears"] <= int(limit.replace(",", "")) <= 0.15 * record["parameters_linears_dense"]
+    assert record["parameters_linears_dense"] == int(total.replace(",", ""))
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_keep_that_no_rank_meets_is_said_in_the_closed_form_s_own_words(wider: Path, more: tuple[str, ...]) -> None:
+    words = compress("out", "--preset", "default", "--keep", "0.01", model="wider", search_rank_multiple=2)
+    done = bolaco(*words, *more)
+    last = done.err.splitlines()[-1]
+    assert (done.code, done.out) == (1, "")
+    assert re.match(
+        r"bolaco: error: keep 0\.01 allows [\d,]+ parameters in the decoder linears, but the smallest", last
+    )
+    assert last.endswith("raise --keep, or let more types be factored (search.dense_types)")
+    assert "min_keep" not in last
 
 
 # --- the other commands -------------------------------------------------------------------------------------------
@@ -590,4 +683,5 @@ def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
 
 
 def test_presets_offered_are_those_there_are() -> None:
-    assert tuple(importlib.import_module("bolaco.recipe").PRESETS) == importlib.import_module("bolaco.parser").PRESETS
+    offered = re.search(r"--preset \{([^}]*)\}", " ".join(bolaco("compress", "--help").out.split()))[1]
+    assert re.sub(r"\s", "", offered).split(",") == list(PRESETS)

@@ -21,10 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bolaco.data import TokenStream, adds_bos, fingerprint, read_documents
+from bolaco.data.sources import TokenStream, adds_bos, fingerprint, read_documents
+from bolaco.data.texts import Texts
 from bolaco.errors import DataError
-from bolaco.recipe import Recipe, make_recipe
-from bolaco.texts import prepare_texts
+from bolaco.recipe.recipe import Recipe, make_recipe
+from bolaco.runs.session import Source, texts_for
 from tests.models import BOS, english, tiny_tokenizer, write_english
 
 MODEST = settings(max_examples=40, deadline=None, derandomize=True)
@@ -194,7 +195,7 @@ def test_a_source_is_opened_when_it_is_needed(tmp_path: Path) -> None:
 def test_a_hub_id_without_network_fails_soon_and_by_name(tmp_path: Path) -> None:
     program = """
 import sys
-from bolaco.data import read_documents
+from bolaco.data.sources import read_documents
 from bolaco.errors import DataError
 for source in sys.argv[1:]:
     try:
@@ -394,12 +395,15 @@ def recipe(source: Path | str, **values: Any) -> Recipe:
     return make_recipe(base, "bolaco-5x1")
 
 
-CONFIG = SimpleNamespace(model_type="llama", max_position_embeddings=64)
+def texts_of(given: Recipe, **words: Any) -> Texts:
+    """The texts of a recipe for a model of 64 positions."""
+    config = SimpleNamespace(model_type="llama", max_position_embeddings=64)
+    return texts_for(given, Source("m", None, config, tiny_tokenizer()), **words)
 
 
 def test_one_source_serves_all_purposes_with_disjoint_tokens(tmp_path: Path) -> None:
     path = write_english(tmp_path / "a.txt", 400)
-    texts = prepare_texts(recipe(path), tiny_tokenizer(), CONFIG)
+    texts = texts_of(recipe(path))
     assert texts.candidates is not None
     shapes = [tuple(t.shape) for t in (texts.calibration, texts.candidates, texts.evaluation)]
     assert shapes == [(4, 16), (3, 16), (2, 16)]
@@ -411,7 +415,7 @@ def test_one_source_serves_all_purposes_with_disjoint_tokens(tmp_path: Path) -> 
 def test_each_purpose_may_have_its_own_source_and_length(tmp_path: Path) -> None:
     paths = [write_english(tmp_path / f"{i}.txt", 300, seed=i) for i in range(3)]
     values = {"source": str(paths[1]), "seq_len": 12}, {"source": str(paths[2]), "seq_len": 20, "windows": None}
-    texts = prepare_texts(recipe(paths[0], validation=values[0], evaluation=values[1]), tiny_tokenizer(), CONFIG)
+    texts = texts_of(recipe(paths[0], validation=values[0], evaluation=values[1]))
     ids = [tiny_tokenizer()(path.read_text()).input_ids for path in paths]
     assert texts.candidates is not None
     assert texts.calibration.flatten().tolist() == ids[0][:64]
@@ -422,7 +426,7 @@ def test_each_purpose_may_have_its_own_source_and_length(tmp_path: Path) -> None
 
 def test_without_a_search_no_validation_text_is_read(tmp_path: Path) -> None:
     path = write_english(tmp_path / "a.txt", 300)
-    texts = prepare_texts(recipe(path, search={"space": "none"}), tiny_tokenizer(), CONFIG)
+    texts = texts_of(recipe(path, search={"name": "hand"}))
     assert texts.candidates is None
     ids = tiny_tokenizer()(path.read_text()).input_ids
     assert texts.evaluation.flatten().tolist() == ids[64:96]
@@ -442,14 +446,53 @@ def test_without_a_search_no_validation_text_is_read(tmp_path: Path) -> None:
 def test_texts_that_do_not_do_are_refused_by_purpose(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     path = write_english(tmp_path / "a.txt", 400)
     with pytest.raises(DataError, match=message):
-        prepare_texts(recipe(path, **values), tiny_tokenizer(), CONFIG)
+        texts_of(recipe(path, **values))
 
 
 def test_the_fingerprint_of_texts_changes_with_the_file(tmp_path: Path) -> None:
+    """Each purpose has its own, so that a change repeats what depends on it and nothing else."""
     path = write_english(tmp_path / "a.txt", 400)
-    first = prepare_texts(recipe(path), tiny_tokenizer(), CONFIG).fingerprint
-    assert prepare_texts(recipe(path), tiny_tokenizer(), CONFIG).fingerprint == first
-    words = path.read_text().split(" ")
-    words[3] = "teacher" if words[3] != "teacher" else "doctor"
-    path.write_text(" ".join(words))
-    assert prepare_texts(recipe(path), tiny_tokenizer(), CONFIG).fingerprint != first
+
+    def found() -> tuple[str, ...]:
+        texts = texts_of(recipe(path))
+        assert texts.candidates is not None
+        return fingerprint(texts.calibration), fingerprint(texts.candidates), texts.measured
+
+    first = found()
+    assert len(set(first)) == 3
+    assert found() == first
+    ids = tiny_tokenizer()(path.read_text()).input_ids
+    # One word in the text of each purpose; no word has another length in tokens.
+    for position, changes in ((3, 0), (70, 1), (120, 2)):
+        words = path.read_text().replace(".", " . ").replace(",", " , ").split()
+        assert len(words) == len(ids)
+        original, words[position] = path.read_text(), "teacher" if words[position] != "teacher" else "doctor"
+        path.write_text(" ".join(words))
+        assert [a != b for a, b in zip(found(), first, strict=True)] == [i == changes for i in range(3)]
+        path.write_text(original)
+
+
+def test_what_is_measured_includes_the_further_texts(tmp_path: Path) -> None:
+    path, other = write_english(tmp_path / "a.txt", 400), write_english(tmp_path / "b.txt", 400, seed=1)
+    plain, more = (texts_of(recipe(path), more=words) for words in ((), (str(other),)))
+    assert torch.equal(plain.evaluation, more.evaluation)
+    assert [source for source, _ in more.others] == [str(other)]
+    assert more.others[0][1].shape == more.evaluation.shape
+    assert plain.measured != more.measured
+    write_english(other, 400, seed=2)
+    assert texts_of(recipe(path), more=(str(other),)).measured not in (plain.measured, more.measured)
+
+
+def test_a_calibration_text_that_nobody_reads_is_left_alone(tmp_path: Path) -> None:
+    """Unless other text comes from the same source: that is then the same as in a run that calibrates."""
+    path, other = write_english(tmp_path / "a.txt", 400), write_english(tmp_path / "b.txt", 400, seed=1)
+    nowhere = recipe(
+        tmp_path / "nothing.txt", method={"name": "svd"}, search={"name": "hand"}, evaluation={"source": str(other)}
+    )
+    assert not nowhere.calibrates
+    assert texts_of(nowhere).calibration.shape == (0, 16)
+    with pytest.raises(DataError, match=r"nothing\.txt: no such file"):
+        texts_of(nowhere, calibrates=True)
+    alone = recipe(path, method={"name": "svd"}, search={"name": "hand"})
+    calibrating = recipe(path, search={"name": "hand"})
+    assert torch.equal(texts_of(alone).evaluation, texts_of(calibrating).evaluation)

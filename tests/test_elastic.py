@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.allocate import Ranks, max_rank
-from bolaco.elastic import ElasticLinear, ElasticModel
+from bolaco.allocate.search.elastic import ElasticLinear, ElasticModel
 from bolaco.errors import ResumeError
-from bolaco.factorize import Factors, SiteStatistics, get_method
+from bolaco.factorize import METHODS, ChosenMethod, Factors
+from bolaco.factorize.method import NoOptions
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Structure, inspect_structure
-from bolaco.statistics import collect
-from bolaco.statistics.collect import BlockWalk
+from bolaco.models.subject import Subject
+from bolaco.statistics.forward import BlockWalk, collect
+from bolaco.storage.budget import Ranks
+from bolaco.storage.storage import STORAGES
 from tests.models import FAMILIES, token_blocks
 
 KINDS = {name: FAMILIES[name] for name in ("llama", "llama_biased", "phi3", "gpt2")}
@@ -32,23 +34,23 @@ class Case:
     def __init__(self, make: Callable[[], PreTrainedModel], folder: Path) -> None:
         self.model = make()
         self.structure: Structure = inspect_structure(self.model)
+        self.subject = Subject(self.model, self.structure)
         self.store = FactorStore(folder)
         self.factors: dict[str, Factors] = {}
         self.original = {
-            site.name: (self.structure.weight(self.model, site), self.structure.bias(self.model, site))
-            for site in self.structure.sites
+            site.name: (self.subject.weight(site), self.subject.bias(site)) for site in self.structure.sites
         }
-        method = get_method("afm")
+        method, storage = ChosenMethod(METHODS.get("afm"), NoOptions()), STORAGES.get("two-factor")
         walk = BlockWalk(self.model, self.structure, token_blocks(16, 20, seed=1), 4)
         for layer in range(self.structure.num_layers):
-            moments = collect(walk, 4)
+            statistics = collect(walk, method.method.inputs, 4)
             found = {}
             for site in self.structure.of_layer(layer):
                 if site.type != "v":
-                    stats = moments[site.input_group]
+                    known = statistics[site.input_group]
                     weight, _ = self.original[site.name]
-                    metric, top = method.metric(stats), max_rank(site, 2)
-                    found[site.name] = method.prepare(weight, metric, SiteStatistics(stats), top)
+                    top = storage.max_rank(site, 2)
+                    found[site.name] = method.prepare(weight, method.metric(known), known, top)
             self.store.save(layer, found)
             self.factors |= found
         # Every other matrix stays dense; the others take different ranks.
@@ -56,7 +58,7 @@ class Case:
         self.ranks: Ranks = {name: 2 * (1 + i % 3) for i, name in enumerate(names) if i % 4 != 3}
 
     def elastic(self) -> ElasticModel:
-        return ElasticModel(self.model, self.structure, self.store)
+        return ElasticModel(self.subject, self.store)
 
     def logits(self) -> Tensor:
         with torch.no_grad():

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bolaco.errors import BolacoError, RecipeError, ResumeError
-from bolaco.factorize import METHODS, Factors, InputMetric, SiteStatistics, get_method, low_rank
-from bolaco.factorize.fwsvd import LEAST, importance
+from bolaco.factorize import (
+    FISHER,
+    METHODS,
+    MOMENTS,
+    ChosenMethod,
+    Factors,
+    InputMetric,
+    Moments,
+    SiteStatistics,
+    low_rank,
+)
+from bolaco.factorize.methods.fwsvd import LEAST, importance
 from bolaco.factorize.store import FactorStore
-from bolaco.statistics.moments import Moments, PooledMoments
+from bolaco.statistics.statistic import InputStatistic
 
 MODEST = settings(max_examples=40, deadline=None, derandomize=True)
 SHAPES = {"wide": (9, 14), "square": (12, 12), "tall": (17, 8)}
@@ -36,15 +48,24 @@ def inputs(dim: int, rows: int = 200, seed: int = 0, rank: int | None = None, me
     return (noise(rows, rank, seed=seed) * scale) @ noise(rank, dim, seed=seed + 1) + mean * noise(dim, seed=seed + 2)
 
 
+def statistic(kind: InputStatistic[Any], x: Tensor) -> Any:
+    """A statistic of an input, from all its vectors."""
+    accumulator = kind.accumulator(x.shape[-1], 1, x.device)
+    accumulator.update(x)
+    return accumulator.finalize()
+
+
 def moments(x: Tensor) -> Moments:
-    pooled = PooledMoments(x.shape[-1], magnitudes=True)
-    pooled.update(x)
-    return pooled.finalize()
+    found: Moments = statistic(MOMENTS, x)
+    return found
 
 
-def factors(method: str, weight: Tensor, stats: Moments, rank: int) -> Factors:
-    chosen = get_method(method)
-    return chosen.prepare(weight, chosen.metric(stats), SiteStatistics(stats), rank)
+def factors(method: str, weight: Tensor, x: Tensor, rank: int, **options: Any) -> Factors:
+    """By a method that needs statistics of the input only, from the input itself."""
+    found = METHODS.get(method)
+    chosen = ChosenMethod(found, found.options(**options))
+    own = SiteStatistics({kind: statistic(kind, x) for kind in found.needs})
+    return chosen.prepare(weight, chosen.metric(own), own, rank)
 
 
 def outputs(item: Factors, rank: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,7 +86,7 @@ def test_full_rank_reproduces_the_weight(method: str, shape: tuple[int, int], si
     dim = shape[1]
     x = {"regular": inputs(dim), "singular": inputs(dim, rank=3), "constant": inputs(dim) * 0}[singular]
     full = min(shape)
-    item = factors(method, weight, moments(x), full)
+    item = factors(method, weight, x, full)
     assert item.max_rank == full
     torch.testing.assert_close(item.product(full), weight, rtol=0, atol=1e-9)
     torch.testing.assert_close(item.expand_t @ item.expand_t.T, torch.eye(full, dtype=torch.float64))
@@ -77,7 +98,7 @@ def test_error_on_the_calibration_data_is_the_tail_of_the_spectrum(shape: tuple[
     weight, bias = noise(*shape), noise(shape[0], seed=3)
     x = inputs(shape[1])
     y = x @ weight.T + bias
-    item = factors("afm", weight, moments(x), min(shape))
+    item = factors("afm", weight, x, min(shape))
     previous = float("inf")
     for rank in range(1, min(shape)):
         measured = squared_error(y, outputs(item, rank, x, bias), len(x) - 1)
@@ -90,7 +111,7 @@ def test_error_on_the_calibration_data_is_the_tail_of_the_spectrum(shape: tuple[
 @shapes
 def test_the_uncentred_error_is_the_tail_of_svd_llm_s_spectrum(shape: tuple[int, int]) -> None:
     weight, x = noise(*shape), inputs(shape[1])
-    item = factors("svd-llm", weight, moments(x), min(shape))
+    item = factors("svd-llm", weight, x, min(shape))
     for rank in range(1, min(shape)):
         measured = squared_error(x @ weight.T, outputs(item, rank, x), len(x))
         assert item.error(rank) == pytest.approx(measured, rel=1e-8)
@@ -99,7 +120,7 @@ def test_the_uncentred_error_is_the_tail_of_svd_llm_s_spectrum(shape: tuple[int,
 @shapes
 def test_plain_svd_is_eckart_young(shape: tuple[int, int]) -> None:
     weight = noise(*shape)
-    item = factors("svd", weight, moments(inputs(shape[1])), min(shape))
+    item = factors("svd", weight, inputs(shape[1]), min(shape))
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     for rank in range(1, min(shape)):
         torch.testing.assert_close(item.product(rank), left[:, :rank] * values[:rank] @ right[:rank])
@@ -122,7 +143,7 @@ def test_asvd_by_scaling_and_inverse(shape: tuple[int, int]) -> None:
     weight, x = noise(*shape), inputs(shape[1])
     scale = x.abs().mean(dim=0).sqrt()
     left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
-    item = factors("asvd", weight, moments(x), min(shape))
+    item = factors("asvd", weight, x, min(shape))
     assert item.bias(1, None) is None
     for rank in (1, 3, min(shape) - 1):
         classical = (left[:, :rank] * values[:rank] @ right[:rank]) / scale
@@ -131,17 +152,43 @@ def test_asvd_by_scaling_and_inverse(shape: tuple[int, int]) -> None:
 
 
 @shapes
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
+def test_the_exponent_of_asvd_s_scaling(alpha: float, shape: tuple[int, int]) -> None:
+    """S = diag((E|x|)^alpha): nothing but the scaling changes, 0 is plain SVD, and 0.5 what nothing said means."""
+    weight, x = noise(*shape), inputs(shape[1])
+    scale = x.abs().mean(dim=0).pow(alpha)
+    left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
+    item = factors("asvd", weight, x, min(shape), alpha=alpha)
+    for rank in (1, 3, min(shape) - 1):
+        classical = (left[:, :rank] * values[:rank] @ right[:rank]) / scale
+        torch.testing.assert_close(item.product(rank), classical)
+        assert item.error(rank) == pytest.approx(float(values[rank:].square().sum()), rel=1e-9)
+    other = factors("svd", weight, x, min(shape)) if alpha == 0 else factors("asvd", weight, x, min(shape))
+    assert torch.allclose(item.product(3), other.product(3)) == (alpha in (0, 0.5))
+
+
+def test_options_that_cannot_be() -> None:
+    for values in ({"alpha": -0.5}, {"alpha": float("inf")}, {"alpha": True}, {"beta": 0.5}):
+        with pytest.raises(ValidationError, match=next(iter(values))):
+            METHODS.get("asvd").options(**values)
+    with pytest.raises(ValidationError, match="alpha"):
+        METHODS.get("svd").options(alpha=0.5)
+
+
+@shapes
 def test_fwsvd_by_scaling_and_inverse(shape: tuple[int, int]) -> None:
     """And no closer in its metric than plain SVD is (a theorem); a constant Fisher information is plain SVD."""
     weight, fisher = noise(*shape), noise(shape[1], seed=4).square() * 1e-9
-    stats, method = moments(inputs(shape[1])), get_method("fwsvd")
+    x, method = inputs(shape[1]), METHODS.get("fwsvd")
+    chosen = ChosenMethod(method, method.options())
 
     def prepared(values: Tensor) -> Factors:
-        return method.prepare(weight, method.metric(stats), SiteStatistics(stats, fisher=values), min(shape))
+        own = SiteStatistics({FISHER: values})
+        return chosen.prepare(weight, chosen.metric(SiteStatistics({})), own, min(shape))
 
     scale = (fisher / fisher.mean()).sqrt()
     left, values, right = torch.linalg.svd(weight * scale, full_matrices=False)
-    item, plain = prepared(fisher), factors("svd", weight, stats, min(shape))
+    item, plain = prepared(fisher), factors("svd", weight, x, min(shape))
     for rank in (1, 3, min(shape) - 1):
         classical = (left[:, :rank] * values[:rank] @ right[:rank]) / scale
         torch.testing.assert_close(item.product(rank), classical)
@@ -166,7 +213,7 @@ def test_output_covariance_follows_from_the_input_s(shape: tuple[int, int]) -> N
     # W V sqrt(e): its left singular vectors are U, its squared singular values the spectrum.
     values, vectors = torch.linalg.eigh(source.covariance)
     left, singular, _ = torch.linalg.svd(weight @ (vectors * values.clamp(min=0).sqrt()), full_matrices=False)
-    item = factors("afm", weight, source, min(shape))
+    item = factors("afm", weight, x, min(shape))
     torch.testing.assert_close(item.spectrum[: min(shape)], singular.square(), rtol=1e-7, atol=0)
     agreement = (item.expand_t * left.T).sum(dim=1).abs()
     torch.testing.assert_close(agreement, torch.ones_like(agreement))
@@ -180,7 +227,7 @@ def test_equals_svd_llm_by_cholesky_and_inverse(shape: tuple[int, int]) -> None:
     for method, matrix in (("svd-llm", stats.second_moment), ("afm", stats.covariance)):
         root = torch.linalg.cholesky(matrix)
         left, values, right = torch.linalg.svd(weight @ root, full_matrices=False)
-        item = factors(method, weight, stats, min(shape))
+        item = factors(method, weight, x, min(shape))
         for rank in (1, 3, min(shape) - 1):
             classical = (left[:, :rank] * values[:rank] @ right[:rank]) @ torch.linalg.inv(root)
             torch.testing.assert_close(item.product(rank), classical, rtol=0, atol=1e-7)
@@ -192,11 +239,10 @@ def test_no_plain_svd_and_no_affine_map_of_the_rank_does_better(seed: int, shape
     weight = noise(*shape, seed=seed)
     x = inputs(shape[1], rows=60, seed=seed + 10)
     y = x @ weight.T
-    stats = moments(x)
-    item = factors("afm", weight, stats, rank)
+    item = factors("afm", weight, x, rank)
     best = squared_error(y, outputs(item, rank, x), 1)
     best -= 1e-9 * best + 1e-12  # rounding
-    plain = factors("svd", weight, stats, rank).product(rank)
+    plain = factors("svd", weight, x, rank).product(rank)
     # Plain SVD, without a bias and with the best one.
     assert best <= squared_error(y, x @ plain.T, 1)
     assert best <= squared_error(y - y.mean(0), (x - x.mean(0)) @ plain.T, 1)
@@ -214,10 +260,10 @@ def test_no_plain_svd_and_no_affine_map_of_the_rank_does_better(seed: int, shape
 @methods
 @shapes
 def test_a_slice_equals_factorizing_at_that_rank(method: str, shape: tuple[int, int]) -> None:
-    weight, stats = noise(*shape), moments(inputs(shape[1]))
-    full = factors(method, weight, stats, min(shape))
+    weight, x = noise(*shape), inputs(shape[1])
+    full = factors(method, weight, x, min(shape))
     for rank in (1, 4, min(shape) - 1):
-        small = factors(method, weight, stats, rank)
+        small = factors(method, weight, x, rank)
         assert small.max_rank == rank
         signs = (small.expand_t * full.expand_t[:rank]).sum(dim=1, keepdim=True).sign()
         torch.testing.assert_close(small.expand_t, signs * full.expand_t[:rank], rtol=0, atol=1e-9)
@@ -234,11 +280,11 @@ def test_the_bias_keeps_the_mean_output_and_carries_the_original(shape: tuple[in
     weight, x = noise(*shape), inputs(shape[1], mean=50.0)
     bias = noise(shape[0], seed=3) if original else None
     y = x @ weight.T + (0 if bias is None else bias)
-    item = factors("afm", weight, moments(x), min(shape))
+    item = factors("afm", weight, x, min(shape))
     for rank in range(1, min(shape) + 1):
         torch.testing.assert_close(outputs(item, rank, x, bias).mean(0), y.mean(0), rtol=1e-10, atol=1e-10)
     for method in ("svd", "svd-llm"):
-        assert factors(method, weight, moments(x), 3).bias(3, bias) is bias
+        assert factors(method, weight, x, 3).bias(3, bias) is bias
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -246,7 +292,7 @@ def test_the_bias_makes_up_for_the_rounding_of_the_stored_factors(dtype: torch.d
     # The mean is far larger than what varies, so a rounded A would shift the output by more than the bias itself.
     weight, x = noise(24, 40).to(dtype), inputs(40, mean=300.0)
     stats = moments(x)
-    item = factors("afm", weight, stats, 12)
+    item = factors("afm", weight, x, 12)
     assert item.expand_t.dtype == item.reduce.dtype == dtype
     for rank in (4, 12):
         shift = item.bias(rank, None)
@@ -292,10 +338,10 @@ def assert_same_factors(a: Factors, b: Factors) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_store_gives_back_what_it_got(tmp_path: Path, dtype: torch.dtype) -> None:
-    stats = moments(inputs(8))
+    x = inputs(8)
     kept = {
-        "model.layers.3.self_attn.q_proj": factors("afm", noise(6, 8).to(dtype), stats, 3),
-        "model.layers.3.attn.c_attn.k": factors("svd", noise(11, 8).to(dtype), stats, 4),
+        "model.layers.3.self_attn.q_proj": factors("afm", noise(6, 8).to(dtype), x, 3),
+        "model.layers.3.attn.c_attn.k": factors("svd", noise(11, 8).to(dtype), x, 4),
     }
     store = FactorStore(tmp_path / "factors")
     assert not store.has(3)
@@ -322,7 +368,7 @@ def test_store_holds_blocks_without_factors(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     store = FactorStore(tmp_path)
     path = store.path(2)
-    store.save(2, {"m.q": factors("afm", noise(6, 8), moments(inputs(8)), 3)})
+    store.save(2, {"m.q": factors("afm", noise(6, 8), inputs(8), 3)})
     content = path.read_bytes()
     path.unlink()
     match damage:
@@ -345,13 +391,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
 
 def test_a_failed_save_leaves_no_finished_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FactorStore(tmp_path)
-    item = factors("svd", noise(6, 8), moments(inputs(8)), 3)
+    item = factors("svd", noise(6, 8), inputs(8), 3)
 
     def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bolaco.blockstore.save_file", interrupted)
+    monkeypatch.setattr("bolaco.work.blockstore.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.save(0, {"m.q": item})
     assert not store.has(0)
@@ -359,16 +405,16 @@ def test_a_failed_save_leaves_no_finished_file(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(("typo", "meant"), [("svdllm", "svd-llm"), ("AFM", None), ("amf", "afm"), ("qr", None)])
 def test_a_typo_in_the_method_gets_a_hint(typo: str, meant: str | None) -> None:
-    hint = f"did you mean '{meant}'" if meant else f"known are {', '.join(METHODS)}"
+    hint = f"did you mean '{meant}'" if meant else f"known are {', '.join(METHODS.names())}"
     with pytest.raises(RecipeError, match=hint) as caught:
-        get_method(typo)
+        METHODS.get(typo)
     assert f"'{typo}'" in str(caught.value)
     assert isinstance(caught.value, BolacoError)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS.names())
 def test_methods_are_described(method: str) -> None:
-    chosen = get_method(method)
+    chosen = METHODS.get(method)
     assert chosen.name == method
     assert chosen.paper
     assert chosen.summary

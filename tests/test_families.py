@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import bolaco  # noqa: F401 - teaches the auto classes
-from bolaco.checkpoint.registry import config_class, model_classes
+from bolaco.allocate.search.elastic import ElasticModel
 from bolaco.checkpoint.write import compressed_state
-from bolaco.compressed import compressed_block
-from bolaco.elastic import ElasticModel
-from bolaco.factorize.store import FactorStore
 from bolaco.layers import LowRankLinear, SplitLinear
+from bolaco.models.lowrank import FORMAT, config_class, model_classes
 from bolaco.models.structure import Site, inspect_structure
-from bolaco.texts import prepare_texts
-from tests.models import FAMILIES, Compressed, compress_tiny, compressed, tiny_llama, tiny_tokenizer, token_blocks
+from bolaco.models.subject import Subject
+from bolaco.storage.block import compressed_block
+from tests.models import FAMILIES, Compressed, compress_tiny, compressed, tiny_llama, token_blocks
 
 # A run that searches, beside the ones that take the hand allocation.
-RUNS = [(family, "none") for family in FAMILIES] + [(family, "5x1") for family in ("llama", "gemma2", "gpt2")]
+RUNS = [(family, "hand") for family in FAMILIES] + [(family, "5x1") for family in ("llama", "gemma2", "gpt2")]
 
 families = pytest.mark.parametrize("family", FAMILIES)
 runs = pytest.mark.parametrize(("family", "search"), RUNS)
@@ -55,8 +54,8 @@ def linear_parameters(model: PreTrainedModel, modules: set[str]) -> int:
 @families
 def test_keep_one_is_exact(family: str) -> None:
     run = compressed(family, keep=1.0)
-    assert run.info["keep_linears"] == 1.0
-    assert set(run.info["ranks"].values()) == {None}
+    assert run.info.keep_linears == 1.0
+    assert set(run.info.ranks.values()) == {None}
     assert torch.equal(logits(reload(run)), logits(run.original))
 
 
@@ -70,13 +69,13 @@ def test_budget_in_the_reloaded_model(family: str, keep: float) -> None:
 def test_budget_after_a_search(family: str) -> None:
     run = compressed(family, search="5x1")
     check_budget(run, 0.7)
-    trials = run.info["trials"]
+    trials = run.info.trials
     assert len(trials) == 3
-    best = min(trials, key=lambda trial: trial["objective"])
+    best = min(trials, key=lambda trial: trial.objective)
     for site in inspect_structure(run.original).sites:
         dimension, index = {"q": ("qk", 0), "k": ("qk", 1)}.get(site.type, (site.type, 0))
-        expected = None if site.type == "v" else best["ranks"][dimension][index]
-        assert run.info["ranks"][site.name] == expected
+        expected = None if site.type == "v" else best.ranks[dimension][index]
+        assert run.info.ranks[site.name] == expected
 
 
 def check_budget(run: Compressed, keep: float) -> None:
@@ -86,14 +85,14 @@ def check_budget(run: Compressed, keep: float) -> None:
     dense, kept = linear_parameters(run.original, modules), linear_parameters(model, modules)
     assert kept <= math.floor(Fraction(str(keep)) * dense)
     assert kept < dense
-    assert (info["parameters_linears"], info["parameters_linears_dense"]) == (kept, dense)
-    assert info["keep_linears"] == kept / dense
+    assert (info.parameters_linears, info.parameters_linears_dense) == (kept, dense)
+    assert info.keep_linears == kept / dense
     whole, whole_dense = (sum(p.numel() for p in m.parameters()) for m in (model, run.original))
-    assert (info["parameters"], info["parameters_dense"]) == (whole, whole_dense)
-    assert info["keep_model"] == whole / whole_dense
-    assert info["ranks"].keys() == {site.name for site in structure.sites}
+    assert (info.parameters, info.parameters_dense) == (whole, whole_dense)
+    assert info.keep_model == whole / whole_dense
+    assert info.ranks.keys() == {site.name for site in structure.sites}
     for site in structure.sites:
-        layer, rank = layer_of(model, site), info["ranks"][site.name]
+        layer, rank = layer_of(model, site), info.ranks[site.name]
         assert (layer.rank if isinstance(layer, LowRankLinear) else None) == rank
         assert rank is None or (rank % 4 == 0 and rank * (site.out_features + site.in_features) < site.size)
 
@@ -101,17 +100,16 @@ def check_budget(run: Compressed, keep: float) -> None:
 @runs
 def test_reload_equals_the_model_before_saving(family: str, search: str) -> None:
     run = compressed(family, search=search)
-    original, ranks = run.original, run.info["ranks"]
+    original, ranks = run.original, run.info.ranks
     assert any(ranks.values())
-    structure, store = inspect_structure(original), FactorStore(run.work / "factors")
-    blocks = (
-        compressed_block(original, structure, layer, store.load(layer), ranks) for layer in range(structure.num_layers)
-    )
-    state = compressed_state(original, structure, blocks)
+    structure, store = inspect_structure(original), run.factors
+    subject = Subject(original, structure)
+    blocks = (compressed_block(subject, layer, store.load(layer), ranks) for layer in range(structure.num_layers))
+    state = compressed_state(original, structure, blocks, run.recipe.form)
     model_type = original.config.model_type
     values = original.config.to_dict() | {
         "model_type": f"lowrank_{model_type}",
-        "lowrank": {"matrices": state.matrices},
+        "lowrank": {"format": FORMAT, "matrices": state.matrices},
     }
     built = model_classes(model_type)[1](config_class(model_type).from_dict(values)).eval()
     built.load_state_dict(state.tensors, assign=True)
@@ -125,11 +123,11 @@ def test_reload_equals_the_model_before_saving(family: str, search: str) -> None
 @runs
 def test_reload_equals_what_the_search_measured(family: str, search: str) -> None:
     run = compressed(family, search=search)
-    structure, store = inspect_structure(run.original), FactorStore(run.work / "factors")
+    subject = Subject(run.original, inspect_structure(run.original))
     before = logits(run.original)
-    with ElasticModel(run.original, structure, store) as elastic:
+    with ElasticModel(subject, run.factors) as elastic:
         assert torch.equal(logits(run.original), before)
-        elastic.set_ranks(run.info["ranks"])
+        elastic.set_ranks(run.info.ranks)
         measured = logits(run.original)
         elastic.set_ranks({})
         assert torch.equal(logits(run.original), before)
@@ -144,6 +142,7 @@ def test_factors_are_optimal_for_the_inputs_of_the_original(family: str) -> None
     run = compressed(family)
     original, model = copy.deepcopy(run.original).double(), reload(run)
     structure = inspect_structure(original)
+    subject = Subject(original, structure)
     inputs: dict[str, Tensor] = {}
     for name in {site.module for site in structure.sites}:
 
@@ -151,7 +150,7 @@ def test_factors_are_optimal_for_the_inputs_of_the_original(family: str) -> None
             inputs[name] = args[0].reshape(8, 32, -1)
 
         original.base_model.get_submodule(name).register_forward_pre_hook(keep_input)
-    logits(original, prepare_texts(run.recipe, tiny_tokenizer(), original.config).calibration)
+    logits(original, run.texts.calibration)
     factored = 0
     for site in structure.sites:
         layer = layer_of(model, site)
@@ -160,7 +159,7 @@ def test_factors_are_optimal_for_the_inputs_of_the_original(family: str) -> None
         factored += 1
         x = inputs[site.module]
         covariance = torch.stack([sequence.T.cov() for sequence in x]).mean(dim=0)
-        weight, bias = structure.weight(original, site), structure.bias(original, site)
+        weight, bias = subject.weight(site), subject.bias(site)
         spectrum = torch.linalg.eigvalsh(weight @ covariance @ weight.T).flip(0)
         change = weight - layer.dense().detach().double()
         lost, least = float(torch.trace(change @ covariance @ change.T)), float(spectrum[layer.rank :].sum())
@@ -187,7 +186,7 @@ def test_generation_with_and_without_cache(family: str, search: str) -> None:
     assert (steps[1:] - steps[:-1]).abs().amax(dim=-1).min() > 1e-3
 
 
-@pytest.mark.parametrize("search", ["none", "5x1"])
+@pytest.mark.parametrize("search", ["hand", "5x1"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
 def test_the_callers_model_is_left_as_it_is(family: str, search: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
@@ -209,17 +208,17 @@ def test_the_callers_model_is_left_as_it_is(family: str, search: str, tmp_path: 
 
 def test_two_runs_write_the_same_weights(tmp_path: Path) -> None:
     first, second = (compress_tiny(tiny_llama(), tmp_path / name, search="5x1", trials=3) for name in "ab")
-    assert first.info["ranks"] == second.info["ranks"]
+    assert first.info.ranks == second.info.ranks
     files = [(run.path / "model.safetensors").read_bytes() for run in (first, second)]
     assert files[0] == files[1]
 
 
 def test_a_model_in_training_mode_is_measured_without_dropout_and_given_back(tmp_path: Path) -> None:
     model = FAMILIES["gpt2"]()
-    expected = compress_tiny(model, tmp_path / "evaluating").info["perplexity"]
+    expected = compress_tiny(model, tmp_path / "evaluating").info.perplexity
     model.train()
     model.base_model.ln_f.eval()
-    assert compress_tiny(model, tmp_path / "training").info["perplexity"] == expected
+    assert compress_tiny(model, tmp_path / "training").info.perplexity == expected
     assert model.training
     assert model.base_model.h[0].training
     assert not model.base_model.ln_f.training

@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 from transformers.pytorch_utils import Conv1D
 
+from bolaco.data.settings import Calibration
 from bolaco.errors import NonFiniteError
-from bolaco.models import inspect_structure
-from bolaco.objective import Head
+from bolaco.evaluation.objective import Head
+from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
-from bolaco.recipe import Calibration
-from bolaco.statistics.gradients import GradientWalk
-from bolaco.statistics.site import LossStatistics, loss_bytes
+from bolaco.statistics.backward import GradientWalk
+from bolaco.statistics.fisher import FISHER
+from bolaco.statistics.gradient import GRADIENT
+from bolaco.statistics.importance import INPUT_IMPORTANCE, OUTPUT_IMPORTANCE
+from bolaco.statistics.statistic import GradientStatistic
+from bolaco.statistics.stored import StatisticStore, estimate_gradients, stored_bytes
 from bolaco.statistics.symmetric import fold, folded_size, unfold
 from tests.models import FAMILIES
 
@@ -48,7 +52,7 @@ def test_equals_autograd_through_the_whole_model(family, monkeypatch, tmp_path):
     # The labels are sampled; the reference needs the same ones, so the draw is replaced by a fixed one.
     drawn = iter(labels)
     monkeypatch.setattr(torch, "searchsorted", lambda c, u: torch.stack([next(drawn) for _ in u])[:, None])
-    walk = GradientWalk(model, structure, tokens, batch=2, folder=tmp_path)
+    walk = GradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, folder=tmp_path)
     found = {}
     for _, blocks in walk.run():
         found.update(blocks)
@@ -83,7 +87,7 @@ def test_weight_fisher_equals_autograd_sequence_by_sequence(family, tmp_path):
     tokens = torch.randint(5, model.config.vocab_size - 1, (3, 12), generator=torch.Generator().manual_seed(1))
     expected = _weight_fisher(model, structure, tokens)
     found = {}
-    for _, blocks in GradientWalk(model, structure, tokens, batch=2, folder=tmp_path, weights=True).run():
+    for _, blocks in GradientWalk(model, structure, tokens, batch=2, statistic=FISHER, folder=tmp_path).run():
         found.update(blocks)
     assert found.keys() == expected.keys()
     for site in structure.sites:
@@ -95,9 +99,9 @@ def test_weight_fisher_equals_autograd_sequence_by_sequence(family, tmp_path):
 @pytest.mark.parametrize("slab", [1, 10**6])
 def test_own_labels_are_the_next_tokens_in_any_slab(monkeypatch, slab):
     model = FAMILIES["llama"]()
-    monkeypatch.setattr("bolaco.statistics.gradients.SLAB", slab)
+    monkeypatch.setattr("bolaco.statistics.backward.SLAB", slab)
     tokens = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-    walk = GradientWalk(model, inspect_structure(model), tokens, batch=2, weights=True)
+    walk = GradientWalk(model, inspect_structure(model), tokens, batch=2, statistic=FISHER)
     state = torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     leaf = state.clone().requires_grad_()
     logits = model.get_output_embeddings()(leaf)[:, :-1]
@@ -119,7 +123,7 @@ def test_a_folded_symmetric_matrix_is_half_and_comes_back(n: int):
 def test_a_gradient_that_is_not_finite_is_named():
     model = FAMILIES["llama"]()
     structure = inspect_structure(model)
-    walk = GradientWalk(model, structure, torch.full((2, 6), 7), batch=2, weights=True)
+    walk = GradientWalk(model, structure, torch.full((2, 6), 7), batch=2, statistic=FISHER)
     walk._label_gradient = lambda final, *_: torch.full_like(final, float("inf"))
     with pytest.raises(NonFiniteError, match=r"layers\.1\..*, gradient: NaN or infinity; try --dtype float32"):
         list(walk.run())
@@ -127,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_named():
 
 def test_labels_follow_the_model():
     model = FAMILIES["llama"]()
-    walk = GradientWalk(model, inspect_structure(model), torch.zeros(1, 4, dtype=torch.long), batch=1)
+    walk = GradientWalk(model, inspect_structure(model), torch.zeros(1, 4, dtype=torch.long), 1, GRADIENT)
     state = torch.randn(1, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     probability = Head(model)(state[0]).softmax(-1)[0].detach()
     # The gradient of a sampled label is p - onehot seen through the head; its mean over draws goes to zero.
@@ -141,8 +145,12 @@ def test_labels_follow_the_model():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("cache", ["memory", "disk"])
-@pytest.mark.parametrize("fields", [("gradient",), ("fisher",), ("gradient", "fisher"), ("outputs",)])
-def test_disk_space_is_foreseen(family, cache, fields, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "statistics",
+    [(GRADIENT,), (FISHER,), (GRADIENT, FISHER), (OUTPUT_IMPORTANCE, INPUT_IMPORTANCE)],
+    ids=lambda kinds: "+".join(kind.name for kind in kinds),
+)
+def test_disk_space_is_foreseen(family, cache, statistics, monkeypatch, tmp_path):
     model = FAMILIES[family]()
     structure = inspect_structure(model)
     tokens = torch.randint(5, model.config.vocab_size - 1, (6, 64), generator=torch.Generator().manual_seed(1))
@@ -153,12 +161,17 @@ def test_disk_space_is_foreseen(family, cache, fields, monkeypatch, tmp_path):
         safetensors.torch.save_file(tensors, path)
         largest = max(largest, sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
 
-    monkeypatch.setattr("bolaco.blockstore.save_file", save_and_look)
-    settings = Calibration(gradient_sequences=4, cache=cache)
-    foreseen = loss_bytes(fields, model, structure, tokens, settings)
-    if "outputs" not in fields:
-        LossStatistics(tmp_path, fields).estimate(model, structure, tokens[:4], 2, Reporter(), cache=cache == "disk")
-    headers = 2048 * (2 * structure.num_layers + 2)
+    monkeypatch.setattr("bolaco.work.blockstore.save_file", save_and_look)
+    settings = Calibration(gradient_sequences=4, batch=2, cache=cache)
+    foreseen = stored_bytes(statistics, model, structure, tokens, settings)
+    for kind in statistics:
+        store = StatisticStore(tmp_path / kind.name, kind)
+        if isinstance(kind, GradientStatistic):
+            estimate_gradients(store, kind, model, structure, tokens[:4], settings, Reporter(quiet=True))
+            continue
+        for layer in range(structure.num_layers):
+            store.put(layer, {s.name: torch.ones(kind.numbers(s)).double() for s in structure.of_layer(layer)})
+    headers = 2048 * (2 * structure.num_layers + 2)  # of the files
     assert largest - headers <= foreseen <= 1.3 * largest
 
 
@@ -168,7 +181,7 @@ def test_same_seed_same_moments():
     tokens = torch.randint(5, 60, (2, 8), generator=torch.Generator().manual_seed(1))
     runs = []
     for seed in (0, 0, 1):
-        walk = GradientWalk(model, structure, tokens, batch=2, seed=seed)
+        walk = GradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, seed=seed)
         runs.append({n: g for _, block in walk.run() for n, g in block.items()})
     name = structure.sites[0].name
     assert torch.equal(runs[0][name], runs[1][name])

@@ -4,9 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from bolaco.factorize import kfac
+from bolaco.factorize import GRADIENT, METHODS, MOMENTS, ChosenMethod, SiteStatistics
+from bolaco.factorize.methods.kfac import KfacOptions
 from bolaco.factorize.solver import InputMetric, OutputMetric, low_rank
+from bolaco.statistics.moments import PooledMoments
 
 
 def _psd(size, seed, rank=None):
@@ -65,5 +68,43 @@ def test_bias_keeps_the_mean_output():
 
 
 def test_a_matrix_the_loss_never_reaches():
-    output = OutputMetric(torch.zeros(4, 4), kfac.SHRINKAGE)
+    output = OutputMetric(torch.zeros(4, 4), KfacOptions().shrinkage)
     assert torch.allclose(output.roots[0] @ output.roots[1], torch.eye(4, dtype=torch.float64))
+
+
+def _root(matrix):
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9)])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 0.7, 1.0])
+def test_shrinkage_mixes_the_mean_eigenvalue_into_the_output_metric(shape, shrinkage):
+    """Against the SVD of ``G^(1/2) W A^(1/2)`` and inverse roots; G is as small as those of losses are."""
+    weight, generator = _weight(*shape), torch.Generator().manual_seed(1)
+    x = torch.randn(300, shape[1], generator=generator, dtype=torch.float64) @ _weight(shape[1], shape[1], 2) + 3
+    g = 1e-4 * torch.randn(300, shape[0], generator=generator, dtype=torch.float64) @ _weight(shape[0], shape[0], 3)
+    moments = PooledMoments(shape[1])
+    moments.update(x)
+    own = SiteStatistics({MOMENTS: moments.finalize(), GRADIENT: g.T @ g / len(g)})
+    method = METHODS.get("kfac")
+    chosen = ChosenMethod(method, method.options(shrinkage=shrinkage))
+    found = chosen.prepare(weight, chosen.metric(own), own, min(shape))
+
+    second = g.T @ g / len(g)
+    g_root = _root((1 - shrinkage) * second + shrinkage * second.diagonal().mean() * torch.eye(shape[0]))
+    a_root = _root(torch.cov(x.T))
+    u, s, v = torch.linalg.svd(g_root @ weight @ a_root, full_matrices=False)
+    for rank in (1, 4, min(shape) - 1):
+        expected = torch.linalg.inv(g_root) @ (u[:, :rank] * s[:rank]) @ v[:rank] @ torch.linalg.inv(a_root)
+        torch.testing.assert_close(found.product(rank), expected, rtol=1e-6, atol=1e-7)
+        assert found.error(rank) == pytest.approx(float(s[rank:].square().sum()), rel=1e-6)
+        shift = found.bias(rank, None)
+        torch.testing.assert_close(found.product(rank) @ x.mean(0) + shift, weight @ x.mean(0), rtol=1e-9, atol=1e-9)
+
+
+def test_what_shrinkage_is_when_nothing_is_said_and_what_it_cannot_be():
+    assert METHODS.get("kfac").options() == KfacOptions(shrinkage=0.1)
+    for value in (-0.1, 1.1, float("nan"), True):
+        with pytest.raises(ValidationError, match="shrinkage"):
+            KfacOptions(shrinkage=value)

@@ -22,7 +22,7 @@ RUNS: dict[str, tuple[dict[str, Any], type[nn.Module] | None]] = {
         LowRankLinear,
     ),
     "shared": ({"preset": "joint", "search": None, "keep": 0.75}, FollowerLinear),
-    "pruned": ({"preset": "lpaf", "search": None, "options": {"pruning.steps": 3}}, LowRankLinear),
+    "pruned": ({"preset": "lpaf", "search": None, "options": {"method.steps": 3}}, LowRankLinear),
     "chopped": ({"preset": "chop", "search": None}, None),
 }
 # Grouped queries, sliding windows and per-layer kinds, fused projections (qkv, gate_up, Conv1D), learned positions.

@@ -13,16 +13,33 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bolaco.errors import NonFiniteError, RecipeError
-from bolaco.factorize import InputMetric, SiteStatistics, get_method, low_rank
-from bolaco.factorize.fwsvd import importance
+from bolaco.factorize import (
+    INPUT_IMPORTANCE,
+    METHODS,
+    OUTPUT_IMPORTANCE,
+    ChosenMethod,
+    InputMetric,
+    SiteStatistics,
+    low_rank,
+)
+from bolaco.factorize.methods.fwsvd import importance
 from bolaco.factorize.store import FactorStore
-from bolaco.models import inspect_structure, load_model
-from bolaco.pipeline import SPARSE_FILE
-from bolaco.recipe import Pruning, make_recipe
-from bolaco.transform.prune import _Matrix, kept_elements, prune, sparsity_at, with_weights
+from bolaco.models.load import load_model
+from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.recipe.recipe import make_recipe
+from bolaco.transform.prune import (
+    SPARSE_FILE,
+    PruningOptions,
+    _Matrix,
+    kept_elements,
+    prune,
+    sparsity_at,
+    with_weights,
+)
 from tests.models import FAMILIES, compress_tiny, compressed_once, tiny_llama, token_blocks
 
-SHORT = Pruning(steps=6, batch=2, learning_rate=1e-3)
+SHORT = PruningOptions(steps=6, batch=2, learning_rate=1e-3)
 
 
 def test_the_schedule_is_cubic() -> None:
@@ -58,9 +75,11 @@ def test_pruning(family: str) -> None:
         assert (pruned.outputs.shape, pruned.inputs.shape) == ((site.out_features,), (site.in_features,))
         assert float(pruned.outputs.sum()) == pytest.approx(float(pruned.inputs.sum()), rel=1e-4)
     sparse = with_weights(model, structure, {name: item.weight for name, item in found.items()})
-    assert all(torch.equal(structure.weight(sparse, s), found[s.name].weight) for s in structure.sites)
+    zeros = Subject(sparse, structure)
+    assert all(torch.equal(zeros.weight(s), found[s.name].weight) for s in structure.sites)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    untrained = {s.name: structure.weight(model, s) * (found[s.name].weight != 0) for s in structure.sites}
+    dense = Subject(model, structure)
+    untrained = {s.name: dense.weight(s) * (found[s.name].weight != 0) for s in structure.sites}
     with torch.no_grad():
         losses = [
             float(m(input_ids=tokens, labels=tokens, use_cache=False).loss)
@@ -76,7 +95,7 @@ def test_scores_of_one_step(score: str) -> None:
     """After one step, the elements that stay are those of the largest |dL/dW W| or -(dL/dW) W."""
     model = tiny_llama()
     structure, tokens = inspect_structure(model), token_blocks(2, 16)
-    short = Pruning(steps=1, batch=2, learning_rate=1e-9, score=score)
+    short = PruningOptions(steps=1, batch=2, learning_rate=1e-9, score=score)
     found = prune(model, structure, tokens, 0.3, short)
     model.requires_grad_(True)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -125,9 +144,9 @@ def test_less_weighted_error_than_plain_svd_of_the_same_weights(rank: int) -> No
     weight = torch.randn(20, 14, generator=generator, dtype=torch.float64)
     weight *= torch.rand(20, 14, generator=generator) > 0.6
     outputs, inputs = torch.rand(20, generator=generator) ** 4, torch.rand(14, generator=generator) ** 4
-    factors = get_method("lpaf").prepare(
-        weight, InputMetric(None), SiteStatistics(None, outputs=outputs, inputs=inputs), rank
-    )
+    chosen = ChosenMethod(METHODS.get("lpaf"), PruningOptions())
+    own = SiteStatistics({OUTPUT_IMPORTANCE: outputs, INPUT_IMPORTANCE: inputs})
+    factors = chosen.prepare(weight, chosen.metric(SiteStatistics({})), own, rank)
     metric = importance(outputs)[:, None] * importance(inputs)
 
     def error(product: torch.Tensor) -> float:
@@ -142,20 +161,20 @@ def test_less_weighted_error_than_plain_svd_of_the_same_weights(rank: int) -> No
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_a_run(family: str) -> None:
     """Factors are those of the sparse weights; the sparse matrices lie beside the checkpoint."""
-    options = {"pruning.steps": 6, "pruning.keep_sparse": True, "pruning.sparsity": 0.25}
+    options = {"method.steps": 6, "method.keep_sparse": True, "method.sparsity": 0.25}
     run = compressed_once(family, preset="lpaf", search=None, options=options)
-    assert (run.info["method"], run.info["storage"]) == ("lpaf", "two-factor")
-    assert 0.6 < run.info["keep_linears"] <= 0.7
+    assert (run.info.method, run.info.storage) == ("lpaf", "two-factor")
+    assert 0.6 < run.info.keep_linears <= 0.7
     sparse = load_file(run.path / SPARSE_FILE)
     structure = inspect_structure(run.original)
-    assert set(sparse) == {site.name for site in structure.sites} == set(run.info["ranks"])
-    assert run.info["bytes"] == (run.path / "model.safetensors").stat().st_size
-    factors = FactorStore(run.work / "factors").load(0)
+    assert set(sparse) == {site.name for site in structure.sites} == set(run.info.ranks)
+    assert run.info.bytes == (run.path / "model.safetensors").stat().st_size
+    factors, original = FactorStore(run.stage("factors")).load(0), Subject(run.original, structure)
     for site in structure.of_layer(0):
         assert int((sparse[site.name] == 0).sum()) == site.size // 4
         full = factors[site.name]
         exact = torch.linalg.matrix_norm(sparse[site.name] - full.product(full.max_rank))
-        other = torch.linalg.matrix_norm(structure.weight(run.original, site) - full.product(full.max_rank))
+        other = torch.linalg.matrix_norm(original.weight(site) - full.product(full.max_rank))
         assert exact < other
     model = load_model(str(run.path))
     with torch.no_grad():
@@ -164,34 +183,35 @@ def test_a_run(family: str) -> None:
 
 def test_the_same_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the pruning, a run goes on from its weights."""
-    values = {"preset": "lpaf", "search": None, "options": {"pruning.steps": 4}}
+    values = {"preset": "lpaf", "search": None, "options": {"method.steps": 4}}
     whole = compress_tiny(tiny_llama(), tmp_path / "whole", **values)
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("bolaco.pipeline.factorize", killed)
+        patch.setattr("bolaco.runs.factors.factorize", killed)
         with pytest.raises(KeyboardInterrupt):
             compress_tiny(tiny_llama(), tmp_path / "again", **values)
-    monkeypatch.setattr("bolaco.pipeline.prune", killed)
+    monkeypatch.setattr("bolaco.transform.prune.prune", killed)
     compress_tiny(tiny_llama(), tmp_path / "again", **values)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again")]
     assert files[0] == files[1]
-    assert whole.info["perplexity"]["dense"] != whole.info["perplexity"]["compressed"]
+    assert whole.info.perplexity.dense != whole.info.perplexity.compressed
 
 
 def test_stacks_and_closed_form_ranks_of_pruned_weights() -> None:
-    options = {"pruning.steps": 3, "search.dense_types": []}
+    options = {"method.steps": 3, "search.dense_types": []}
     run = compressed_once("llama", preset="lpaf", search="spectral", storage="shared", options=options)
-    assert 0.6 < run.info["keep_linears"] <= 0.7
+    assert 0.6 < run.info.keep_linears <= 0.7
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="does not prune; lpaf does"):
-        compress_tiny(tiny_llama(), tmp_path / "out", options={"pruning.keep_sparse": True})
-    values = {"model": "m", "keep": 0.5, "factorization": {"method": "lpaf"}}
-    with pytest.raises(RecipeError, match=r"search\.space 5x1 contradicts method lpaf"):
-        make_recipe(values | {"search": {"space": "5x1"}})
-    with pytest.raises(RecipeError, match=r"pruning\.sparsity"):
-        make_recipe(values | {"pruning": {"sparsity": 1.0}})
+    with pytest.raises(RecipeError, match=r"method\.keep_sparse: method 'afm' has no such option"):
+        compress_tiny(tiny_llama(), tmp_path / "out", options={"method.keep_sparse": True})
+    values = {"model": "m", "keep": 0.5, "method": "lpaf"}
+    with pytest.raises(RecipeError, match=r"search\.name 5x1 contradicts method lpaf"):
+        make_recipe(values | {"search": "5x1"})
+    for method in ({"sparsity": 1.0}, {"sparsity": 0}, {"steps": 0}, {"score": "guess"}, {"keep_sparse": 3}):
+        with pytest.raises(RecipeError, match=rf"^method\.{next(iter(method))}: "):
+            make_recipe(values | {"method": {"name": "lpaf"} | method})

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from bolaco.memory import PeakMemory
+from bolaco.work.memory import PeakMemory
 
 SCRIPT = """
-from bolaco.memory import PeakMemory, largest_resident
+from bolaco.work.memory import PeakMemory, largest_resident
 MIB = 2**20
 block = bytearray(16 * MIB)
 del block  # from now on glibc serves blocks of this size from the heap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor
 
 from bolaco.factorize import (
+    FISHER,
+    GRADIENT,
+    INPUT_IMPORTANCE,
     METHODS,
+    MOMENTS,
+    OUTPUT_IMPORTANCE,
+    ChosenMethod,
     Factors,
     InputMetric,
     Method,
     OutputMetric,
     SiteStatistics,
-    get_method,
-    kfac,
     low_rank,
 )
-from bolaco.factorize.fwsvd import importance
-from bolaco.factorize.method import Prepare
-from bolaco.testing import MethodConformance
+from bolaco.factorize.method import NoOptions
+from bolaco.factorize.methods.fwsvd import importance
+from bolaco.testing import MethodConformance, make_statistics
 
 
 class TestAfm(MethodConformance):
@@ -44,35 +49,33 @@ class TestFwsvd(MethodConformance):
     method = "fwsvd"
 
     def error(self, difference: Tensor, metric: InputMetric, statistics: SiteStatistics) -> float:
-        assert statistics.fisher is not None
-        return float((difference.square() * importance(statistics.fisher)).sum())
+        return float((difference.square() * importance(statistics[FISHER])).sum())
 
 
 class TestLpaf(MethodConformance):
     method = "lpaf"
 
     def error(self, difference: Tensor, metric: InputMetric, statistics: SiteStatistics) -> float:
-        assert statistics.outputs is not None
-        assert statistics.inputs is not None
-        return float((difference.square() * importance(statistics.inputs)).sum(dim=1) @ importance(statistics.outputs))
+        outputs, inputs = (importance(statistics[kind]) for kind in (OUTPUT_IMPORTANCE, INPUT_IMPORTANCE))
+        return float((difference.square() * inputs).sum(dim=1) @ outputs)
 
 
 class TestKfac(MethodConformance):
     method = "kfac"
 
     def error(self, difference: Tensor, metric: InputMetric, statistics: SiteStatistics) -> float:
-        curvature = OutputMetric(statistics.gradient, kfac.SHRINKAGE).matrix
+        curvature = OutputMetric(statistics[GRADIENT], METHODS.get("kfac").options().shrinkage).matrix
         assert curvature is not None
         return float((metric.times(curvature @ difference) * difference).sum())
 
 
 def test_every_method_of_ours_is_tested() -> None:
-    classes = [value for value in globals().values() if isinstance(value, type) and value is not MethodConformance]
-    assert {c.method for c in classes if issubclass(c, MethodConformance)} == set(METHODS)
+    classes = [value for name, value in globals().items() if name.startswith("Test")]
+    assert {c.method for c in classes if issubclass(c, MethodConformance)} == set(METHODS.built_in)
 
 
 def svd(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, rank: int) -> Factors:
-    return get_method("svd").prepare(weight, metric, statistics, rank)
+    return low_rank(weight, metric, rank)
 
 
 def adds_noise_to_the_weight(weight: Tensor, *rest) -> Factors:
@@ -81,7 +84,7 @@ def adds_noise_to_the_weight(weight: Tensor, *rest) -> Factors:
 
 
 def inverts_the_covariance(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, rank: int) -> Factors:
-    root = torch.linalg.cholesky(statistics.moments.covariance)
+    root = torch.linalg.cholesky(statistics[MOMENTS].covariance)
     factors = svd(weight.double() @ root, metric, statistics, rank)
     return replace(factors, reduce=factors.reduce @ root.inverse())
 
@@ -101,14 +104,14 @@ def forgets_the_square(*given) -> Factors:
 
 
 def uses_what_it_did_not_ask_for(weight: Tensor, metric: InputMetric, statistics: SiteStatistics, rank: int) -> Factors:
-    assert statistics.fisher is not None
+    assert statistics[FISHER] is not None
     return svd(weight, metric, statistics, rank)
 
 
 def moves_the_mean_without_saying_so(
     weight: Tensor, metric: InputMetric, statistics: SiteStatistics, rank: int
 ) -> Factors:
-    return low_rank(weight, metric, rank, mean=statistics.moments.mean)
+    return low_rank(weight, metric, rank, mean=statistics[MOMENTS].mean)
 
 
 def loses_half_the_rank(*given) -> Factors:
@@ -120,13 +123,25 @@ def loses_half_the_rank(*given) -> Factors:
 CHECKS = {name.removeprefix("test_"): name for name in dir(MethodConformance) if name.startswith("test_")}
 
 
-def run(check: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+class Made(MethodConformance):
+    """Tests of a method that no registry has; ``prepare`` takes no options."""
+
+    method = "made"
+
+    def __init__(self, prepare: Callable[..., Factors]) -> None:
+        def without_options(*given) -> Factors:
+            return prepare(*given[:-1])
+
+        words = {"name": "made", "paper": "nowhere", "summary": "for this test"}
+        self.made = Method(**words, prepare=without_options, needs=(MOMENTS,))
+
+    def _found(self) -> Method:
+        return self.made
+
+
+def run(check: str, prepare: Callable[..., Factors]) -> None:
     """One of the conformance tests on a method made of ``prepare``."""
-    method = Method(name="made", paper="nowhere", summary="for this test", prepare=prepare)
-    monkeypatch.setattr("bolaco.testing.get_method", lambda _: method)
-    tests = MethodConformance()
-    tests.method = "made"
-    getattr(tests, CHECKS[check])()
+    getattr(Made(prepare), CHECKS[check])()
 
 
 @pytest.mark.parametrize(
@@ -143,23 +158,53 @@ def run(check: str, prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
         (moves_the_mean_without_saying_so, "the_mean_output_is_restored_where_the_method_says_so"),
     ],
 )
-def test_a_method_that_does_not_conform_is_found_out(prepare: Prepare, check: str, monkeypatch) -> None:
-    with pytest.raises((AssertionError, RuntimeError)):
-        run(check, prepare, monkeypatch)
+def test_a_method_that_does_not_conform_is_found_out(prepare: Callable[..., Factors], check: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError, LookupError)):
+        run(check, prepare)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_method_that_conforms_passes(check: str, monkeypatch) -> None:
-    run(check, svd, monkeypatch)
+def test_a_method_that_conforms_passes(check: str) -> None:
+    run(check, svd)
 
 
-def test_a_spectrum_may_claim_nothing(monkeypatch) -> None:
-    class Modest(MethodConformance):
-        method = "modest"
-
+def test_a_spectrum_may_claim_nothing() -> None:
+    class Modest(Made):
         def error(self, *_) -> None:
             return None
 
-    modest = Method(name="modest", paper="nowhere", summary="claims nothing", prepare=forgets_the_square)
-    monkeypatch.setattr("bolaco.testing.get_method", lambda _: modest)
-    Modest().test_the_spectrum_predicts_the_error()
+    Modest(forgets_the_square).test_the_spectrum_predicts_the_error()
+
+
+# --- statistics and options
+
+
+def test_a_statistic_that_was_not_asked_for_is_not_given() -> None:
+    svd_llm = METHODS.get("svd-llm")
+    statistics = make_statistics(svd_llm, (9, 14))
+    assert statistics[MOMENTS].mean.shape == (14,)
+    with pytest.raises(LookupError, match=r"statistic 'fisher' was not asked for; name it under Method\.needs"):
+        statistics[FISHER]
+
+
+def test_options_change_what_a_method_computes() -> None:
+    kfac = METHODS.get("kfac")
+    statistics = make_statistics(kfac, (9, 14))
+    weight = torch.randn(9, 14, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def product(options: object) -> Tensor:
+        chosen = ChosenMethod(kfac, options)
+        return chosen.prepare(weight, chosen.metric(statistics), statistics, 3).product(3)
+
+    assert torch.equal(product(kfac.options()), product(kfac.options(shrinkage=0.1)))
+    assert not torch.allclose(product(kfac.options()), product(kfac.options(shrinkage=0.9)))
+    # All of G's shrinkage leaves the identity: feature PCA.
+    chosen = ChosenMethod(METHODS.get("afm"), NoOptions())
+    one_sided = chosen.prepare(weight, chosen.metric(statistics), statistics, 3).product(3)
+    torch.testing.assert_close(product(kfac.options(shrinkage=1.0)), one_sided)
+
+
+def test_a_method_that_needs_nothing_has_no_text_read_for_it() -> None:
+    assert {name for name in METHODS.built_in if not METHODS.get(name).reads_text} == {"svd"}
+    assert {name for name in METHODS.built_in if METHODS.get(name).gradients} == {"kfac", "fwsvd"}
+    assert {name for name in METHODS.built_in if METHODS.get(name).subject} == {"lpaf"}

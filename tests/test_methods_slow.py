@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bolaco.data import TokenStream
+from bolaco.data.sources import TokenStream
 from bolaco.models.load import load_model, load_tokenizer
 
 MODEL = "smollm2-135m"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from bolaco.errors import NonFiniteError
 from bolaco.statistics import moments as module
+from bolaco.statistics.magnitude import Magnitudes
 from bolaco.statistics.moments import Moments, PooledMoments
 
 MODEST = settings(max_examples=40, deadline=None, derandomize=True)
@@ -147,18 +148,24 @@ def test_merging_another_shape_is_refused(dim: int, groups: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_magnitudes_are_the_mean_absolute_values_over_batches_and_shards(dtype: torch.dtype) -> None:
     x = draw(90, 5, mean=-0.3).to(dtype)
-    whole, left, right = (PooledMoments(5, 2, magnitudes=True) for _ in range(3))
+    whole, left, right = (Magnitudes(5) for _ in range(3))
     for i, piece in enumerate(x.split(25)):
         whole.update(piece, i % 2)
         (left if i < 2 else right).update(piece, i % 2)
+    before = right.finalize()
     left.merge(right)
-    left.merge(PooledMoments(5, 2, magnitudes=True))
+    left.merge(Magnitudes(5))
     expected = x.double().abs().mean(dim=0)
-    for pooled in (whole, left):
-        torch.testing.assert_close(pooled.finalize().magnitude, expected, rtol=1e-6, atol=0)
-    assert of(x).finalize().magnitude is None
-    with pytest.raises(ValueError, match="with and without magnitudes"):
-        left.merge(PooledMoments(5, 2))
+    for magnitudes in (whole, left):
+        torch.testing.assert_close(magnitudes.finalize(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(right.finalize(), before)
+
+
+def test_a_mean_magnitude_needs_a_vector() -> None:
+    magnitudes = Magnitudes(3)
+    magnitudes.update(draw(4, 3)[:0])
+    with pytest.raises(ValueError, match="at least one vector"):
+        magnitudes.finalize()
 
 
 def test_a_large_offset_in_float32_costs_no_accuracy() -> None:
@@ -244,6 +251,22 @@ def test_nan_and_infinity_are_refused_by_position_and_leave_the_state_clean(bad:
     if first:
         pooled.update(x)
     assert_same(pooled.finalize(), of(x).finalize())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+def test_magnitudes_refuse_nan_and_infinity_in_the_same_words(bad: float, first: bool) -> None:
+    x = draw(20, 4).float()
+    broken = x.clone()
+    broken[7, 2] = bad
+    magnitudes = Magnitudes(4)
+    if not first:
+        magnitudes.update(x)
+    with pytest.raises(NonFiniteError, match="input 2 of 4"):
+        magnitudes.update(broken)
+    if first:
+        magnitudes.update(x)
+    torch.testing.assert_close(magnitudes.finalize(), x.double().abs().mean(dim=0))
 
 
 def test_a_covariance_needs_two_vectors_of_one_group() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError, UnsupportedModelError
+from bolaco.evaluation.objective import SLAB, Head, Scores, hidden_states, score
 from bolaco.evaluation.perplexity import perplexity
-from bolaco.objective import SLAB, Head, Scores, hidden_states, score
 from tests.models import FAMILIES, VOCABULARY, tiny_llama, token_blocks
 
 HEADS = {

@@ -5,12 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bolaco.allocate.search.elastic import ElasticModel
 from bolaco.checkpoint.export import export_dense
-from bolaco.elastic import ElasticModel
-from bolaco.factorize.pivot import pivot
-from bolaco.factorize.store import FactorStore
 from bolaco.layers import PivotedLinear
-from bolaco.models import inspect_structure, load_model
+from bolaco.models.load import load_model
+from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.storage.pivot import pivot
 from tests.models import FAMILIES, compress_tiny, token_blocks
 
 
@@ -76,15 +77,15 @@ def test_checkpoint(family, tmp_path):
     model = load_model(str(run.path))
     layers = [m for m in model.modules() if isinstance(m, PivotedLinear)]
     assert layers
-    assert run.info["parameters"] == sum(p.numel() for p in model.parameters())
-    assert run.info["keep_linears"] <= 0.7
+    assert run.info.parameters == sum(p.numel() for p in model.parameters())
+    assert run.info.keep_linears <= 0.7
     blocks = model.base_model.get_submodule(inspect_structure(run.original).blocks)
-    assert run.info["parameters_linears"] == sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
+    assert run.info.parameters_linears == sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
     # What was searched, two factors sliced, and what was written compute the same.
     structure = inspect_structure(run.original)
     tokens = token_blocks(2, 24)
-    with ElasticModel(run.original, structure, FactorStore(run.work / "factors")) as elastic, torch.no_grad():
-        elastic.set_ranks(run.info["ranks"])
+    with ElasticModel(Subject(run.original, structure), run.factors) as elastic, torch.no_grad():
+        elastic.set_ranks(run.info.ranks)
         expected = run.original(tokens, use_cache=False).logits
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits

@@ -10,21 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bolaco.blockstore import BlockStore
-from bolaco.compressed import compressed_block, restored_block, trainable_copy
 from bolaco.errors import ResumeError
-from bolaco.factorize import get_method
+from bolaco.factorize import METHODS, ChosenMethod, SiteStatistics
 from bolaco.factorize.solver import InputMetric, corrected, low_rank
 from bolaco.factorize.store import FactorStore
 from bolaco.layers import LowRankLinear
-from bolaco.models import inspect_structure, load_model
+from bolaco.models.load import load_model
+from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.models.walk import BlockRunner
 from bolaco.progress import Reporter
-from bolaco.recipe import Refinement
-from bolaco.refine import Refiner
 from bolaco.refine.fit import BlockFit
+from bolaco.refine.run import Refiner
+from bolaco.refine.settings import Refinement
 from bolaco.refine.train import balance, train_block
-from bolaco.statistics.blocks import BlockRunner
-from bolaco.statistics.moments import DriftMoments, PooledMoments
+from bolaco.statistics.drift import DriftMoments
+from bolaco.statistics.moments import PooledMoments
+from bolaco.statistics.stored import site_statistics
+from bolaco.storage.block import compressed_block, restored_block, trainable_copy
+from bolaco.work.blockstore import BlockStore
 from tests.models import FAMILIES, Compressed, compress_tiny, compressed, tiny_llama, token_blocks
 
 
@@ -121,8 +125,17 @@ def logits(model: torch.nn.Module) -> Tensor:
 
 def _parts(family: str, method: str = "afm"):
     run = compressed(family, method=method)
-    structure, store = inspect_structure(run.original), FactorStore(run.work / "factors")
-    return run, structure, store
+    subject = Subject(run.original, inspect_structure(run.original))
+    return run, subject, FactorStore(run.stage("factors"))
+
+
+def nothing_stored(subject: Subject, layer: int) -> dict[str, SiteStatistics]:
+    """For methods whose statistics are those of inputs."""
+    return site_statistics(layer, subject.structure.of_layer(layer), (), subject.model.device)
+
+
+def chosen(method: str) -> ChosenMethod:
+    return ChosenMethod(METHODS.get(method), METHODS.get(method).options())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
@@ -130,17 +143,18 @@ def _parts(family: str, method: str = "afm"):
 def test_fit_on_the_original_inputs_is_the_plain_solution(family: str, method: str) -> None:
     """The first block's inputs are the same in both models: its q, k, v come out as they were, and the others move
     only as far as those changed."""
-    run, structure, store = _parts(family, method)
-    ranks = run.info["ranks"]
+    run, subject, store = _parts(family, method)
+    ranks = run.info.ranks
     tokens = token_blocks(8, 32, seed=3)
+    structure = subject.structure
     runner = BlockRunner(run.original, structure, tokens, 4)
     hidden = runner.embed()
-    plain = compressed_block(run.original, structure, 0, store.load(0), ranks)
+    plain = compressed_block(subject, 0, store.load(0), ranks)
     # With every rank gone, the compressed block is the original one, and nothing has drifted anywhere.
     everything_dense = dict.fromkeys(ranks)
-    block = trainable_copy(run.original, structure, 0, copy.deepcopy(structure.block_list(run.original)[0]))
-    fit = BlockFit(runner, structure, get_method(method), everything_dense, 4, 1.0, 0.0)
-    fit.run(0, block, hidden, hidden.clone())
+    block = trainable_copy(subject, 0, copy.deepcopy(structure.block_list(run.original)[0]))
+    fit = BlockFit(runner, subject, chosen(method), everything_dense, 4, 1.0, 0.0)
+    fit.run(0, block, hidden, hidden.clone(), nothing_stored(subject, 0))
     with torch.no_grad():
         same = runner.run(0, hidden[:4], block)
         original = runner.run(0, hidden[:4])
@@ -152,16 +166,17 @@ def test_fit_on_the_original_inputs_is_the_plain_solution(family: str, method: s
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_fit_brings_the_decoder_nearer_to_the_original(family: str) -> None:
     """On the calibration text itself, the error-aware block outputs err less than the plain ones."""
-    run, structure, store = _parts(family)
-    model, ranks, method = run.original, run.info["ranks"], get_method("afm")
+    run, subject, store = _parts(family)
+    structure, ranks, method = subject.structure, run.info.ranks, chosen("afm")
     tokens = token_blocks(12, 48, seed=4)
-    runner = BlockRunner(model, structure, tokens, 4)
+    runner = BlockRunner(run.original, structure, tokens, 4)
     original = runner.embed()
     paths = {"plain": original.clone(), "fitted": original.clone()}
     for layer in range(structure.num_layers):
-        plain = compressed_block(model, structure, layer, store.load(layer), ranks)
-        fitted = trainable_copy(model, structure, layer, plain)
-        BlockFit(runner, structure, method, ranks, 1, 1.0, 1e-4).run(layer, fitted, original, paths["fitted"])
+        plain = compressed_block(subject, layer, store.load(layer), ranks)
+        fitted = trainable_copy(subject, layer, plain)
+        fit = BlockFit(runner, subject, method, ranks, 1, 1.0, 1e-4)
+        fit.run(layer, fitted, original, paths["fitted"], nothing_stored(subject, layer))
         blocks = {"plain": plain, "fitted": fitted}
         with torch.no_grad():
             for rows in runner.slices:
@@ -173,23 +188,23 @@ def test_fit_brings_the_decoder_nearer_to_the_original(family: str) -> None:
 
 
 def test_compressed_block_shares_what_stays() -> None:
-    run, structure, store = _parts("llama")
-    block = compressed_block(run.original, structure, 0, store.load(0), run.info["ranks"])
-    original = structure.block_list(run.original)[0]
+    run, subject, store = _parts("llama")
+    block = compressed_block(subject, 0, store.load(0), run.info.ranks)
+    original = subject.structure.block_list(run.original)[0]
     assert block.self_attn.v_proj.weight is original.self_attn.v_proj.weight
     assert block.input_layernorm.weight is original.input_layernorm.weight
     assert isinstance(block.self_attn.q_proj, LowRankLinear)
-    copied = trainable_copy(run.original, structure, 0, block)
+    copied = trainable_copy(subject, 0, block)
     assert copied.input_layernorm.weight is not original.input_layernorm.weight
 
 
 @pytest.mark.parametrize("family", ["llama_biased", "phi3", "gpt2"])
 def test_a_block_is_restored_from_its_state(family: str) -> None:
-    run, structure, store = _parts(family)
-    block = compressed_block(run.original, structure, 1, store.load(1), run.info["ranks"])
-    block = trainable_copy(run.original, structure, 1, block)
+    run, subject, store = _parts(family)
+    block = compressed_block(subject, 1, store.load(1), run.info.ranks)
+    block = trainable_copy(subject, 1, block)
     state = {name: value.clone() for name, value in block.state_dict().items()}
-    again = restored_block(run.original, structure, 1, state).state_dict()
+    again = restored_block(subject, 1, state).state_dict()
     assert state.keys() == again.keys()
     assert all(torch.equal(state[name], again[name]) for name in state)
 
@@ -198,10 +213,8 @@ def test_a_block_is_restored_from_its_state(family: str) -> None:
 
 
 def test_balance_changes_no_product() -> None:
-    run, structure, store = _parts("llama", "afm")
-    block = trainable_copy(
-        run.original, structure, 0, compressed_block(run.original, structure, 0, store.load(0), run.info["ranks"])
-    )
+    run, subject, store = _parts("llama", "afm")
+    block = trainable_copy(subject, 0, compressed_block(subject, 0, store.load(0), run.info.ranks))
     layer = block.mlp.down_proj
     layer.expand.weight.data *= 1e4
     layer.reduce.weight.data /= 1e4
@@ -213,14 +226,14 @@ def test_balance_changes_no_product() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt"])
 def test_training_brings_a_block_nearer_and_leaves_the_model_alone(family: str) -> None:
-    run, structure, store = _parts(family)
+    run, subject, store = _parts(family)
     before = {name: value.clone() for name, value in run.original.state_dict().items()}
-    runner = BlockRunner(run.original, structure, token_blocks(8, 32, seed=5), 4)
+    runner = BlockRunner(run.original, subject.structure, token_blocks(8, 32, seed=5), 4)
     hidden = runner.embed()
     with torch.no_grad():
         target = torch.cat([runner.run(0, hidden[rows]) for rows in runner.slices])
-    block = compressed_block(run.original, structure, 0, store.load(0), run.info["ranks"])
-    block = trainable_copy(run.original, structure, 0, block)
+    block = compressed_block(subject, 0, store.load(0), run.info.ranks)
+    block = trainable_copy(subject, 0, block)
     losses = train_block(
         runner, 0, block, hidden, target, Refinement(steps=40, learning_rate=3e-3, autocast=False), seed=0
     )
@@ -228,7 +241,7 @@ def test_training_brings_a_block_nearer_and_leaves_the_model_alone(family: str) 
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert all(torch.equal(value, before[name]) for name, value in run.original.state_dict().items())
     assert not any(p.requires_grad for p in block.parameters())
-    ranks = run.info["ranks"]
+    ranks = run.info.ranks
     assert all(
         layer.rank == len(layer.reduce.weight) == layer.expand.weight.shape[1]
         for layer in block.modules()
@@ -255,46 +268,44 @@ def test_checkpoint_is_the_refined_model(family, storage, tmp_path):
         storage=storage,
         options=OPTIONS,
     )
-    structure = inspect_structure(run.original)
+    subject = Subject(run.original, inspect_structure(run.original))
     built = copy.deepcopy(run.original)
-    stack = structure.block_list(built)
-    store = BlockStore(run.work / "refined")
-    for layer in range(structure.num_layers):
-        stack[layer] = restored_block(run.original, structure, layer, store.read(layer))
+    stack = subject.structure.block_list(built)
+    store = BlockStore(run.stage("refined"))
+    for layer in range(subject.structure.num_layers):
+        stack[layer] = restored_block(subject, layer, store.read(layer))
     torch.testing.assert_close(logits(load_model(str(run.path))), logits(built), rtol=1e-3, atol=1e-3)
-    assert run.info["keep_linears"] <= 0.7
+    assert run.info.keep_linears <= 0.7
     card = (run.path / "README.md").read_text(encoding="utf-8")
     assert "compressed model and trained for 4 steps towards the original block's output" in card
-    assert (set(run.info["pivot_growth"]) != set()) == (storage == "pivoted")
+    assert (set(run.info.pivot_growth) != set()) == (storage == "pivoted")
 
 
-def _refiner(run: Compressed, structure, store) -> Refiner:
-    recipe = run.recipe.model_copy(update={"refinement": Refinement(fit=True, steps=3)})
-    tokens = token_blocks(6, 32, seed=6)
-    ranks, method = run.info["ranks"], get_method("afm")
-    return Refiner(run.original, structure, store, ranks, tokens, method, recipe)
+def _refiner(run: Compressed, subject: Subject, store: FactorStore) -> Refiner:
+    tokens, settings = token_blocks(6, 32, seed=6), Refinement(fit=True, steps=3)
+    return Refiner(subject, store, run.info.ranks, tokens, run.recipe.chosen, settings, run.recipe.calibration)
 
 
 def test_goes_on_after_any_block(tmp_path) -> None:
-    run, structure, factors = _parts("llama")
+    run, subject, factors = _parts("llama")
     whole, parts = BlockStore(tmp_path / "whole"), BlockStore(tmp_path / "parts")
-    _refiner(run, structure, factors).run(whole, Reporter(quiet=True))
+    _refiner(run, subject, factors).run(whole, Reporter(quiet=True))
     parts.write(0, whole.read(0))
-    _refiner(run, structure, factors).run(parts, Reporter(quiet=True))
+    _refiner(run, subject, factors).run(parts, Reporter(quiet=True))
     first, second = whole.read(1), parts.read(1)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_stored_block_of_another_model_is_named(tmp_path) -> None:
-    run, structure, factors = _parts("llama")
+    run, subject, factors = _parts("llama")
     store = BlockStore(tmp_path)
     store.write(0, {"nothing": torch.ones(1)})
     with pytest.raises(ResumeError, match=r"block-00000\.safetensors"):
-        _refiner(run, structure, factors).run(store, Reporter(quiet=True))
+        _refiner(run, subject, factors).run(store, Reporter(quiet=True))
 
 
 def test_half_precision_models_are_refined(tmp_path) -> None:
     model = tiny_llama().to(torch.bfloat16)
     run = compress_tiny(model, tmp_path / "out", preset="default", search="spectral", options=OPTIONS)
     assert load_model(str(run.path)).dtype == torch.bfloat16
-    assert run.info["perplexity"]["compressed"] < 2 * run.info["perplexity"]["dense"]
+    assert run.info.perplexity.compressed < 2 * run.info.perplexity.dense

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bolaco.api import tune
-from bolaco.checkpoint.info import read_curves, read_info
+from bolaco.checkpoint.info import (
+    CompressedInfo,
+    Curves,
+    MatrixCurve,
+    TrialRecord,
+    TunedInfo,
+    read_curves,
+    read_info,
+)
 from bolaco.models.structure import Site
 from bolaco.report.charts import rank_map, search_chart
 from bolaco.report.comparison import markdown, task_tables
 from bolaco.report.curves import matrix_curves, retained_energy, thinned
 from bolaco.report.html import comparison_page, number, result_page, tuned_page
+from bolaco.report.record import ComparisonRecord
 from bolaco.report.svg import Series, chart, standalone, ticks
+from bolaco.settings import merge
 from tests.browser import MISSING, Browser, browser
 from tests.command import bolaco, ok
 from tests.models import Compressed, compress_tiny, compressed, save_tiny, text_file, tiny_llama
@@ -51,13 +62,19 @@ def tuned(searched: Compressed, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return out
 
 
-def comparison(folder: Path) -> dict:
+def comparison(folder: Path) -> ComparisonRecord:
     """A comparison's record around one result, with a failed row and one whose perplexity is not finite."""
-    info, curves = read_info(folder), read_curves(folder)
+    return ComparisonRecord.model_validate(comparison_values(folder))
+
+
+def comparison_values(folder: Path) -> dict[str, Any]:
+    """The same as JSON has it."""
+    info, curves = (found(folder).model_dump(mode="json") for found in (read_info, read_curves))
     fields = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
     scores = {"piqa.jsonl": {"examples": 9, "acc": 0.5, "acc_stderr": 0.1}}
     row = {field: info[field] for field in fields} | {"tasks": scores}
-    row |= {"seconds": info["seconds"], "peak_bytes": 2**20, "curves": curves, "recipe_yaml": "keep: 0.7\n"}
+    row |= {"seconds": info["seconds"], "peak_bytes": 2**20, "curves": curves, "versions": info["versions"]}
+    row |= {"recipe": info["recipe"], "recipe_yaml": "keep: 0.7\n"}
     names = ["default", "a-method-with-a-long-name", "svd-llm", "kfac-svd", HOSTILE]
     rows = [
         row
@@ -66,10 +83,12 @@ def comparison(folder: Path) -> dict:
         for i, m in enumerate(names)
     ]
     rows[1] |= {"perplexity": [None, 41.0], "gap": [None, 0.5]}
-    rows.append({"name": "x-0.7", "method": "x", "keep": 0.7, "error": f"no {HOSTILE}", "recipe_yaml": ""})
+    failed = {"name": "x-0.7", "method": "x", "keep": 0.7, "error": f"no {HOSTILE}"}
+    rows.append(failed | {"recipe": {}, "recipe_yaml": ""})
     dense = {"perplexity": [28.0, 39.0], "tasks": {"piqa.jsonl": {"examples": 9, "acc": 0.6, "acc_stderr": None}}}
     dense |= {"parameters": 21_664, "parameters_linears": 15_360, "bytes": 86_656}
     return {
+        "format": 1,
         "model": HOSTILE,
         "methods": [*names, "x"],
         "keep": [0.8, 0.7],
@@ -112,10 +131,10 @@ def test_what_a_rank_retains() -> None:
     other = Site("model.layers.0.self_attn.v_proj", "layers.0.self_attn.v_proj", 0, "v", None, (0, 2), 2, 6, False)
     spectra = {site.name: torch.tensor([8.0, 1.0, 0.75, 0.25])}
     found = matrix_curves([site, other], spectra, {site.name: 2, other.name: None})
-    assert found[site.name]["shape"] == [4, 6]
-    assert found[site.name]["kept"] == pytest.approx(0.9)
-    assert found[other.name] == {"shape": [2, 6]}
-    assert matrix_curves([site], spectra, {site.name: None})[site.name]["kept"] == 1
+    assert found[site.name].shape == (4, 6)
+    assert found[site.name].kept == pytest.approx(0.9)
+    assert found[other.name] == MatrixCurve(shape=(2, 6))
+    assert matrix_curves([site], spectra, {site.name: None})[site.name].kept == 1
 
 
 @given(st.lists(st.floats(-1e3, 1e3), max_size=150), st.integers(1, 32))
@@ -145,18 +164,18 @@ def test_ticks_lie_on_the_axis(low: float, ratio: float, logarithmic: bool) -> N
 
 def test_cells_of_the_rank_map(searched: Compressed) -> None:
     curves = read_curves(searched.path)
-    svg = ET.fromstring(str(rank_map("x", searched.info["ranks"], "two-factor", curves)))
+    svg = ET.fromstring(str(rank_map("x", searched.info.ranks, "two-factor", curves)))
     notes = [e.text or "" for e in svg.iter() if e.tag.endswith("title")][1:]
-    assert len(notes) == len(searched.info["ranks"]) == 14
-    q = searched.info["ranks"]["model.layers.1.self_attn.q_proj"]
+    assert len(notes) == len(searched.info.ranks) == 14
+    q = searched.info.ranks["model.layers.1.self_attn.q_proj"]
     assert f"layer 1 q: rank {q}, {q * 64 / 1024:.3f}" in notes
-    assert sum("dense" in note for note in notes) == sum(rank is None for rank in searched.info["ranks"].values())
+    assert sum("dense" in note for note in notes) == sum(rank is None for rank in searched.info.ranks.values())
 
 
 def test_points_of_the_search(searched: Compressed) -> None:
-    svg = str(search_chart("x", searched.info["trials"]))
+    svg = str(search_chart("x", searched.info.trials))
     assert len(re.findall(r'<circle [^>]*class="mark"><title>trial: \d', svg)) == 4
-    best = min(range(4), key=lambda i: searched.info["trials"][i]["objective"])
+    best = min(range(4), key=lambda i: searched.info.trials[i].objective)
     assert f"the best is trial {best} " in svg
     assert search_chart("x", []) is None
 
@@ -185,7 +204,7 @@ def test_every_series_looks_different() -> None:
 
 
 def test_a_search_of_one_trial_and_equal_values() -> None:
-    trials = [{"objective": 3.0}]
+    trials = [TrialRecord(keep={}, ranks={}, objective=3.0, perplexity=3.0, kl=0.0, seconds=0.0)]
     assert "1 trials" in str(search_chart("x", trials))
     assert "NaN" not in str(search_chart("x", trials * 3))
 
@@ -248,32 +267,42 @@ def test_compress_writes_a_report(searched: Compressed) -> None:
     text = (searched.path / "report.html").read_text(encoding="utf-8")
     page = check(text)
     assert page.tags["svg"] == 1 + 1 + 6 + 1  # ranks, search, spectra without v, refinement
-    assert f"{searched.info['perplexity']['compressed']:.4g}" in text
-    assert f"{searched.info['keep_linears']:.4f}" in text
+    assert f"{searched.info.perplexity.compressed:.4g}" in text
+    assert f"{searched.info.keep_linears:.4f}" in text
     assert "bolaco run" in text
     assert "](report.html)" in (searched.path / "README.md").read_text(encoding="utf-8")
 
 
 def test_losses_of_refined_blocks_are_kept(searched: Compressed) -> None:
-    losses = read_curves(searched.path)["refinement"]
+    losses = read_curves(searched.path).refinement
     assert sorted(losses) == ["0", "1"]
     assert all(len(values) == 3 and min(values) > 0 for values in losses.values())
-    assert read_curves(compressed("llama").path)["refinement"] == {}
+    assert read_curves(compressed("llama").path).refinement == {}
 
 
 def test_a_tuned_result_has_a_report_of_the_tuning(tuned: Path) -> None:
-    page, record = (tuned / "report.html").read_text(encoding="utf-8"), read_info(tuned)["tuning"]
-    assert f"before {number(record['perplexity']['before'])}" in page
-    assert f"The loss is {record['curve'][0]['loss']:.4g} at step 1 and" in page
-    hostile = {"format": 1, "tuning": record | {"model": HOSTILE, "mode": HOSTILE}}
-    assert "<script" not in tuned_page(hostile, HOSTILE)
-    assert tuned_page({"format": 1, "tuning": record | {"curve": []}}, "x").count("<svg ") == 0
+    page, record = (tuned / "report.html").read_text(encoding="utf-8"), read_info(tuned).tuning
+    assert record is not None
+    assert f"before {number(record.perplexity.before)}" in page
+    assert f"The loss is {record.curve[0].loss:.4g} at step 1 and" in page
+
+    def other(**changes: Any) -> TunedInfo:
+        return TunedInfo(format=1, model_type="llama", tuning=record.model_copy(update=changes))
+
+    assert "<script" not in tuned_page(other(model=HOSTILE, mode=HOSTILE), HOSTILE)
+    assert tuned_page(other(curve=[]), "x").count("<svg ") == 0
+
+
+def changed(run: Compressed, **values: Any) -> CompressedInfo:
+    """What ``bolaco.json`` says, with other values; those of a part are laid over it."""
+    return CompressedInfo.model_validate(merge(run.info.model_dump(), values))
 
 
 def test_everything_from_outside_is_escaped(searched: Compressed) -> None:
-    info = searched.info | {"model": HOSTILE, "method": HOSTILE, "versions": {HOSTILE: HOSTILE}}
-    info["perplexity"] = info["perplexity"] | {"data": HOSTILE}
-    info["recipe"] = info["recipe"] | {"model": HOSTILE}
+    hostile = {"perplexity": {"data": HOSTILE}, "recipe": {"model": HOSTILE}}
+    info = changed(searched, model=HOSTILE, method=HOSTILE, **hostile).model_copy(
+        update={"versions": {HOSTILE: HOSTILE}}
+    )
     text = result_page(info, read_curves(searched.path), HOSTILE)
     check(text)
     assert text.count("&lt;script&gt;") >= 8
@@ -283,28 +312,29 @@ def test_everything_from_outside_is_escaped(searched: Compressed) -> None:
 
 
 def test_a_model_that_broke(searched: Compressed) -> None:
-    info = searched.info | {"perplexity": searched.info["perplexity"] | {"compressed": math.inf}}
-    text = result_page(info, read_curves(searched.path), "x")
+    text = result_page(changed(searched, perplexity={"compressed": math.inf}), read_curves(searched.path), "x")
     check(text)
     assert text.count("not finite") == 4
 
 
 def test_a_result_without_ranks(searched: Compressed) -> None:
-    text = result_page(searched.info | {"ranks": {}, "trials": []}, {"matrices": {}, "refinement": {}}, "x")
+    text = result_page(
+        searched.info.model_copy(update={"ranks": {}, "trials": []}), Curves(matrices={}, refinement={}), "x"
+    )
     assert check(text).tags["svg"] == 0
     assert "<h2>Ranks</h2>" not in text
 
 
 def test_tasks_have_a_mean_where_there_are_several(searched: Compressed) -> None:
-    record = comparison(searched.path)
+    values = comparison_values(searched.path)
     dense = {"examples": 9, "acc": 0.6, "acc_stderr": 0.3, "acc_norm": 0.5, "acc_norm_stderr": None}
-    record["dense"]["tasks"] = {
+    values["dense"]["tasks"] = {
         "a": dense,
         "b": dense | {"acc": 0.2, "acc_stderr": 0.4},
         "c": {"examples": 3, "f1": 0.1},
     }
-    record["rows"] = [record["rows"][0] | {"tasks": {"a": dense, "b": {"examples": 9}}}]
-    acc, norm, f1 = task_tables(record)
+    values["rows"] = [values["rows"][0] | {"tasks": {"a": dense, "b": {"examples": 9}}}]
+    acc, norm, f1 = task_tables(ComparisonRecord.model_validate(values))
     assert acc.columns == ["method", "a (9)", "b (9)", "mean"]
     assert acc.rows[0] == ["dense", "0.6000 ± 0.3000", "0.2000 ± 0.4000", "0.4000 ± 0.2500"]
     assert acc.rows[1][1:] == ["0.6000 ± 0.3000", "", ""]
@@ -313,11 +343,11 @@ def test_tasks_have_a_mean_where_there_are_several(searched: Compressed) -> None
 
 
 def test_a_comparison_of_methods_that_read_no_text_says_so(searched: Compressed) -> None:
-    record = comparison(searched.path) | {"calibration": []}
+    record = comparison(searched.path).model_copy(update={"calibration": []})
     for text in (comparison_page(record), markdown(record)):
         assert "None of these methods reads text." in text
         assert "Calibrated on" not in text
-    record["calibration"] = ["8 x 32 tokens of a", "4 x 32 tokens of b"]
+    record = record.model_copy(update={"calibration": ["8 x 32 tokens of a", "4 x 32 tokens of b"]})
     for text in (comparison_page(record), markdown(record)):
         assert "Calibrated on 8 x 32 tokens of a; 4 x 32 tokens of b." in text
 
@@ -325,7 +355,7 @@ def test_a_comparison_of_methods_that_read_no_text_says_so(searched: Compressed)
 def test_a_comparison_shows_every_row(searched: Compressed) -> None:
     record = comparison(searched.path)
     text = comparison_page(record)
-    assert check(text).tags["tr"] > len(record["rows"])
+    assert check(text).tags["tr"] > len(record.rows)
     assert "smallest of each keep ratio" in text
     assert text.count('class="best"') == 4
     assert 'class="failed"' in text

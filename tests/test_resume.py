@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from bolaco import pipeline
-from bolaco.blockstore import BlockStore
+from bolaco.allocate.search.run import Evaluator
 from bolaco.factorize import run
+from bolaco.runs import compress as runs
+from bolaco.work.blockstore import BlockStore
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
 
 TRIALS = "4"
@@ -25,18 +26,18 @@ TRIALS = "4"
 MOMENTS = {
     "between two blocks": ("bolaco.factorize.store.FactorStore.save", 1, "after"),
     "while a block's factors are written": ("pathlib.Path.replace", 1, "before .safetensors"),
-    "during the selection": ("bolaco.pipeline.score", 2, "before"),
-    "in the third trial": ("bolaco.pipeline._Evaluator.scores", 3, "before"),
+    "during the selection": ("bolaco.allocate.search.run.score", 2, "before"),
+    "in the third trial": ("bolaco.allocate.search.run.Evaluator.scores", 3, "before"),
     "between two parts of a trial's record": ("optuna.trial.Trial.set_user_attr", 3, "after"),
-    "before the checkpoint's weights": ("bolaco.pipeline.write_model", 1, "before"),
-    "after the checkpoint's weights": ("bolaco.pipeline.write_model", 1, "after"),
-    "before the last evaluation": ("bolaco.pipeline._Run.measure", 1, "before"),
+    "before the checkpoint's weights": ("bolaco.runs.compress.write_model", 1, "before"),
+    "after the checkpoint's weights": ("bolaco.runs.compress.write_model", 1, "after"),
+    "before the last evaluation": ("bolaco.runs.compress.perplexities_of", 1, "before"),
 }
 # Of the default method, which has stages of its own.
 DEFAULT_MOMENTS = {
-    "between two blocks of gradients": ("bolaco.blockstore.BlockStore.write", 1, "after"),
+    "between two blocks of gradients": ("bolaco.work.blockstore.BlockStore.write", 1, "after"),
     "between two refined blocks": ("bolaco.refine.run.train_block", 2, "before"),
-    "while a refined block is written": ("bolaco.blockstore.save_file", 8, "after"),
+    "while a refined block is written": ("bolaco.work.blockstore.save_file", 8, "after"),
 }
 # Starts processes that run the command line and kill themselves, with no handler and no clean-up. They are forked, so
 # that everything is imported once.
@@ -44,8 +45,8 @@ STARTER = """
 import functools, json, os, pkgutil, signal, sys
 
 import datasets
-import bolaco.allocate.bayesian
-from bolaco import pipeline
+import bolaco.allocate.search.run
+import bolaco.api
 from bolaco.cli import main
 
 
@@ -158,7 +159,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]
 
 
 def factor_times() -> dict[str, int]:
-    return {file.name: file.stat().st_mtime_ns for file in Path("out.work/factors").glob("*.safetensors")}
+    return {file.name: file.stat().st_mtime_ns for file in Path("out.work").glob("factors-*/*.safetensors")}
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -173,8 +174,8 @@ def test_killed(moment: str, kill: Kill, place: Path, shared: Path, monkeypatch:
     assert bool(list(Path().glob(".out.partial*"))) == in_write
 
     collected = counted(monkeypatch, run, "collect")
-    selected = counted(monkeypatch, pipeline._Evaluator, "_select")
-    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    selected = counted(monkeypatch, Evaluator, "select")
+    scored = counted(monkeypatch, Evaluator, "scores")
     done = ok(*words, "--keep-work")
 
     assert what_counts("out") == what_counts(shared / "out")
@@ -218,13 +219,13 @@ def default(shared: Path) -> Path:
 @pytest.mark.parametrize("moment", DEFAULT_MOMENTS)
 def test_the_default_method_killed(moment: str, kill: Kill, place: Path, default: Path) -> None:
     kill(moment, default_words("out"))
-    refined = list(Path("out.work/refined").glob("*.safetensors"))
+    refined = list(Path("out.work").glob("refined-*/*.safetensors"))
     assert len(refined) == (0 if "gradients" in moment else 1)
     times = {file: file.stat().st_mtime_ns for file in refined}
     ok(*default_words("out"), "--keep-work")
     assert what_counts("out") == what_counts(default)
     assert all(file.stat().st_mtime_ns == time for file, time in times.items())
-    assert len(list(Path("out.work/refined").glob("*.safetensors"))) == 2
+    assert len(list(Path("out.work").glob("refined-*/*.safetensors"))) == 2
     assert list(Path("out.work").rglob("*.partial")) == []
 
 
@@ -233,10 +234,10 @@ def test_half_a_line_in_the_journal(place: Path, shared: Path, monkeypatch: pyte
     words = compress("out", "--trials", TRIALS)
     ok(*words, "--keep-work")
     shutil.rmtree("out")
-    journal = Path("out.work/trials.journal")
+    (journal,) = Path("out.work").glob("search-*/trials.journal")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])  # the last trial was not finished
-    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    scored = counted(monkeypatch, Evaluator, "scores")
     ok(*words)
     assert len(scored) == 1
     assert what_counts("out") == what_counts(shared / "out")
@@ -251,7 +252,7 @@ def test_a_stage_that_fails_is_repeated_and_no_other(
         raise OSError(28, "No space left on device", "disk")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "measure", fail)
+        patch.setattr(runs, "perplexities_of", fail)
         assert bolaco(*words).code == 1
     assert not Path("out").exists()
     assert list(Path().glob(".*")) == []
@@ -265,20 +266,25 @@ def test_a_stage_that_fails_is_repeated_and_no_other(
     assert what_counts("out") == what_counts(shared / "out")
 
 
-@pytest.mark.parametrize(("method", "folder"), [("kfac", "gradients"), ("fwsvd", "fisher")])
+def stage_of(store: BlockStore) -> str:
+    """What a folder of blocks in a work folder is of: its name without the key."""
+    return store.folder.name.partition("-")[0]
+
+
+@pytest.mark.parametrize(("method", "folder"), [("kfac", "gradient"), ("fwsvd", "fisher")])
 @pytest.mark.parametrize(("after", "blocks", "again"), [("statistics", 1, 2), ("walk", 1, 1), ("statistics", 2, 0)])
 def test_interrupted_in_the_loss_gradients(
     method: str, folder: str, after: str, blocks: int, again: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stage before the factors that some methods have: it goes on below the last block it finished."""
-    words = ["--search", "none", "--method", method]
+    words = ["--search", "hand", "--method", method]
     ok(*compress("undisturbed", *words))
     save = BlockStore.write
     calls = []
 
     def interrupted(*args: Any) -> None:
         save(*args)
-        calls.extend([args] if args[0].folder.name == (folder if after == "statistics" else "walk") else [])
+        calls.extend([args] if stage_of(args[0]) == (folder if after == "statistics" else "walk") else [])
         if len(calls) == blocks:
             raise KeyboardInterrupt
 
@@ -287,13 +293,13 @@ def test_interrupted_in_the_loss_gradients(
         assert bolaco(*compress("out", *words)).code == 130
     saved = counted(monkeypatch, BlockStore, "write")
     ok(*compress("out", *words))
-    assert len([call for call in saved if call[0].folder.name == folder]) == again
+    assert len([call for call in saved if stage_of(call[0]) == folder]) == again
     assert what_counts("out") == what_counts("undisturbed")
 
 
 def test_more_trials_continue_the_ledger(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ok(*compress("two", "--trials", "2", "--work", "ledger", "--keep-work"))
-    scored = counted(monkeypatch, pipeline._Evaluator, "scores")
+    scored = counted(monkeypatch, Evaluator, "scores")
     ok(*compress("four", "--trials", TRIALS, "--work", "ledger", "--keep-work"))
     assert len(scored) == 2
     assert what_counts("four") == what_counts(shared / "out")
@@ -305,10 +311,10 @@ def test_more_trials_continue_the_ledger(place: Path, shared: Path, monkeypatch:
 
 
 def test_work_folder_is_removed_on_success_unless_kept(place: Path) -> None:
-    ok(*compress("out", "--search", "none"))
+    ok(*compress("out", "--search", "hand"))
     assert {path.name for path in Path().iterdir()} == {"model", "text.txt", "other.txt", "out"}
-    ok(*compress("other", "--search", "none", "--keep-work"))
-    assert Path("other.work/factors/block-00001.safetensors").is_file()
+    ok(*compress("other", "--search", "hand", "--keep-work"))
+    assert len(list(Path("other.work").glob("factors-*/block-00001.safetensors"))) == 1
     assert not Path("other.work.lock").exists()
 
 
@@ -316,12 +322,12 @@ def test_interrupted_while_the_work_folder_is_removed(place: Path, monkeypatch: 
     rmtree = shutil.rmtree
 
     def interrupted(path: Any, *args: Any, **kwargs: Any) -> None:
-        if Path(path).name == "factors":
+        if Path(path).name.startswith("factors-"):
             (Path(path) / "block-00000.safetensors").unlink()
             raise KeyboardInterrupt
         rmtree(path, *args, **kwargs)
 
-    words = compress("out", "--search", "none")
+    words = compress("out", "--search", "hand")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", interrupted)
         assert bolaco(*words).code == 130
@@ -331,14 +337,14 @@ def test_interrupted_while_the_work_folder_is_removed(place: Path, monkeypatch: 
 
 
 def test_work_folder_elsewhere(place: Path) -> None:
-    ok(*compress("out", "--search", "none", "--work", "deep/down", "--keep-work"))
+    ok(*compress("out", "--search", "hand", "--work", "deep/down", "--keep-work"))
     assert Path("deep/down/recipe.json").is_file()
     assert not Path("out.work").exists()
 
 
 def test_the_cache_on_disk_changes_nothing_and_is_removed(place: Path) -> None:
     for cache in ("memory", "disk"):
-        ok(*compress(cache, "--search", "none", "--keep-work", calibration_cache=cache))
+        ok(*compress(cache, "--search", "hand", "--keep-work", calibration_cache=cache))
     assert digest("memory/model.safetensors") == digest("disk/model.safetensors")
     assert list(Path().rglob("hidden.cache")) == []
 

@@ -13,14 +13,17 @@ import pytest
 import torch
 from botorch.utils.sampling import get_polytope_samples
 
-from bolaco.allocate import Budget, SearchSpace, hand_keeps, make_space
-from bolaco.allocate import proposal as proposal_module
-from bolaco.allocate.bayesian import Trial, best, open_ledger, search
-from bolaco.allocate.proposal import Proposer
-from bolaco.allocate.validation import select_sequences
+from bolaco.allocate.allocators.hand import hand_keeps
+from bolaco.allocate.search import proposal as proposal_module
+from bolaco.allocate.search.ledger import LedgerTrial as Trial
+from bolaco.allocate.search.ledger import best, open_ledger, search
+from bolaco.allocate.search.proposal import Proposer
+from bolaco.allocate.search.selection import select_sequences
+from bolaco.allocate.space import SearchSpace, make_space
 from bolaco.errors import ResumeError
-from bolaco.objective import Scores
-from tests.test_allocate import LLAMA2, decoder, replace_limit, small_space
+from bolaco.evaluation.objective import Scores
+from bolaco.storage.budget import Budget
+from tests.test_allocate import LLAMA2, TWO_FACTOR, decoder, replace_limit, small_space
 
 # --- proposals
 
@@ -48,11 +51,11 @@ def history(space: SearchSpace, points: Sequence[Sequence[float]]) -> tuple[list
     return keeps, [damage(k) for k in keeps]
 
 
-@pytest.mark.parametrize("layout", ["5x1", "5x4"])
+@pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("slack", [0.0, 0.02, 0.1])
 @pytest.mark.parametrize("keep", [0.35, 0.8, 1.0])
-def test_random_points_satisfy_the_box_and_the_budget(layout: str, slack: float, keep: float) -> None:
-    space = small_space(keep, layout=layout)
+def test_random_points_satisfy_the_box_and_the_budget(parts: int, slack: float, keep: float) -> None:
+    space = small_space(keep, parts=parts)
     points = torch.tensor(Proposer(space, slack, "fitted", 0).random(40), dtype=torch.float64)
     assert (points >= min(space.min_keep, min(d.levels[0].keep for d in space.dimensions)) - 1e-9).all()
     assert (points <= 1 + 1e-9).all()
@@ -70,10 +73,10 @@ def test_random_points_satisfy_the_box_and_the_budget(layout: str, slack: float,
 
 
 @pytest.mark.parametrize("slack", [0.02, 0.1])
-@pytest.mark.parametrize("layout", ["5x1", "5x4"])
-def test_random_points_are_close_to_uniform_ones(layout: str, slack: float) -> None:
+@pytest.mark.parametrize("parts", [1, 4])
+def test_random_points_are_close_to_uniform_ones(parts: int, slack: float) -> None:
     # The same mean and spread as BoTorch's Markov chain after far more steps than a search could wait for.
-    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8), layout)
+    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8, TWO_FACTOR), parts)
     proposer = Proposer(space, slack, "fitted", 0)
     points = torch.tensor(proposer.random(2000), dtype=torch.float64)
     chain = get_polytope_samples(
@@ -115,13 +118,13 @@ def test_suggestions_depend_on_seed_and_history_only(surrogate: str, quick: None
 
 
 @both
-@pytest.mark.parametrize("layout", ["5x1", "5x4"])
-def test_suggestions_are_new_and_within_the_budget(surrogate: str, layout: str, quick: None) -> None:
-    space = small_space(layout=layout)
+@pytest.mark.parametrize("parts", [1, 4])
+def test_suggestions_are_new_and_within_the_budget(surrogate: str, parts: int, quick: None) -> None:
+    space = small_space(parts=parts)
     proposer = Proposer(space, 0.02, surrogate, 3)
     keeps, values = history(space, [hand_keeps(space)])
     tried = {space.settle(k) for k in keeps}
-    for _ in range(10 if layout == "5x1" else 3):
+    for _ in range(10 if parts == 1 else 3):
         levels = space.settle(proposer.suggest(keeps, values))
         assert levels not in tried
         tried.add(levels)
@@ -133,7 +136,7 @@ def test_suggestions_are_new_and_within_the_budget(surrogate: str, layout: str, 
 @both
 def test_a_space_with_nothing_left_to_try_still_answers(surrogate: str, quick: None) -> None:
     structure = decoder(1, 16, 16, 16, gate=False)
-    space = make_space(structure, Budget(structure.sites, 0.9), dense_types=("v", "q", "k"), multiple=4)
+    space = make_space(structure, Budget(structure.sites, 0.9, TWO_FACTOR), dense_types=("v", "q", "k"), multiple=4)
     proposer = Proposer(space, 0.02, surrogate, 0)
     every = {space.settle(p) for p in proposer.random(400)}
     keeps, values = history(space, [space.keeps(levels) for levels in every])
@@ -142,7 +145,7 @@ def test_a_space_with_nothing_left_to_try_still_answers(surrogate: str, quick: N
 
 def test_the_last_untried_allocations_are_found(quick: None) -> None:
     structure = decoder(1, 16, 16, 16, gate=False)
-    space = make_space(structure, Budget(structure.sites, 0.9), dense_types=("v", "q", "k"), multiple=4)
+    space = make_space(structure, Budget(structure.sites, 0.9, TWO_FACTOR), dense_types=("v", "q", "k"), multiple=4)
     proposer = Proposer(space, 0.02, "fitted", 0)
     every = {space.settle(p) for p in proposer.random(400)}
     for left in sorted(every):
@@ -197,7 +200,7 @@ def test_everything_dense_is_a_valid_search(quick: None) -> None:
 
 
 def test_25_trials_beat_25_random_points(quick: None) -> None:
-    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8))
+    space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8, TWO_FACTOR))
     proposer = Proposer(space, 0.02, "fitted", 0)
     _, guesses = history(space, proposer.random(25, stream=50))
     keeps, values = history(space, [hand_keeps(space), *proposer.random(4, stream=1)])

@@ -14,18 +14,23 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bolaco.factorize.run as factorize_run
-from bolaco.allocate import Budget, parameters, rank_for
 from bolaco.checkpoint.export import export_dense
 from bolaco.errors import RecipeError
 from bolaco.factorize import InputMetric, low_rank
-from bolaco.factorize.store import FactorStore
 from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, SplitLinear, install_layers
-from bolaco.models import inspect_structure, load_model
-from bolaco.models.structure import Stack, stacked
-from bolaco.recipe import make_recipe
-from bolaco.statistics.site import of_members
+from bolaco.models.load import load_model
+from bolaco.models.structure import Stack, inspect_structure, stacked
+from bolaco.models.subject import Subject
+from bolaco.recipe.recipe import make_recipe
+from bolaco.statistics.fisher import FISHER
+from bolaco.statistics.gradient import GRADIENT
+from bolaco.statistics.stored import StatisticStore, site_statistics
+from bolaco.storage.budget import Budget
+from bolaco.storage.storage import STORAGES
 from tests.command import furnish, ok
 from tests.models import FAMILIES, Compressed, compress_tiny, compressed_once, tiny_llama, token_blocks
+
+SHARED = STORAGES.get("shared")
 
 
 def _noise(*shape: int, seed: int) -> Tensor:
@@ -59,9 +64,9 @@ def test_the_optimum_of_the_stack(shapes: tuple[int, int, int], keep: float) -> 
     structure = stacked(inspect_structure(tiny_llama()))
     site = next(site for site in structure.sites if isinstance(site, Stack))
     site = Stack(**(vars(site) | {"out_features": first + second, "in_features": inside}))
-    rank = rank_for(site, keep, 1, "shared")
+    rank = SHARED.rank_for(site, keep, 1)
     assert rank == math.floor(keep * (first + second) * inside / (first + second + inside))
-    assert parameters(site, rank, "shared") == rank * (first + second + inside) <= keep * site.size
+    assert SHARED.parameters(site, rank) == rank * (first + second + inside) <= keep * site.size
     weight = torch.cat([_noise(first, inside, seed=1), _noise(second, inside, seed=2)])
     factors = low_rank(weight, InputMetric(None), rank)
     exact = torch.linalg.svdvals(weight)[rank:].square().sum()
@@ -84,20 +89,19 @@ def test_no_worse_than_separate_factors_of_the_same_rank() -> None:
     assert low_rank(q, InputMetric(None), 3).error(3) > 1e-2
 
 
-def test_gradient_statistics_of_a_stack() -> None:
+def test_gradient_statistics_of_a_stack(tmp_path: Path) -> None:
     structure = stacked(inspect_structure(tiny_llama()), ("v", "o", "down"))
     site = structure.sites[0]
     q, k = site.members
-    found = {
-        q.name: {"gradient": torch.full((32, 32), 2.0), "fisher": torch.ones(32)},
-        k.name: {"gradient": torch.full((16, 16), 3.0), "fisher": torch.ones(32)},
-    }
-    joined = of_members(site, found)
-    assert joined["gradient"].shape == (48, 48)
-    assert joined["gradient"][:32, :32].eq(2).all()
-    assert joined["gradient"][32:, 32:].eq(3).all()
-    assert not joined["gradient"][:32, 32:].any()
-    assert joined["fisher"].eq(2).all()
+    stores = [StatisticStore(tmp_path / kind.name, kind) for kind in (GRADIENT, FISHER)]
+    stores[0].put(0, {q.name: 2 * torch.ones(32, 32), k.name: 3 * torch.ones(16, 16)})
+    stores[1].put(0, {q.name: torch.ones(32), k.name: torch.ones(32)})
+    joined = site_statistics(0, [site], stores, torch.device("cpu"))[site.name]
+    assert joined[GRADIENT].shape == (48, 48)
+    assert joined[GRADIENT][:32, :32].eq(2).all()
+    assert joined[GRADIENT][32:, 32:].eq(3).all()
+    assert not joined[GRADIENT][:32, 32:].any()
+    assert joined[FISHER].eq(2).all()
 
 
 def test_which_matrices_are_stacked() -> None:
@@ -182,7 +186,8 @@ def test_copies_precisions_and_states() -> None:
 
 def test_a_configuration_that_shares_with_nothing_fit() -> None:
     model = torch.nn.ModuleDict({"q": torch.nn.Linear(12, 10), "k": torch.nn.Linear(12, 6)})
-    entries = {"q": {"out": 10, "rank": 4, "bias": False}, "k": {"out": 6, "rank": 4, "bias": False, "shares": "q"}}
+    lead = {"kind": "two-factor", "out": 10, "rank": 4, "bias": False}
+    entries = {"q": lead, "k": {"kind": "follower", "out": 6, "rank": 4, "bias": False, "lead": "q"}}
     with pytest.raises(ValueError, match="cannot share"):
         install_layers(model, entries)
 
@@ -202,24 +207,24 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     model = load_model(str(run.path))
     structure = inspect_structure(run.original)
     units = stacked(structure, run.recipe.dense_types)
-    ranks = run.info["ranks"]
+    ranks = run.info.ranks
     assert set(ranks) == {site.name for site in structure.sites}
     cost = 0
     for unit in units.sites:
         rank = ranks[unit.members[0].name]
         assert {ranks[member.name] for member in unit.members} == {rank}
-        cost += parameters(unit, rank, "shared")
+        cost += SHARED.parameters(unit, rank)
         if rank is None:
             continue
         layers = [_layer(model, member) for member in unit.members]
         if isinstance(unit, Stack):
             assert isinstance(layers[0], LeadLinear)
             assert layers[1].lead is layers[0]
-        weight = units.weight(run.original, unit)
+        weight = Subject(run.original, units).weight(unit)
         product = torch.cat([layer.dense().detach() for layer in layers])
         exact = torch.linalg.svdvals(weight.double())[rank:].square().sum()
         assert float((weight - product).double().square().sum()) == pytest.approx(float(exact), rel=1e-4)
-    assert run.info["parameters_linears"] == cost <= 0.75 * run.info["parameters_linears_dense"]
+    assert run.info.parameters_linears == cost <= 0.75 * run.info.parameters_linears_dense
     assert any(isinstance(module, FollowerLinear) for module in model.modules())
 
     tokens = token_blocks(2, 24, seed=5)
@@ -257,7 +262,7 @@ def test_the_evaluation_text_does_not_depend_on_what_is_read(tmp_path: Path) -> 
         compress_tiny(tiny_llama(), tmp_path / method, method=method, preset="svd-llm", search="uniform").info
         for method in ("svd", "svd-llm")
     ]
-    assert found[0]["perplexity"]["dense"] == found[1]["perplexity"]["dense"]
+    assert found[0].perplexity.dense == found[1].perplexity.dense
 
 
 @pytest.mark.parametrize("method", ["afm", "kfac", "fwsvd"])
@@ -266,9 +271,9 @@ def test_other_metrics_and_closed_form_ranks(family: str, method: str) -> None:
     """The stack is factored in each metric; a bias is added to both matrices."""
     options = {"calibration.gradient_sequences": 4, "search.dense_types": []}
     run = _joint(family, method=method, search="spectral", keep=0.7, options=options)
-    assert (run.info["method"], run.info["storage"]) == (method, "shared")
-    assert 0.6 < run.info["keep_linears"] <= 0.7
-    gap = run.info["perplexity"]["compressed"] / run.info["perplexity"]["dense"]
+    assert (run.info.method, run.info.storage) == (method, "shared")
+    assert 0.6 < run.info.keep_linears <= 0.7
+    gap = run.info.perplexity.compressed / run.info.perplexity.dense
     assert gap < 3
     model = load_model(str(run.path))
     followers = [m for m in model.modules() if isinstance(m, FollowerLinear)]
@@ -280,14 +285,14 @@ def test_other_metrics_and_closed_form_ranks(family: str, method: str) -> None:
 def test_blocks_are_refined_as_they_are_stored() -> None:
     run = _joint("llama", method="afm", options={"refinement.steps": 3})
     plain = _joint("llama", method="afm")
-    assert run.info["ranks"] == plain.info["ranks"]
-    assert run.info["parameters"] == plain.info["parameters"]
+    assert run.info.ranks == plain.info.ranks
+    assert run.info.parameters == plain.info.parameters
     changed = 0
     pairs = zip(load_model(str(run.path)).state_dict().items(), load_model(str(plain.path)).state_dict().values())
     for (name, left), right in pairs:
         changed += not torch.equal(left, right) and "reduce" in name
     assert changed
-    assert run.info["perplexity"]["compressed"] < 1.2 * plain.info["perplexity"]["compressed"]
+    assert run.info.perplexity.compressed < 1.2 * plain.info.perplexity.compressed
 
 
 def test_training_with_gradient_checkpointing() -> None:
@@ -313,24 +318,26 @@ def test_saved_again_it_is_the_same(tmp_path: Path) -> None:
 
 def test_the_store_holds_stacks() -> None:
     run = _joint("llama")
-    names = FactorStore(run.work / "factors").load(0)
+    names = run.factors.load(0)
     assert sorted(name.rpartition(".")[2] for name in names) == ["gate_proj+up_proj", "q_proj+k_proj"]
     units = stacked(inspect_structure(run.original), run.recipe.dense_types)
-    assert Budget(units.sites, 0.75, "shared").total == run.info["parameters_linears_dense"]
+    assert Budget(units.sites, 0.75, SHARED).total == run.info.parameters_linears_dense
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"storage": "pivoted", "method": "joint"}, "factorization.storage pivoted contradicts method joint"),
-        ({"method": "joint", "space": "5x4"}, "search.space 5x4 is not possible with shared storage"),
-        ({"storage": "shared", "space": "none"}, "search.space none is not possible with shared storage"),
-        ({"storage": "dense"}, "dense storage is for methods that factor nothing"),
+        ({"storage": "pivoted", "method": "joint"}, "storage pivoted contradicts method joint"),
+        (
+            {"method": "joint", "search": "5x4"},
+            r"search\.name 5x4 .* with shared storage; there is spectral, uniform, welore",
+        ),
+        ({"storage": "shared", "search": "hand"}, "search.name hand is not possible with shared storage"),
+        ({"storage": "dense"}, "storage: unknown storage 'dense'; known are pivoted, shared, two-factor"),
     ],
 )
 def test_contradictions(values: dict[str, str], named: str) -> None:
-    search = {"space": values.pop("space")} if "space" in values else {}
     with pytest.raises(RecipeError, match=named):
-        make_recipe({"model": "m", "keep": 0.5, "factorization": values, "search": search})
+        make_recipe({"model": "m", "keep": 0.5} | values)
     with pytest.raises(RecipeError, match=r"refinement\.fit is not possible with shared storage"):
         make_recipe({"model": "m", "keep": 0.5, "refinement": {"fit": True}}, "joint")

@@ -10,7 +10,7 @@ import pytest
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import DataError
 from bolaco.evaluation.speed import linear_macs, measure, median_seconds
-from bolaco.models import load_model
+from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
 from tests.models import compressed, save_tiny, tiny_llama
@@ -20,7 +20,7 @@ from tests.models import compressed, save_tiny, tiny_llama
 def test_what_is_counted(family: str) -> None:
     run = compressed(family)
     found = measure(str(run.path), (1, 3), prompt=8, new=2, repeats=1)
-    assert found.parameters == run.info["parameters"]
+    assert found.parameters == run.info.parameters
     assert found.bytes == 4 * found.parameters
     assert found.dtype == "float32"
     assert found.macs == linear_macs(load_model(str(run.path)))
@@ -34,8 +34,8 @@ def test_operations_are_those_of_the_matrices(family: str) -> None:
     """Two-factor layers multiply once for each parameter; the dense rest is the decoder linears and the head."""
     run = compressed(family)
     head = run.original.get_output_embeddings().weight.numel()
-    assert linear_macs(run.original) == run.info["parameters_linears_dense"] + head
-    assert linear_macs(load_model(str(run.path))) == run.info["parameters_linears"] + head
+    assert linear_macs(run.original) == run.info.parameters_linears_dense + head
+    assert linear_macs(load_model(str(run.path))) == run.info.parameters_linears + head
 
 
 def test_the_median_leaves_out_the_first_call() -> None:
@@ -57,7 +57,7 @@ def test_side_by_side_from_the_command_line(tmp_path: Path, monkeypatch: pytest.
     done = ok("bench", "model", small, "--batch", "2", "--prompt", "8", "--new-tokens", "2", "--json", "speed.json")
     dense, found = json.loads(Path("speed.json").read_text())
     assert dense["parameters"] == sum(p.numel() for p in tiny_llama().parameters())
-    assert found["parameters"] == read_info(small)["parameters"]
+    assert found["parameters"] == read_info(small).parameters
     assert found["prefill"].keys() == found["decode"].keys() == {"2"}
     assert f"({found['parameters'] / dense['parameters']:.2f})" in done.out
     assert "new tokens/s, batch 2" in done.out

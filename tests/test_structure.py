@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, MixtralConfig, PreTrainedModel
 
-from bolaco.allocate import Budget, Ranks
-from bolaco.checkpoint.registry import config_class, model_classes
 from bolaco.errors import UnsupportedModelError
+from bolaco.models.lowrank import config_class, model_classes
 from bolaco.models.structure import Structure, inspect_structure, meta_model, stacked
+from bolaco.models.subject import Subject
+from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
 from tests.models import FAMILIES, build, compress_tiny, tiny_llama, token_blocks
 
+TWO_FACTOR = STORAGES.get("two-factor")
 GATED = ("q", "k", "v", "o", "gate", "up", "down")
 PLAIN = ("q", "k", "v", "o", "up", "down")
 FUSED = {"phi3", "gpt2"}
@@ -86,6 +89,7 @@ def test_names_lead_to_the_modules_of_the_causal_model(family: str) -> None:
 def test_weights_are_what_the_modules_compute(family: str) -> None:
     model = FAMILIES[family]().double()
     structure = inspect_structure(model)
+    subject = Subject(model, structure)
     draw = torch.Generator().manual_seed(0)
     for name in dict.fromkeys(site.module for site in structure.sites):
         sites = [site for site in structure.sites if site.module == name]
@@ -94,7 +98,7 @@ def test_weights_are_what_the_modules_compute(family: str) -> None:
             whole = model.base_model.get_submodule(name)(x)
         end = 0
         for site in sites:
-            weight, bias = structure.weight(model, site), structure.bias(model, site)
+            weight, bias = subject.weight(site), subject.bias(site)
             assert weight.shape == (site.out_features, site.in_features)
             assert site.bias == (bias is not None)
             assert site.rows == (end, end + site.out_features)
@@ -112,6 +116,7 @@ def test_parts_of_fused_projections_are_what_they_are_called(family: str, kind: 
     does that."""
     model = FAMILIES[family]()
     structure = inspect_structure(model)
+    subject = Subject(model, structure)
     sites = {site.type: site for site in structure.of_layer(0)}
     seen: list[torch.Tensor] = []
     model.base_model.get_submodule(sites[next_kind].module).register_forward_pre_hook(
@@ -121,7 +126,7 @@ def test_parts_of_fused_projections_are_what_they_are_called(family: str, kind: 
     def run(negated: str | None) -> torch.Tensor:
         with torch.no_grad():
             if negated is not None:
-                for part in (structure.weight(model, sites[negated]), structure.bias(model, sites[negated])):
+                for part in (subject.weight(sites[negated]), subject.bias(sites[negated])):
                     if part is not None:
                         part.neg_()
             model(token_blocks(1, 16))
@@ -199,8 +204,8 @@ def test_model_without_attention_blocks_is_refused() -> None:
 
 def test_compressed_model_is_refused(tmp_path: Path) -> None:
     values = copy.deepcopy(tiny_llama().config).to_dict() | {"model_type": "lowrank_llama"}
-    entry = {"out": 32, "rank": 4, "bias": True}
-    values["lowrank"] = {"format": 1, "matrices": {"layers.0.self_attn.q_proj": entry}}
+    entry = {"kind": "two-factor", "out": 32, "rank": 4, "bias": True}
+    values["lowrank"] = {"format": 2, "matrices": {"layers.0.self_attn.q_proj": entry}}
     model = model_classes("llama")[1](config_class("llama").from_dict(values))
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj"):
         inspect_structure(model)
@@ -225,7 +230,7 @@ def _ranks(structure: Structure, by_type: dict[str, int]) -> Ranks:
 def test_published_allocation_of_llama2_7b() -> None:
     """The 5x1 allocation of arXiv 2405.10616 at 20%, in this project's parameter arithmetic."""
     model, structure = _llama2(4096, 11008, 32, 32)
-    budget = Budget(structure.sites, 0.8)
+    budget = Budget(structure.sites, 0.8, TWO_FACTOR)
     assert budget.total == 6_476_005_376
     ranks = _ranks(structure, {"q": 744, "k": 744, "o": 1616, "gate": 2512, "up": 2408})
     assert budget.ratio(ranks) == pytest.approx(0.7985, abs=0.0005)
@@ -238,7 +243,7 @@ def test_published_allocation_of_llama2_7b() -> None:
 def test_published_allocation_of_llama2_13b() -> None:
     """The allocation [696, 1920, 2304, dense, 2504] comes to 0.7, whichever of the three equal matrices is dense."""
     _, structure = _llama2(5120, 13824, 40, 40)
-    budget = Budget(structure.sites, 0.7)
+    budget = Budget(structure.sites, 0.7, TWO_FACTOR)
     assert budget.total == 40 * (4 * 5120**2 + 3 * 5120 * 13824)
     ranks = _ranks(structure, {"q": 696, "k": 696, "o": 1920, "gate": 2304, "down": 2504})
     assert budget.ratio(ranks) == pytest.approx(0.69986, abs=0.00005)

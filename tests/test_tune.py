@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from bolaco import api
 from bolaco.checkpoint.info import read_info, write_info
+from bolaco.checkpoint.result import Result
 from bolaco.errors import CheckpointError, MissingPackageError, UnsupportedModelError
 from bolaco.layers import LowRankLinear, PivotedLinear
 from bolaco.models.load import load_model
-from bolaco.pipeline import Result
 from bolaco.tune import run
-from bolaco.tune.mode import Context, Mode, matrices_of
-from bolaco.tune.registry import MODES, get_mode
-from bolaco.tune.settings import make_settings, resolve
+from bolaco.tune.mode import MODES, Context, Mode, matrices_of
+from bolaco.tune.resolve import resolve
+from bolaco.tune.settings import make_settings
 from bolaco.tune.trainer import TuneTrainer, _Watch
 from tests.command import digest, ok
 from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, scratch, text_file, token_blocks
@@ -40,11 +40,10 @@ def folder_of(family: str, storage: str = "pivoted") -> Compressed:
     """A tiny model compressed once for all tests; leave the folder as it is."""
     out = scratch() / f"tune-{family}-{storage}"
     if out not in _made:
-        options = {"factorization.storage": storage}
-        made = compress_tiny(FAMILIES[family](), out, keep=0.7, method="afm", options=options)
+        made = compress_tiny(FAMILIES[family](), out, keep=0.7, method="afm", storage=storage)
         # As if it had been compressed from a folder, for the modes that need the original.
         original = save_tiny(out.with_name(f"{out.name}-original"), made.original)
-        write_info(out, made.info | {"model": str(original)})
+        write_info(out, made.info.model_copy(update={"model": str(original)}))
         _made[out] = dataclasses.replace(made, info=read_info(out))
     return _made[out]
 
@@ -98,9 +97,9 @@ def ranks(model: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", MODES.built_in)
 def test_nothing_is_changed_before_the_first_step(name: str, family: str) -> None:
-    mode, source = get_mode(name), folder_of(family)
+    mode, source = MODES.get(name), folder_of(family)
     model = load_model(str(source.path))
     before = logits(model)
     made = prepared(mode, model, source)
@@ -113,20 +112,22 @@ def test_nothing_is_changed_before_the_first_step(name: str, family: str) -> Non
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", MODES.built_in)
 def test_result_of_every_mode(name: str, family: str, tmp_path: Path) -> None:
-    mode, source = get_mode(name), folder_of(family)
+    mode, source = MODES.get(name), folder_of(family)
     result = tune(source.path, tmp_path / "out", name)
-    record = result.info["tuning"]
-    assert record["mode"] == name
-    assert record["steps"] == 3
-    assert len(record["curve"]) == 3
-    assert record["trainable_parameters"] > 0
-    assert record["frozen_sha256"]["before"] == record["frozen_sha256"]["after"]
-    assert record["perplexity"]["after"] != record["perplexity"]["before"]
-    assert result.info["ranks"] == source.info["ranks"]
-    assert result.info["recipe"] == source.info["recipe"]
-    assert json.loads((tmp_path / "out" / "bolaco.json").read_text()) == result.info
+    record = result.info.tuning
+    assert record.mode == name
+    assert record.steps == 3
+    assert len(record.curve) == 3
+    assert record.trainable_parameters > 0
+    assert record.frozen_sha256["before"] == record.frozen_sha256["after"]
+    assert record.perplexity.after != record.perplexity.before
+    assert result.info.ranks == source.info.ranks
+    assert result.info.recipe == source.info.recipe
+    written = result.info.model_dump(mode="json")
+    assert written["tuning"].pop("earlier") is None
+    assert json.loads((tmp_path / "out" / "bolaco.json").read_text()) == written
     assert not (tmp_path / "out.work").exists()
     assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pt", ".bin", ".pkl", ".pth")]
     old, new = load_model(str(source.path)), load_model(str(result.path))
@@ -176,8 +177,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
             tune(model, tmp_path / "out", name, **words)
     assert not (tmp_path / "out").exists()
     again = tune(model, tmp_path / "out", name, **words)
-    assert again.info["tuning"]["curve"] == whole.info["tuning"]["curve"]
-    assert again.info["tuning"]["perplexity"] == whole.info["tuning"]["perplexity"]
+    assert again.info.tuning.curve == whole.info.tuning.curve
+    assert again.info.tuning.perplexity == whole.info.tuning.perplexity
     assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
     assert not (tmp_path / "out.work").exists()
 
@@ -186,10 +187,10 @@ def test_what_is_trained_is_not_trained_again(tmp_path: Path, monkeypatch: pytes
     model = folder_of("llama").path
     whole = tune(model, tmp_path / "whole", "factors")
     with monkeypatch.context() as patch:
-        patch.setattr(run._Run, "measure", lambda *_: (_ for _ in ()).throw(Stopped))
+        patch.setattr(run, "_measure_result", lambda *_: (_ for _ in ()).throw(Stopped))
         with pytest.raises(Stopped):
             tune(model, tmp_path / "out", "factors")
-    monkeypatch.setattr(run.TuneTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(TuneTrainer, "train", lambda *_, **__: pytest.fail("trained again"))
     again = tune(model, tmp_path / "out", "factors")
     assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
 
@@ -201,7 +202,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, monkeypatch: pytest.Mo
         stop_at(patch, 3, True)
         with pytest.raises(Stopped):
             tune(model, tmp_path / "out", "factors", **words)
-    state = tmp_path / "out.work" / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    (state,) = (tmp_path / "out.work").glob("trained-*/checkpoints/checkpoint-3/trainer_state.json")
     state.write_text(state.read_text()[:50])
     again = tune(model, tmp_path / "out", "factors", **words)
     assert digest(again.path / "model.safetensors") == digest(whole.path / "model.safetensors")
@@ -225,8 +226,8 @@ def by_the_clock(monkeypatch: pytest.MonkeyPatch, seconds: float = 40) -> list[f
 def test_the_budget_of_minutes_ends_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = by_the_clock(monkeypatch)
     words = {"max_steps": 500, "minutes": 4, "learning_rate": 1.0, "options": {"training.warmup": 0.5}}
-    record = tune(folder_of("llama").path, tmp_path / "out", "factors", **words).info["tuning"]
-    assert (record["steps"], record["of_steps"], record["out_of_time"]) == (6, 500, True)
+    record = tune(folder_of("llama").path, tmp_path / "out", "factors", **words).info.tuning
+    assert (record.steps, record.of_steps, record.out_of_time) == (6, 500, True)
     # Half of the time is warm-up, and the rate has fallen to its end when time has: not after 500 steps.
     assert rates[1:4] == pytest.approx([1 / 3, 2 / 3, 1.0], abs=0.01)
     assert rates[3] > rates[4] > rates[5]
@@ -254,8 +255,8 @@ def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(Stopped):
             tune(model, tmp_path / "out", "factors", **words)
     before = len(rates)
-    record = tune(model, tmp_path / "out", "factors", **words).info["tuning"]
-    assert (record["steps"], record["out_of_time"]) == (6, True)
+    record = tune(model, tmp_path / "out", "factors", **words).info.tuning
+    assert (record.steps, record.out_of_time) == (6, True)
     assert len(rates) - before == 2
 
 
@@ -281,8 +282,8 @@ def test_distillation_brings_the_model_nearer_to_its_original(tmp_path: Path) ->
     save_tiny(tmp_path / "teacher", compressed.original)
     words = {"max_steps": 60, "distill": 1.0, "teacher": str(tmp_path / "teacher"), "learning_rate": 3e-3}
     result = tune(compressed.path, tmp_path / "out", "factors", **words)
-    curve = result.info["tuning"]["curve"]
-    assert sum(p["loss"] for p in curve[-5:]) < 0.8 * sum(p["loss"] for p in curve[:5])
+    curve = result.info.tuning.curve
+    assert sum(p.loss for p in curve[-5:]) < 0.8 * sum(p.loss for p in curve[:5])
 
     def divergence(path: Path) -> float:
         ours, theirs = logits(load_model(str(path))).log_softmax(-1), logits(compressed.original).log_softmax(-1)
@@ -292,7 +293,7 @@ def test_distillation_brings_the_model_nearer_to_its_original(tmp_path: Path) ->
 
 
 def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
-    mode = get_mode("factors")
+    mode = MODES.get("factors")
     for weight, rate in ((0.0, 5e-5), (0.5, 1e-4)):
         made = make_settings("m", {"mode": "factors", "data": "d", "distill": weight})
         assert resolve(made, mode)[0].training.learning_rate == rate
@@ -301,7 +302,7 @@ def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
 # --- storage and precision --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("name", MODES.built_in)
 @pytest.mark.parametrize("dtype", ["float32", "auto"])
 def test_half_precision_goes_in_and_comes_out(name: str, dtype: str, tmp_path: Path) -> None:
     model = load_model(str(folder_of("llama").path)).bfloat16()
@@ -311,7 +312,7 @@ def test_half_precision_goes_in_and_comes_out(name: str, dtype: str, tmp_path: P
     result = tune(tmp_path / "half", tmp_path / "out", name, **words)
     state = load_file(result.path / "model.safetensors")
     assert {tensor.dtype for key, tensor in state.items() if not key.endswith(("order", "codes"))} == {torch.bfloat16}
-    assert math.isfinite(result.info["tuning"]["perplexity"]["after"])
+    assert math.isfinite(result.info.tuning.perplexity.after)
     before = load_file(tmp_path / "half" / "model.safetensors")
     same = all(key in before and torch.equal(tensor, before[key]) for key, tensor in state.items())
     assert same == (name == "tt-lora")
@@ -357,7 +358,7 @@ def test_adapters_kept_apart_are_a_peft_folder(tmp_path: Path) -> None:
     result = tune(source.path, tmp_path / "out", "lora", {"options.merge": False})
     assert digest(result.path / "model.safetensors") == digest(source.path / "model.safetensors")
     merged = tune(source.path, tmp_path / "merged", "lora")
-    assert merged.info["tuning"]["perplexity"]["after"] == pytest.approx(result.info["tuning"]["perplexity"]["after"])
+    assert merged.info.tuning.perplexity.after == pytest.approx(result.info.tuning.perplexity.after)
     # Stock transformers has the input, and PEFT puts the adapter on; bolaco does both.
     stock = AutoModelForCausalLM.from_pretrained(result.path, trust_remote_code=True)
     assert torch.equal(logits(stock), logits(before))
@@ -400,8 +401,8 @@ def test_where_adapters_go(on: str, words: tuple[str, ...], tmp_path: Path) -> N
 def test_a_dense_model_is_tuned_too(family: str, name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", FAMILIES[family]())
     result = tune(tmp_path / "dense", tmp_path / "out", name)
-    assert result.info["tuning"]["perplexity"]["after"] < result.info["tuning"]["perplexity"]["before"]
-    assert "ranks" not in result.info
+    assert result.info.tuning.perplexity.after < result.info.tuning.perplexity.before
+    assert "ranks" not in json.loads((result.path / "bolaco.json").read_text())
     assert type(AutoModelForCausalLM.from_pretrained(result.path)) is type(FAMILIES[family]())
     said = ok("inspect", result.path).out
     assert name in said
@@ -411,36 +412,36 @@ def test_a_dense_model_is_tuned_too(family: str, name: str, tmp_path: Path) -> N
 def test_a_tuned_model_is_tuned_again(tmp_path: Path) -> None:
     first = tune(folder_of("llama").path, tmp_path / "first", "diagonal")
     second = tune(first.path, tmp_path / "second", "factors")
-    record = second.info["tuning"]
-    assert record["earlier"] == first.info["tuning"]
-    assert record["perplexity"]["before"] == pytest.approx(first.info["tuning"]["perplexity"]["after"])
+    record = second.info.tuning
+    assert record.earlier == first.info.tuning
+    assert record.perplexity.before == pytest.approx(first.info.tuning.perplexity.after)
     said = ok("inspect", second.path).out
     assert said.index("factors") < said.index("diagonal") < said.index("rank of each matrix")
     assert "## Tuned" in (second.path / "README.md").read_text()
 
 
 def test_frozen_weights_that_change_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = run.TuneTrainer.train
+    train = TuneTrainer.train
 
     def meddling(self: Any, **more: Any) -> Any:
         result = train(self, **more)
         self.model.model.get_input_embeddings().weight.data[0, 0] += 1
         return result
 
-    monkeypatch.setattr(run.TuneTrainer, "train", meddling)
+    monkeypatch.setattr(TuneTrainer, "train", meddling)
     with pytest.raises(CheckpointError, match="frozen weights have changed"):
         tune(folder_of("llama").path, tmp_path / "out", "factors")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_mode_that_changes_more_than_it_says_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = get_mode("factors")
+    honest = MODES.get("factors")
 
     def prepare(context: Context) -> Any:
         made = honest.prepare(context)
         return dataclasses.replace(made, touched=frozenset(sorted(made.touched)[1:]))
 
-    monkeypatch.setattr(run, "get_mode", lambda name: dataclasses.replace(honest, prepare=prepare))
+    monkeypatch.setattr(MODES, "get", lambda name: dataclasses.replace(honest, prepare=prepare))
     with pytest.raises(CheckpointError, match="changed by mode 'factors', which does not train it"):
         tune(folder_of("llama").path, tmp_path / "out", "factors")
     assert not (tmp_path / "out").exists()
@@ -483,6 +484,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bolaco.cli", *words]
     subprocess.run(command, check=True, capture_output=True)
     two = json.loads((tmp_path / "two" / "bolaco.json").read_text())["tuning"]
-    losses = [[point["loss"] for point in record["curve"]] for record in (one.info["tuning"], two)]
+    losses = [[point["loss"] for point in curve] for curve in (one.info.model_dump()["tuning"]["curve"], two["curve"])]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert two["perplexity"]["after"] == pytest.approx(one.info["tuning"]["perplexity"]["after"], rel=1e-4)
+    assert two["perplexity"]["after"] == pytest.approx(one.info.tuning.perplexity.after, rel=1e-4)

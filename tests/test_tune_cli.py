@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = furnish(tmp_path_factory.mktemp("shared"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        ok(*compress("small", "--search", "none"))
+        ok(*compress("small", "--search", "hand"))
     return folder
 
 
@@ -107,7 +106,7 @@ def test_words_reach_the_settings(place: Path) -> None:
     ("more", "parts"),
     [
         (["--mode", "factor"], ["unknown mode 'factor'", "did you mean 'factors'?"]),
-        (["--mode", "zzz"], ["unknown mode 'zzz'", "known are diagonal, "]),
+        (["--mode", "zzz"], ["unknown mode 'zzz'", "known are continued, "]),
         (["--data", "nowhere.txt"], ["nowhere.txt: no such file"]),
         (["--data", "wrong.jsonl"], ["wrong.jsonl, line 2: has question, answer; known are messages;"]),
         (["--seq-len", "129", "--set", "data.seq_len=129"], ["data.seq_len: 129 tokens", "128 positions"]),
@@ -121,7 +120,8 @@ def test_words_reach_the_settings(place: Path) -> None:
         (["--set", "trainer.max_steps=3"], ["trainer.max_steps: cannot be set there; use training.max_steps"]),
         (["--set", "trainer.adam_eps=3"], ["trainer.adam_eps", "did you mean 'adam_epsilon'?"]),
         (["--set", "trainer.optim=nonsense"], ["trainer: transformers refuses these settings", "nonsense"]),
-        (["--set", "training.foo=1"], ["training.foo: Extra inputs are not permitted"]),
+        (["--set", "training.foo=1"], ["training.foo: there is no such setting; known are max_steps, epochs, "]),
+        (["--set", "training.max_step=1"], ["training.max_step: there is no such setting; did you mean 'max_steps'?"]),
         (["--set", "evaluation.windows=4000"], ["text.txt: too short for evaluation: 4000 x 32 tokens"]),
         (["--device", "toaster"], ["device 'toaster' cannot be used here"]),
         (["--mode", "continued", "--types", "q"], ["types: mode 'continued' trains all parameters"]),
@@ -171,18 +171,22 @@ def test_peft_is_not_installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_work_folder_of_other_settings(place: Path) -> None:
-    ok(*words("out", "--keep-work"))
-    shutil.rmtree("out")
-    seconds = Path("out.work/seconds.json").read_text()
-    refused(
-        words("out", "--learning-rate", "0.5"),
-        "out.work: started with another recipe: training.learning_rate (5e-05 there, 0.5 here)",
-    )
-    assert Path("out.work/seconds.json").read_text() == seconds
+    """What depends on the change runs again, and nothing else; tests/test_tune_work.py has a table of it."""
+
+    def stages(out: str, *more: str) -> list[str]:
+        done = ok(*words(out, *more, "--work", "work", "--keep-work"))
+        return [line.partition(":")[0] for line in done.err.splitlines() if not line.startswith("loading")]
+
+    measure, train, result = "evaluate the input", "train", "evaluate the result"
+    assert stages("first") == [measure, train, result]
+    assert stages("again") == [result]
+    assert stages("other", "--learning-rate", "0.5") == [train, result]
+    assert json.loads(Path("work/recipe.json").read_text())["recipe"]["training"]["learning_rate"] == 0.5
     Path("text.txt").write_text(Path("other.txt").read_text() * 3, encoding="utf-8")
-    done = bolaco(*words("out"))
-    assert done.code == 1
-    assert "the data or its tokens have changed" in done.err
+    assert stages("text", "--learning-rate", "0.5") == [measure, train, result]
+    assert len(list(Path("work").glob("trained-*.json"))) == 3
+    assert digest("first/model.safetensors") == digest("again/model.safetensors")
+    assert len({digest(f"{out}/model.safetensors") for out in ("first", "other", "text")}) == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:
@@ -219,7 +223,8 @@ def test_killed_and_given_again(place: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     run = subprocess.run([sys.executable, "-c", KILLED, *given], env=environment, capture_output=True, check=False)
     assert run.returncode == -signal.SIGKILL, run.stderr
-    assert sorted(path.name for path in Path("out.work/checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    (checkpoints,) = Path("out.work").glob("trained-*/checkpoints")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     done = ok(*given)
     assert "training: 4 of 8 steps are done already" in done.err
     ok(*whole)

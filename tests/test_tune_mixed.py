@@ -11,14 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bolaco import api
-from bolaco.compressed import low_rank_linear
 from bolaco.errors import CheckpointError
 from bolaco.layers import LowRankLinear, PivotedLinear
 from bolaco.models.load import load_model
 from bolaco.models.structure import inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.storage.block import low_rank_linear
 from bolaco.tune.mode import Context, Prepared, matrices_of
 from bolaco.tune.modes.mixed_rank import MODE, MixedLinear, coin, probability
-from bolaco.tune.settings import make_settings, resolve
+from bolaco.tune.resolve import resolve
+from bolaco.tune.settings import make_settings
 from tests.models import FAMILIES, compress_tiny, compressed, save_tiny, text_file, token_blocks
 
 
@@ -45,7 +47,7 @@ def prepared(path: Path, original: Any, **options: Any) -> tuple[Any, Prepared]:
     model = load_model(str(path)).requires_grad_(False)
     given = {f"options.{key}": value for key, value in options.items()}
     settings, checked = resolve(make_settings(str(path), {"mode": "mixed-rank", "data": "x"}, given), MODE)
-    made = MODE.prepare(Context(model, settings, checked, {}, lambda _: [], lambda _: original))
+    made = MODE.prepare(Context(model, settings, checked, None, lambda _: [], lambda _: original))
     for module in model.modules():
         if isinstance(module, MixedLinear):
             module.train()
@@ -112,10 +114,9 @@ def test_both_ends_of_the_mixture(family: str) -> None:
 
 def sparse_weights(original: Any) -> dict[str, Tensor]:
     """Half of every matrix, by the names of the matrices."""
-    structure = inspect_structure(original)
+    subject = Subject(original, inspect_structure(original))
     weights = {
-        site.name: structure.weight(original, site).clone(memory_format=torch.contiguous_format)
-        for site in structure.sites
+        site.name: subject.weight(site).clone(memory_format=torch.contiguous_format) for site in subject.structure.sites
     }
     return {name: weight * (weight.abs() > weight.abs().median()) for name, weight in weights.items()}
 
@@ -128,14 +129,14 @@ def test_pruned_weights_beside_the_model_are_what_is_mixed_in(family: str, tmp_p
     model, made = prepared(source.path, source.original)
     assert made.on_step is not None
     made.on_step(0, 10)
-    sparse, structure = source.original, inspect_structure(source.original)
+    sparse = Subject(source.original, inspect_structure(source.original))
     changed = {matrix.name.replace(".parts.", ".") for matrix in matrices_of(load_model(str(source.path)))}
     factored = {name.replace(".parts.", ".") for name in ranks(load_model(str(source.path)))}
     assert factored <= changed
-    for site in structure.sites:
+    for site in sparse.structure.sites:
         if site.name in factored:
-            structure.weight(sparse, site).copy_(weights[site.name])
-    torch.testing.assert_close(logits(model), logits(sparse), rtol=1e-4, atol=1e-4)
+            sparse.weight(site).copy_(weights[site.name])
+    torch.testing.assert_close(logits(model), logits(sparse.model), rtol=1e-4, atol=1e-4)
 
 
 def test_the_original_is_not_loaded_for_pruned_weights(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ def test_the_original_is_not_loaded_for_pruned_weights(tmp_path: Path) -> None:
     save_file(sparse_weights(source.original), source.path / "sparse.safetensors")
     model = load_model(str(source.path)).requires_grad_(False)
     settings, options = resolve(make_settings(str(source.path), {"mode": "mixed-rank", "data": "x"}), MODE)
-    MODE.prepare(Context(model, settings, options, {}, lambda _: [], lambda _: pytest.fail("loaded")))
+    MODE.prepare(Context(model, settings, options, None, lambda _: [], lambda _: pytest.fail("loaded")))
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
@@ -165,15 +166,14 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["two-factor", "pivoted"])
 def test_a_run(storage: str, tmp_path: Path) -> None:
-    options = {"factorization.storage": storage}
-    source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", keep=0.6, options=options)
+    source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", keep=0.6, storage=storage)
     original = save_tiny(tmp_path / "original", source.original)
     options = {"options.original": str(original), "data.sequences": 4, "evaluation.windows": 4}
     options |= {"training.autocast": False, "training.warmup": 0}
     words = {"max_steps": 30, "batch": 4, "seq_len": 32, "learning_rate": 3e-3}
     result = api.tune(str(source.path), "mixed-rank", str(text_file()), tmp_path / "out", options=options, **words)
     assert result is not None
-    curve = [point["loss"] for point in result.info["tuning"]["curve"]]
+    curve = [point.loss for point in result.info.tuning.curve]
     # From the middle on there are the factors only, on one batch: the loss has to fall.
     assert curve[-1] < curve[15] - 0.05
     old, new = load_model(str(source.path)), load_model(str(result.path))
@@ -182,4 +182,4 @@ def test_a_run(storage: str, tmp_path: Path) -> None:
         k: v for k, v in old.state_dict().items() if "order" not in k
     }.keys()
     measured = api.evaluate(str(result.path), str(text_file()), seq_len=32, limit=4).perplexity
-    assert measured == pytest.approx(result.info["tuning"]["perplexity"]["after"], rel=1e-4)
+    assert measured == pytest.approx(result.info.tuning.perplexity.after, rel=1e-4)

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bolaco.compressed import low_rank_linear
 from bolaco.errors import DataError
+from bolaco.evaluation.objective import Head
 from bolaco.evaluation.perplexity import perplexity
-from bolaco.factorize.pivot import pivot
 from bolaco.layers import LowRankLinear, PivotedLinear
-from bolaco.objective import Head
+from bolaco.storage.block import low_rank_linear
+from bolaco.storage.pivot import pivot
 from bolaco.tune.data import TuneData, prepare_data
-from bolaco.tune.factored import balanced, factors_of, stored
+from bolaco.tune.factored import balanced, stored
 from bolaco.tune.loss import IGNORED, Student, mean_loss, summed_losses
 from bolaco.tune.mode import Matrix
 from bolaco.tune.modes.diagonal import DiagonalLinear
@@ -156,19 +156,20 @@ def test_pivoted_form_and_two_factors_are_one_matrix(out: int, inside: int, bias
     form = pivot(expand, reduce)
     layer = PivotedLinear(inside, out, rank, bias, form.side).double()
     layer.load_state_dict(form.state(offset))
-    left, right, found = factors_of(layer)
+    (left, right), found = layer.factors(), layer.dense_bias()
     torch.testing.assert_close(left @ right, expand @ reduce, rtol=1e-9, atol=1e-9)
     assert (found is None) == (offset is None)
     if offset is not None:
         torch.testing.assert_close(found, offset, rtol=1e-9, atol=1e-9)
-    left, right = balanced(left, right)
+    left, right = balanced(left.detach(), right.detach())
     torch.testing.assert_close(left @ right, expand @ reduce, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(left.T @ left, right @ right.T, rtol=1e-9, atol=1e-9)
     holder = torch.nn.ModuleDict({"m": low_rank_linear(left, right, found)})
-    entry: dict[str, Any] = {"side": "neither"}
+    entry: dict[str, Any] = {"kind": "pivoted", "side": "neither"}
     stored(holder, [Matrix("m", 0, ("q",), entry)])
     back = holder["m"]
     assert isinstance(back, PivotedLinear)
+    assert entry == back.entry()
     assert entry["side"] == back.side
     assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in layer.parameters())
     torch.testing.assert_close(back(normal(3, inside)), layer(normal(3, inside)), rtol=1e-9, atol=1e-9)
@@ -177,8 +178,9 @@ def test_pivoted_form_and_two_factors_are_one_matrix(out: int, inside: int, bias
 def test_two_factor_storage_stays_two_factors() -> None:
     layer = low_rank_linear(normal(4, 2), normal(2, 5), None)
     holder = torch.nn.ModuleDict({"m": layer})
-    stored(holder, [Matrix("m", 0, ("q",), {"rank": 2})])
+    stored(holder, [Matrix("m", 0, ("q",), entry := {"kind": "two-factor", "rank": 2})])
     assert holder["m"] is layer
+    assert entry == {"kind": "two-factor", "rank": 2}
     assert isinstance(layer, LowRankLinear)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
+from bolaco.checkpoint.info import TuningRecord
 from bolaco.errors import RecipeError, UnsupportedModelError
-from bolaco.layers import SketchLinear, build_layer, pack, unpack
+from bolaco.layers import SketchLinear, build_layer
+from bolaco.layers.sketch import pack, unpack
 from bolaco.models.load import load_model
 from bolaco.tune.modes import sketch
 from bolaco.tune.tables import Coded, clustering_error, code, coded_layer, inverse_factor, kmeans
@@ -29,11 +32,12 @@ from tests.models import FAMILIES, compressed, save_tiny, text_file, tiny_llama,
 SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0, "data.sequences": 4}
 
 
-def run(model: Path, out: Path, options: dict[str, Any] | None = None, **words: Any) -> dict[str, Any]:
+def run(model: Path, out: Path, options: dict[str, Any] | None = None, **words: Any) -> TuningRecord:
     given = {"max_steps": 8, "batch": 4, "seq_len": 32, "learning_rate": 3e-3} | words
     result = api.tune(str(model), "sketch", str(text_file()), out, options=SMALL | (options or {}), **given)
     assert result is not None
-    return result.info
+    assert result.info.tuning is not None
+    return result.info.tuning
 
 
 def logits(model: Any) -> Tensor:
@@ -191,13 +195,13 @@ def test_tables_are_trained_and_codes_are_not(
     code_blocks = sketch._code_blocks
     monkeypatch.setattr(sketch, "_code_blocks", lambda *args: coded.update(code_blocks(*args)) or coded)
     record = run(source, tmp_path / "out")
-    curve = record["tuning"]["curve"]
-    assert curve[-1]["loss"] < curve[0]["loss"] - 0.05
-    assert record["tuning"]["result_type"] == f"lowrank_{family}"
+    curve = record.curve
+    assert curve[-1].loss < curve[0].loss - 0.05
+    assert record.result_type == f"lowrank_{family}"
     assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SketchLinear)}
-    assert sum(layer.lut.numel() for layer in layers.values()) == record["tuning"]["trainable_parameters"]
+    assert sum(layer.lut.numel() for layer in layers.values()) == record.trainable_parameters
     assert {f"{name}.codes" for name in layers} == {key for key in coded if key.endswith("codes")}
     for name, layer in layers.items():
         codes = unpack(layer.codes, layer.bits)[:, : layer.in_features]
@@ -208,7 +212,7 @@ def test_tables_are_trained_and_codes_are_not(
     assert torch.equal(logits(load_model(str(tmp_path / "again"))), logits(model))
     made = model.generate(token_blocks(1, 6), max_new_tokens=4, do_sample=False)
     assert made.shape[1] > 6
-    unchanged = record["tuning"]["unchanged"]["tensors"]
+    unchanged = record.unchanged.tensors
     outside = [k for k in load_model(str(source)).state_dict() if not any(part in k for part in (".mlp.", "attn."))]
     assert unchanged >= len(outside)
 
@@ -235,9 +239,9 @@ def test_the_file_is_small(bits: int, tmp_path: Path) -> None:
     wanted = sum(out * (bits * inside // 8 + 2 * 2**bits) for out, inside in shapes)
     rest = 2 * (sum(p.numel() for p in model.parameters()) - sum(a * b for a, b in shapes))
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size == record["tuning"]["bytes"]
+    assert size == record.bytes
     assert wanted + rest <= size <= wanted + rest + 8192  # the header
-    assert record["tuning"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert record.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_only_the_types_asked_for_are_coded(tmp_path: Path) -> None:
@@ -255,7 +259,7 @@ def test_a_coded_model_is_tuned_on_its_codes_and_made_dense(tmp_path: Path) -> N
     assert first.keys() == second.keys()
     changed = {key for key in first if not torch.equal(first[key], second[key])}
     assert changed == {key for key in first if key.endswith(".lut") and first[key].numel()}
-    assert record["tuning"]["earlier"]["mode"] == "sketch"
+    assert record.earlier.mode == "sketch"
     export_dense(str(tmp_path / "second"), tmp_path / "dense", drop_bias=True)
     assert "lut" not in "".join(load_file(tmp_path / "dense" / "model.safetensors"))
     with pytest.raises(UnsupportedModelError, match="coded into tables, and mode 'factors' would lose that"):
@@ -287,9 +291,12 @@ def test_other_code_lengths_are_refused(tmp_path: Path) -> None:
 
 
 def test_entries_describe_layers() -> None:
-    entry = {"out": 6, "rank": 2, "bias": True, "bits": 3, "groups": 2, "side": "rows"}
-    layer = build_layer(9, entry)
+    inner = {"kind": "pivoted", "out": 6, "rank": 2, "bias": True, "side": "rows"}
+    entry = {"kind": "sketch", "bits": 3, "groups": 2, "layer": inner}
+    given = copy.deepcopy(entry)
+    layer = build_layer(9, given)
     kinds = {name: type(module).__name__ for name, module in layer.named_children()}
     assert kinds == {"pivot": "SketchLinear", "rest": "SketchLinear"}
-    assert isinstance(build_layer(9, entry | {"rank": None}), SketchLinear)
-    assert entry["bits"] == 3
+    assert {(module.bits, module.groups) for module in layer.children()} == {(3, 2)}
+    assert isinstance(build_layer(9, entry | {"layer": {"kind": "dense", "out": 6, "bias": True}}), SketchLinear)
+    assert given == entry

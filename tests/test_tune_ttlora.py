@@ -18,21 +18,22 @@ from transformers import AutoModelForCausalLM
 import bolaco
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
+from bolaco.checkpoint.info import TuningRecord
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.layers.tensor_train import PUBLISHED, TensorTrain, TrainAdapter, factorization, train_sizes
 from bolaco.models.load import load_model
-from bolaco.tune.tensor_train import PUBLISHED, TensorTrain, TrainAdapter, factorization, train_sizes
 from tests.models import FAMILIES, compressed, save_tiny, text_file, token_blocks
 
 # One batch, again and again, so that its loss has to fall.
 SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0, "data.sequences": 4}
 
 
-def run(model: Path, out: Path, options: dict[str, Any] | None = None, **words: Any) -> dict[str, Any]:
+def run(model: Path, out: Path, options: dict[str, Any] | None = None, **words: Any) -> TuningRecord:
     given = {"max_steps": 8, "batch": 4, "seq_len": 32, "learning_rate": 5e-3} | words
     result = api.tune(str(model), "tt-lora", str(text_file()), out, options=SMALL | (options or {}), **given)
     assert result is not None
-    record: dict[str, Any] = result.info["tuning"]
-    return record
+    assert result.info.tuning is not None
+    return result.info.tuning
 
 
 def logits(model: Any) -> Tensor:
@@ -140,16 +141,16 @@ def test_factorization_of_primes() -> None:
 def test_kept_adapter(family: str, tmp_path: Path) -> None:
     source = compressed(family)
     record = run(source.path, tmp_path / "out")
-    assert record["curve"][-1]["loss"] < record["curve"][0]["loss"] - 0.01
+    assert record.curve[-1].loss < record.curve[0].loss - 0.01
     base, adapted = load_model(str(source.path)), bolaco.load(str(tmp_path / "out"))
     adapters = [module for module in adapted.modules() if isinstance(module, TrainAdapter)]
-    assert sum(p.numel() for a in adapters for p in a.train_of_cores.parameters()) == record["trainable_parameters"]
+    assert sum(p.numel() for a in adapters for p in a.train_of_cores.parameters()) == record.trainable_parameters
     described = json.loads((tmp_path / "out" / "adapter_tt.json").read_text())["matrices"]
     assert len(described) == len(adapters)
     # What eval measures is the adapted model; what stock transformers loads is the input.
     words = {"seq_len": 32, "limit": 4}
     after = api.evaluate(str(tmp_path / "out"), str(text_file()), **words)  # type: ignore[arg-type]
-    assert after.perplexity == pytest.approx(record["perplexity"]["after"], rel=1e-5)
+    assert after.perplexity == pytest.approx(record.perplexity.after, rel=1e-5)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(logits(stock), logits(base))
     assert not torch.allclose(logits(adapted), logits(base))
@@ -168,7 +169,7 @@ def test_merged_into_dense_matrices(family: str, tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "model", FAMILIES[family]())
     kept = run(model, tmp_path / "kept")
     merged = run(model, tmp_path / "merged", {"options.merge": True})
-    assert merged["curve"] == kept["curve"]
+    assert merged.curve == kept.curve
     assert not (tmp_path / "merged" / "adapter_tt.json").exists()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     adapted = bolaco.load(str(tmp_path / "kept"))

@@ -8,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bolaco.allocate import Budget, max_rank, parameters
-from bolaco.allocate.welore import normalised, rank_at, welore_ranks
+from bolaco.allocate.allocators.welore import normalised, rank_at, welore_ranks
 from bolaco.errors import BudgetError
-from bolaco.models import Site, inspect_structure
+from bolaco.models.structure import Site, inspect_structure
+from bolaco.models.subject import Subject
+from bolaco.storage.budget import Budget
+from bolaco.storage.storage import STORAGES
 from tests.models import FAMILIES, compress_tiny
 
 MODEST = settings(deadline=None, max_examples=80, derandomize=True)
 shapes = st.lists(st.tuples(st.integers(3, 16), st.integers(3, 16)), min_size=1, max_size=4)
-storages = st.sampled_from(["two-factor", "pivoted"])
+TWO_FACTOR, PIVOTED = (STORAGES.get(name) for name in ("two-factor", "pivoted"))
+storages = st.sampled_from(["two-factor", "pivoted"]).map(STORAGES.get)
 multiples = st.sampled_from([1, 2, 3])
 ratios = st.sampled_from([0.0, 0.3, 0.4999])
 
@@ -37,7 +40,7 @@ def _case(shapes, seed, multiple, storage):
             values[size // 2 :] = 0
         if (seed + i) % 7 == 0:
             values[:] = 2.0
-        if max_rank(site, multiple, storage):
+        if storage.max_rank(site, multiple):
             spectra[site.name] = values
     return sites, spectra
 
@@ -52,9 +55,7 @@ def _brute(site, spectrum, threshold, multiple, storage, min_ratio):
         return None
     rank = max(kept - kept % multiple, multiple)
     return (
-        rank
-        if parameters(site, rank, storage) < site.size and rank < min(site.out_features, site.in_features)
-        else None
+        rank if storage.parameters(site, rank) < site.size and rank < min(site.out_features, site.in_features) else None
     )
 
 
@@ -82,7 +83,7 @@ def test_lowest_threshold_of_all_that_meets_the_budget(shapes, seed, keep, stora
     assert budget.cost(found) <= budget.limit
     for site in sites:
         rank = found[site.name]
-        assert rank is None or (rank % multiple == 0 and 0 < rank <= max_rank(site, multiple, storage))
+        assert rank is None or (rank % multiple == 0 and 0 < rank <= storage.max_rank(site, multiple))
 
 
 @MODEST
@@ -108,7 +109,7 @@ def test_the_cost_of_a_matrix_never_rises_with_the_threshold(out, inside, seed, 
         return
     values = normalised(spectra[site.name])
     steps = [rank_at(site, values, t, multiple, storage, min_ratio) for t in [0.0, *values, np.inf]]
-    costs = [parameters(site, rank, storage) for rank in steps]
+    costs = [storage.parameters(site, rank) for rank in steps]
     assert costs == sorted(costs, reverse=True)
     assert steps[-1] == multiple
 
@@ -116,7 +117,7 @@ def test_the_cost_of_a_matrix_never_rises_with_the_threshold(out, inside, seed, 
 def test_scaling_a_matrix_changes_nothing():
     sites = [_site("a", 24, 24), _site("b", 24, 24)]
     spectra = {"a": torch.logspace(0, -3, 24).double(), "b": torch.logspace(0, -1, 24).double()}
-    budget = Budget(sites, 0.6)
+    budget = Budget(sites, 0.6, TWO_FACTOR)
     ranks = welore_ranks(sites, spectra, budget, 1)
     assert ranks["a"] < ranks["b"]
     scaled = {name: value * (1e6 if name == "a" else 1e-6) for name, value in spectra.items()}
@@ -125,44 +126,43 @@ def test_scaling_a_matrix_changes_nothing():
 
 def test_a_matrix_that_loses_too_little_stays_dense():
     site, values = _site("a", 40, 40), np.linspace(0, 1, 40)  # 16 of 40 are not below 0.6
-    assert rank_at(site, values, 0.6, 1, "two-factor", 0.0) == 16
-    assert rank_at(site, values, 0.6, 1, "two-factor", 0.59) == 16
-    assert rank_at(site, values, 0.6, 1, "two-factor", 0.6) is None
+    assert rank_at(site, values, 0.6, 1, TWO_FACTOR, 0.0) == 16
+    assert rank_at(site, values, 0.6, 1, TWO_FACTOR, 0.59) == 16
+    assert rank_at(site, values, 0.6, 1, TWO_FACTOR, 0.6) is None
     # Past break-even: 20 (40 + 40) is the matrix itself; pivoted, 20 of 40 saves.
-    assert rank_at(site, values, values[21], 1, "two-factor", 0.0) == 19
-    assert rank_at(site, values, values[20], 1, "two-factor", 0.0) is None
-    assert rank_at(site, values, values[20], 1, "pivoted", 0.0) == 20
-    assert rank_at(site, values, values[20], 8, "two-factor", 0.0) == 16
+    assert rank_at(site, values, values[21], 1, TWO_FACTOR, 0.0) == 19
+    assert rank_at(site, values, values[20], 1, TWO_FACTOR, 0.0) is None
+    assert rank_at(site, values, values[20], 1, PIVOTED, 0.0) == 20
+    assert rank_at(site, values, values[20], 8, TWO_FACTOR, 0.0) == 16
 
 
 def test_all_of_the_budget_leaves_all_dense_and_too_little_is_refused():
     sites = [_site("a", 32, 32)]
     spectra = {"a": torch.logspace(0, -4, 32).double()}
-    assert welore_ranks(sites, spectra, Budget(sites, 1.0), 4) == {"a": None}
+    assert welore_ranks(sites, spectra, Budget(sites, 1.0, TWO_FACTOR), 4) == {"a": None}
     with pytest.raises(BudgetError, match=r"102 parameters .* has 256"):
-        welore_ranks(sites, spectra, Budget(sites, 0.1), 4)
+        welore_ranks(sites, spectra, Budget(sites, 0.1, TWO_FACTOR), 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
 def test_preset(family, tmp_path):
     run = compress_tiny(FAMILIES[family](), tmp_path / "out", preset="welore", search=None, keep=0.6)
-    assert (run.info["method"], run.info["storage"]) == ("svd", "two-factor")
+    assert (run.info.method, run.info.storage) == ("svd", "two-factor")
     assert run.recipe.dense_types == ()
-    assert 0.45 < run.info["keep_linears"] <= 0.6
-    ranks = set(run.info["ranks"].values())
+    assert 0.45 < run.info.keep_linears <= 0.6
+    ranks = set(run.info.ranks.values())
     assert len(ranks) > 1
     structure = inspect_structure(run.original)
+    subject = Subject(run.original, structure)
     # The ranks are those of the weights' own singular values.
-    spectra = {
-        s.name: torch.linalg.svdvals(structure.weight(run.original, s).double()).square() for s in structure.sites
-    }
-    assert welore_ranks(structure.sites, spectra, Budget(structure.sites, 0.6), 4) == run.info["ranks"]
+    spectra = {s.name: torch.linalg.svdvals(subject.weight(s).double()).square() for s in structure.sites}
+    assert welore_ranks(structure.sites, spectra, Budget(structure.sites, 0.6, TWO_FACTOR), 4) == run.info.ranks
 
 
 def test_min_ratio_reaches_the_rule(tmp_path):
     options = {"search.min_ratio": 0.4999, "search.rank_multiple": 1}
     run = compress_tiny(FAMILIES["llama"](), tmp_path / "out", preset="welore", search=None, keep=0.85, options=options)
     for site in inspect_structure(run.original).sites:
-        rank = run.info["ranks"][site.name]
+        rank = run.info.ranks[site.name]
         assert rank is None or rank <= 0.5001 * min(site.out_features, site.in_features)
-    assert None in run.info["ranks"].values()
+    assert None in run.info.ranks.values()

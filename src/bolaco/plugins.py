@@ -20,11 +20,19 @@ from bolaco.settings import meant
 
 
 class Named(Protocol):
-    """What a registry holds: it has a name."""
+    """What a registry holds: it has a name, and says what it is."""
 
     @property
     def name(self) -> str:
         """As users write it."""
+
+    @property
+    def paper(self) -> str:
+        """Where it is from."""
+
+    @property
+    def summary(self) -> str:
+        """One line for ``bolaco methods``."""
 
 
 T = TypeVar("T", bound=Named)
@@ -39,7 +47,7 @@ class Listing(Generic[T]):
     refused: tuple[str, ...]
 
 
-def _package(point: EntryPoint) -> str:
+def package_of(point: EntryPoint) -> str:
     """The distribution an entry point is of, with its version."""
     assert point.dist is not None  # entry_points() reads distributions
     return f"{point.dist.name} {point.dist.version}"
@@ -120,7 +128,7 @@ class Registry(Generic[T]):
         if self.group is None:
             return {}
         found: dict[str, list[EntryPoint]] = {}
-        for point in sorted(entry_points(group=self.group), key=lambda p: (p.name, _package(p))):
+        for point in sorted(entry_points(group=self.group), key=lambda p: (p.name, package_of(p))):
             found.setdefault(point.name, []).append(point)
         return found
 
@@ -130,7 +138,7 @@ class Registry(Generic[T]):
         Raises:
             RecipeError: it cannot be used, in one line with the package's name.
         """
-        packages = " and ".join(_package(point) for point in points)
+        packages = " and ".join(package_of(point) for point in points)
         if name in self.built_in or name in self.reserved:
             raise RecipeError(f"{self.kind} {name!r} of {packages} is refused: bolaco has one of that name")
         if len(points) > 1:
@@ -148,6 +156,9 @@ class Registry(Generic[T]):
                 f"{self.kind} {name!r} of {packages}: {point.value} is a {type(found).__name__}, "
                 f"not a bolaco {self.of.__name__}"
             )
+        lacking = [key for key in ("name", "paper", "summary") if not isinstance(getattr(found, key, None), str)]
+        if lacking:
+            raise RecipeError(f"{self.kind} {name!r} of {packages}: {point.value} has no {lacking[0]}")
         if found.name != name:
             raise RecipeError(f"{self.kind} {name!r} of {packages} calls itself {found.name!r}")
         return found

@@ -26,4 +26,4 @@ def refused(words: list[str], *parts: str) -> None:
 
 def contents() -> dict[str, str | None]:
     """Of the current folder, but for the seconds a work folder counts."""
-    return {name: value for name, value in snapshot().items() if name != "out.work/seconds.json"}
+    return {name: value for name, value in snapshot().items() if not name.endswith(".seconds.json")}

@@ -17,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bolaco import blockstore, pipeline
-from bolaco.models import inspect_structure
-from tests.bad_input.common import one_line, refused
+from bolaco.allocate.search.run import Evaluator
+from bolaco.models.structure import inspect_structure
+from bolaco.runs import compress as runs
+from bolaco.work import blockstore
+from tests.bad_input.common import contents, one_line, refused
 from tests.command import bolaco, compress, ok, snapshot, what_counts
 from tests.models import english, save_tiny, tiny_llama
 
@@ -49,15 +51,15 @@ def test_existing_output(place: Path, kind: str) -> None:
 
 
 def test_output_that_appears_meanwhile(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure = pipeline._Run.measure
+    measure = runs.perplexities_of
 
     def slow(*args: Any) -> Any:
         Path("out").mkdir()
         Path("out/notes.txt").write_text("mine")
         return measure(*args)
 
-    monkeypatch.setattr(pipeline._Run, "measure", slow)
-    one_line(bolaco(*compress("out", "--search", "none")), "out: exists already and is not overwritten")
+    monkeypatch.setattr(runs, "perplexities_of", slow)
+    one_line(bolaco(*compress("out", "--search", "hand")), "out: exists already and is not overwritten")
     assert snapshot("out").keys() == {"out/notes.txt"}
     assert list(Path().glob(".*")) == []
 
@@ -96,24 +98,42 @@ def test_unrelated_work_folder(place: Path) -> None:
     refused(compress("out", "--work", "papers"), "papers/recipe.json: damaged")
 
 
-def test_work_folder_of_another_recipe(begun: Path) -> None:
-    words = compress("out", "--seed", "4", search_min_keep=0.3)
-    refused(words, "out.work: started with another recipe", "search.min_keep (0.2 there, 0.3 here)")
-    refused(words, "seed (0 there, 4 here)")
+def test_work_folder_of_an_earlier_version(place: Path) -> None:
+    Path("old.work/factors").mkdir(parents=True)
+    Path("old.work/recipe.json").write_text('{"version": 1, "keep": 0.8, "model": "model"}')
+    Path("old.work/factors/block-00000.safetensors").write_text("factors")
+    refused(compress("out", "--work", "old.work"), "old.work: started by an earlier version", "delete the folder")
 
 
-def test_work_folder_of_other_weights(begun: Path) -> None:
+def _other_recipe() -> list[str]:
+    return compress("out", "--seed", "4", search_min_keep=0.3)
+
+
+def _other_weights() -> list[str]:
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 0.01
     Path("model").unlink()
     save_tiny(Path("model"), model)
-    refused(compress("out"), "out.work: the model's weights have changed")
+    return compress("out")
 
 
-def test_work_folder_of_another_text(begun: Path) -> None:
+def _other_text() -> list[str]:
     Path("text.txt").write_text(english(1200, seed=7))
-    refused(compress("out"), "out.work: the text or its tokens have changed")
+    return compress("out")
+
+
+@pytest.mark.parametrize("other", [_other_recipe, _other_weights, _other_text])
+def test_work_folder_of_something_else_is_of_no_harm(begun: Path, other: Callable[[], list[str]]) -> None:
+    """What was there stays there, and the result is as if nothing had been."""
+    words = other()
+    before = {name: value for name, value in contents().items() if name.startswith("out.work/")}
+    del before["out.work/recipe.json"]
+    ok(*words, "--keep-work")
+    assert before.items() <= contents().items()
+    Path("out").rename("found")
+    ok(*words, "--work", "fresh.work")
+    assert what_counts("found") == what_counts("out")
 
 
 def test_work_folder_in_use(begun: Path) -> None:
@@ -128,29 +148,44 @@ def test_work_folder_in_use(begun: Path) -> None:
     ok(*compress("out"))
 
 
-JSON_DAMAGE = [
-    (name, text)
-    for name in ("recipe", "seconds", "model", "texts", "dense", "selection")
-    for text in ("", '{"half": ', "17")
-]
+# File in a work folder -> what the message says to delete.
+DELETED = {
+    "recipe.json": "the folder out.work",
+    "dense-*.json": "this file",
+    "search-*/selection.json": "it",
+    "factors-*/top.json": "the folder out.work/factors-*",
+}
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
-    [(f"{name}.json", text) for name, text in JSON_DAMAGE]
-    + [("selection.json", "[0, 1, 99]"), ("selection.json", '["a"]'), ("selection.json", "[]"), ("dense.json", "{}")],
+    ("pattern", "text"),
+    [(pattern, text) for pattern in DELETED for text in ("", '{"half": ', "17")]
+    + [("search-*/selection.json", text) for text in ("[0, 1, 99]", '["a"]', "[]")]
+    + [("dense-*.json", "{}"), ("factors-*/top.json", '{"a": "b"}'), ("factors-*/top.json", '{"half": 1')],
 )
-def test_damaged_work_folder(begun: Path, file: str, text: str) -> None:
-    assert (begun / file).exists()
-    (begun / file).write_text(text)
-    refused(compress("out"), f"out.work/{file}: damaged", "delete the folder out.work")
+def test_damaged_work_folder(begun: Path, shared: Path, pattern: str, text: str) -> None:
+    (file,) = Path("out.work").glob(pattern)
+    file.write_text(text)
+    what = DELETED[pattern].replace("out.work/factors-*", str(file.parent))
+    refused(compress("out"), f"{file}: damaged", f"delete {what}")
+    shutil.rmtree(what.rpartition(" ")[2]) if "folder" in what else file.unlink()  # as the message says
+    ok(*compress("out"))
+    assert what_counts("out") == what_counts(shared / "out")
+
+
+@pytest.mark.parametrize("text", ["", '{"half": ', "17"])
+def test_seconds_that_cannot_be_read_are_counted_anew(begun: Path, shared: Path, text: str) -> None:
+    (file,) = begun.glob("*.seconds.json")
+    file.write_text(text)
+    ok(*compress("out"))
+    assert what_counts("out") == what_counts(shared / "out")
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: b"", lambda data: b"x" * len(data)])
 def test_damaged_factors(begun: Path, shared: Path, damage: Callable[[bytes], bytes]) -> None:
-    file = begun / "factors" / "block-00001.safetensors"
+    (file,) = Path("out.work").glob("factors-*/block-00001.safetensors")
     file.write_bytes(damage(file.read_bytes()))
-    one_line(bolaco(*compress("out")), f"out.work/factors/{file.name}: missing or damaged", "delete")
+    one_line(bolaco(*compress("out")), f"{file}: missing or damaged", "delete")
     file.unlink()  # as the message says
     ok(*compress("out"))
     assert what_counts("out") == what_counts(shared / "out")
@@ -171,11 +206,11 @@ def test_damaged_factors(begun: Path, shared: Path, damage: Callable[[bytes], by
     ids=["first line", "last line", "no fields", "unknown operation", "binary", "list", "renamed", "half a string"],
 )
 def test_damaged_journal(begun: Path, shared: Path, damage: Callable[[bytes], bytes]) -> None:
-    file = begun / "trials.journal"
+    (file,) = Path("out.work").glob("search-*/trials.journal")
     before = file.read_bytes()
     file.write_bytes(damage(before))
     assert file.read_bytes() != before
-    one_line(bolaco(*compress("out")), "out.work/trials.journal: the trial journal is damaged")
+    one_line(bolaco(*compress("out")), f"{file}: the trial journal is damaged")
     file.unlink()  # as the message says
     ok(*compress("out"))
     assert what_counts("out") == what_counts(shared / "out")
@@ -196,7 +231,7 @@ def test_too_little_space_is_seen_before_the_work(place: Path, monkeypatch: pyte
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     refused(compress("out"), "no space left for the factors and the checkpoint: about 0.1 MiB are needed")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    ok(*compress("out", "--search", "none"))
+    ok(*compress("out", "--search", "hand"))
 
 
 def test_the_cache_on_disk_counts_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +239,7 @@ def test_the_cache_on_disk_counts_too(place: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     refused(compress("out", calibration_cache="disk"), "no space left")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    ok(*compress("out", "--search", "none", calibration_cache="disk"))
+    ok(*compress("out", "--search", "hand", calibration_cache="disk"))
 
 
 @pytest.mark.parametrize("kind", ["OSError", "SafetensorError"])
@@ -223,13 +258,13 @@ def test_full_disk_while_writing_factors(place: Path, monkeypatch: pytest.Monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(blockstore, "save_file", full)
-        one_line(bolaco(*compress("out", "--search", "none")), "no space left on the disk", "give the same command")
-    first = Path("out.work/factors/block-00000.safetensors")
+        one_line(bolaco(*compress("out", "--search", "hand")), "no space left on the disk", "give the same command")
+    (first,) = Path("out.work").glob("factors-*/block-00000.safetensors")
     written = first.stat().st_mtime_ns
     assert not Path("out").exists()
-    ok(*compress("out", "--search", "none", "--keep-work"))
+    ok(*compress("out", "--search", "hand", "--keep-work"))
     assert first.stat().st_mtime_ns == written
-    ok(*compress("fresh", "--search", "none"))
+    ok(*compress("fresh", "--search", "hand"))
     assert what_counts("out") == what_counts("fresh")
 
 
@@ -263,17 +298,17 @@ def test_really_full_disk(
 ) -> None:
     disk = mount(f"size={size}")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**40))  # the estimate lets it pass
-    words = compress("disk/out", "--search", "none")
+    words = compress("disk/out", "--search", "hand")
     one_line(bolaco(*words), "no space left on the disk")
     assert not (disk / "out").exists()
     assert list(disk.glob(".*")) == []
-    finished = {file: file.stat().st_mtime_ns for file in disk.glob("out.work/factors/*.safetensors")}
+    finished = {file: file.stat().st_mtime_ns for file in disk.glob("out.work/factors-*/*.safetensors")}
     assert len(finished) == {"factorize": 0, "write": 2}[stage]
     assert (disk / "out.work").exists() == (stage == "write")
     mount("remount", "size=4m")
     ok(*words, "--keep-work")
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
-    ok(*compress("fresh", "--search", "none"))
+    ok(*compress("fresh", "--search", "hand"))
     assert what_counts("disk/out") == what_counts("fresh")
 
 
@@ -286,7 +321,7 @@ def test_read_only_disk(place: Path, mount: Callable[..., Path]) -> None:
 
 
 def test_interrupt(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = pipeline._Evaluator.scores
+    scores = Evaluator.scores
     calls = []
 
     def interrupted(*args: Any) -> Any:
@@ -300,7 +335,7 @@ def test_interrupt(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline._Evaluator, "scores", interrupted)
+            patch.setattr(Evaluator, "scores", interrupted)
             done = bolaco(*words)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -21,7 +21,7 @@ from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskSet, evaluate_tasks
 from bolaco.models.load import load_model
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
-from bolaco.report.record import FailedRow, RowResult
+from bolaco.report.record import FailedRow, Row, RowResult
 from bolaco.runs.chop import chop_loaded
 from bolaco.runs.compress import compress_loaded
 from bolaco.runs.measure import dense_perplexity
@@ -34,7 +34,7 @@ _FAILURES = (BolacoError, ArithmeticError, RuntimeError)
 
 
 @dataclass(frozen=True)
-class Shared:
+class Common:
     """What all rows have in common.
 
     Attributes:
@@ -65,19 +65,27 @@ class DenseResults(BaseModel):
     tasks: dict[str, dict[str, Any]]
 
 
-def row_artefact(shared: Shared, name: str) -> Artefact:
+def row_artefact(common: Common, name: str) -> Artefact:
     """Where a row is kept: its record, and its checkpoint."""
-    comparison, texts = shared.comparison, shared.texts[name]
+    comparison, texts = common.comparison, common.texts[name]
     recipe = comparison.recipes[name]
-    return shared.session.folder.artefact(
+    return common.session.folder.artefact(
         "row",
         row=name,
-        model=shared.loaded.identity,
+        model=common.loaded.identity,
         recipe=recipe,
         text=[fingerprint(texts.calibration), texts.measured],
         candidates=None if texts.candidates is None else fingerprint(texts.candidates),
         tasks=[comparison.tasks, comparison.task_limit] if _with_tasks(comparison, recipe) else None,
     )
+
+
+def finished_row(common: Common, name: str) -> Row | None:
+    """A row that is recorded already; its checkpoint is there too if it is part of the result."""
+    artefact = row_artefact(common, name)
+    row: Row | None = artefact.read(Row)  # type: ignore[arg-type]  # a union is no type to mypy
+    lost = isinstance(row, RowResult) and common.comparison.keep_models and not artefact.path.is_dir()
+    return None if lost else row
 
 
 def _with_tasks(comparison: Comparison, recipe: Recipe) -> bool:
@@ -105,29 +113,29 @@ def _log_ratio(after: float, before: float) -> float | None:
 
 
 def _measured(
-    shared: Shared, model: PreTrainedModel, texts: Sequence[tuple[str, Tensor]], batch: int, what: str
+    common: Common, model: PreTrainedModel, texts: Sequence[tuple[str, Tensor]], batch: int, what: str
 ) -> list[PerplexityResult]:
-    with shared.session.reporter.stage(f"evaluate {what}", sum(len(blocks) for _, blocks in texts)) as tick:
+    with common.session.reporter.stage(f"evaluate {what}", sum(len(blocks) for _, blocks in texts)) as tick:
         return [perplexity(model, blocks, batch, tick) for _, blocks in texts]
 
 
-def _accuracies(shared: Shared, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    assert shared.tasks is not None  # asked for where there are some
+def _accuracies(common: Common, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    assert common.tasks is not None  # asked for where there are some
     scores = evaluate_tasks(
         model,
-        shared.tasks,
-        limit=shared.comparison.task_limit,
-        tokenizer=shared.loaded.tokenizer,
-        reporter=shared.session.reporter,
+        common.tasks,
+        limit=common.comparison.task_limit,
+        tokenizer=common.loaded.tokenizer,
+        reporter=common.session.reporter,
     )
     return {score.task: score.record for score in scores}
 
 
-def measured_dense(shared: Shared) -> DenseResults:
+def measured_dense(common: Common) -> DenseResults:
     """The original on all texts and tasks."""
-    comparison, session, loaded = shared.comparison, shared.session, shared.loaded
+    comparison, session, loaded = common.comparison, common.session, common.loaded
     name, recipe = next(iter(comparison.recipes.items()))
-    texts, batch = shared.texts[name], recipe.validation.batch
+    texts, batch = common.texts[name], recipe.validation.batch
     artefact = session.folder.artefact(
         "dense-all",
         model=loaded.identity,
@@ -139,54 +147,52 @@ def measured_dense(shared: Shared) -> DenseResults:
     if known is None:
         with session.clock.timed("dense evaluation"):
             found = [dense_perplexity(loaded, texts, batch, session)]
-            found += _measured(shared, loaded.model, texts.others, batch, "the original on other texts")
+            found += _measured(common, loaded.model, texts.others, batch, "the original on other texts")
             sources = [texts.evaluation_source, *(source for source, _ in texts.others)]
-            tasks = _accuracies(shared, loaded.model) if shared.tasks is not None else {}
+            tasks = _accuracies(common, loaded.model) if common.tasks is not None else {}
         known = DenseResults(texts=list(zip(sources, found, strict=True)), tasks=tasks)
         artefact.write(known)
     return known
 
 
-def make_row(
-    shared: Shared, dense: DenseResults, method: str, keep: float, failed: str | None
-) -> RowResult | FailedRow:
+def make_row(common: Common, dense: DenseResults, method: str, keep: float, failed: str | None) -> Row:
     """Runs one recipe and measures the result; a failure of its own is recorded instead.
 
     Args:
-        shared: what all rows have in common.
+        common: what all rows have in common.
         dense: the original's results.
         method, keep: which row.
         failed: why its factors could not be computed, if that is known already.
     """
     name = row_name(method, keep)
-    recipe = shared.comparison.recipes[name]
+    recipe = common.comparison.recipes[name]
     head = {"name": name, "method": method, "keep": keep}
     tail = {"recipe": recipe.model_dump(mode="json"), "recipe_yaml": recipe.to_yaml()}
     try:
         if failed is not None:
             raise BolacoError(failed)
-        return RowResult.model_validate(head | _result(shared, name, recipe, dense) | tail)
+        return RowResult.model_validate(head | _result(common, name, recipe, dense) | tail)
     except Exception as error:
         if not expected_failure(error):
             raise
         return FailedRow.model_validate(head | {"error": one_line(error)} | tail)
 
 
-def _result(shared: Shared, name: str, recipe: Recipe, dense: DenseResults) -> dict[str, Any]:
-    out, texts = row_artefact(shared, name).path, shared.texts[name]
+def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> dict[str, Any]:
+    out, texts = row_artefact(common, name).path, common.texts[name]
     memory = PeakMemory()
     # A run that was killed between the checkpoint and its record has left it; its memory is not known any more.
     found = out.exists()
-    info = read_info(out) if found else _run(shared, recipe, out, texts)
+    info = read_info(out) if found else _run(common, recipe, out, texts)
     results, seconds = [info.perplexity.compressed], dict(info.seconds)
     tasks: dict[str, dict[str, Any]] = {}
-    with_tasks = _with_tasks(shared.comparison, recipe)
+    with_tasks = _with_tasks(common.comparison, recipe)
     if texts.others or with_tasks:
-        compressed = load_model(str(out), device=str(shared.loaded.model.device))
-        others = _measured(shared, compressed, texts.others, recipe.validation.batch, "on other texts")
+        compressed = load_model(str(out), device=str(common.loaded.model.device))
+        others = _measured(common, compressed, texts.others, recipe.validation.batch, "on other texts")
         results += [result.perplexity for result in others]
         seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
-        tasks = _accuracies(shared, compressed) if with_tasks else {}
+        tasks = _accuracies(common, compressed) if with_tasks else {}
     before = [text.perplexity for _, text in dense.texts]
     values = info.model_dump(mode="json")
     kept = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
@@ -201,10 +207,10 @@ def _result(shared: Shared, name: str, recipe: Recipe, dense: DenseResults) -> d
     }
 
 
-def _run(shared: Shared, recipe: Recipe, out: Path, texts: Texts) -> CompressedInfo:
+def _run(common: Common, recipe: Recipe, out: Path, texts: Texts) -> CompressedInfo:
     """The run of a recipe, whose seconds are its own."""
-    session = shared.session
+    session = common.session
     own = Session(session.folder, Clock(session.folder.path, {"row": recipe}), session.reporter)
     if isinstance(recipe, LowRankRecipe):
-        return compress_loaded(recipe, out, shared.loaded, texts, own).info
-    return chop_loaded(recipe, out, shared.loaded, texts, own).info
+        return compress_loaded(recipe, out, common.loaded, texts, own).info
+    return chop_loaded(recipe, out, common.loaded, texts, own).info

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from bolaco.checkpoint.info import versions
 from bolaco.comparison.plan import Comparison, row_name
 from bolaco.comparison.rows import (
+    Common,
     DenseResults,
-    Shared,
     expected_failure,
+    finished_row,
     finite,
     make_row,
     measured_dense,
@@ -37,15 +38,13 @@ from bolaco.models.load import resolve_device
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
-from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, RowResult, TextRecord
+from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
 from bolaco.runs.session import Session, Source, load, open_source, texts_for
 from bolaco.work.files import require_space
 from bolaco.work.folder import Clock, WorkFolder, digest
 from bolaco.work.memory import PeakMemory
 from bolaco.work.output import new_folder, work_beside
-
-Row = RowResult | FailedRow
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,13 @@ def compare(
             source = open_source(comparison.model, model, tokenizer)
             texts = _texts(comparison, source)
             loaded = load(source, first.dtype, first.device)
-        shared = Shared(comparison, loaded, texts, tasks, session)
-        dense = measured_dense(shared)
-        failed = _prepare(shared)
-        rows = _rows(shared, dense, failed)
-        record = _record(shared, dense, rows)
+        common = Common(comparison, loaded, texts, tasks, session)
+        dense = measured_dense(common)
+        failed = _prepare(common)
+        rows = _rows(common, dense, failed)
+        record = _record(common, dense, rows)
         with new_folder(out) as partial, folder.unfinished(partial):
-            write_results(partial, record, shared.places() if comparison.keep_models else {})
+            write_results(partial, record, common.places() if comparison.keep_models else {})
         if not keep_work:
             folder.remove()
     return ComparisonResult(out, record)
@@ -130,7 +129,7 @@ def _texts(comparison: Comparison, source: Source) -> dict[str, Texts]:
     return found
 
 
-def _prepare(shared: Shared) -> dict[str, str]:
+def _prepare(common: Common) -> dict[str, str]:
     """Statistics and factors of every row that is not finished: one pass over each text for all methods.
 
     Returns:
@@ -138,8 +137,8 @@ def _prepare(shared: Shared) -> dict[str, str]:
     """
     plans: dict[str, FactorPlan] = {}
     rows: dict[str, list[str]] = {}
-    for name, recipe in shared.comparison.recipes.items():
-        plan = None if row_artefact(shared, name).file.exists() else _shared_plan(shared, name, recipe)
+    for name, recipe in common.comparison.recipes.items():
+        plan = _common_plan(common, name, recipe) if finished_row(common, name) is None else None
         if plan is None:
             continue
         key = plan.artefact.key
@@ -148,24 +147,24 @@ def _prepare(shared: Shared) -> dict[str, str]:
         plans[key] = replace(known, top=dict(known.top) | higher)
         rows.setdefault(key, []).append(name)
     # One checkpoint at a time.
-    size = factor_bytes(list(plans.values()), shared.session) + shared.loaded.parameters * shared.loaded.itemsize
-    require_space([(shared.session.folder.path, size)], "the factors and a checkpoint")
+    size = factor_bytes(list(plans.values()), common.session) + common.loaded.parameters * common.loaded.itemsize
+    require_space([(common.session.folder.path, size)], "the factors and a checkpoint")
     failed: dict[str, str] = {}
     passes: dict[str, list[FactorPlan]] = {}
     for plan in plans.values():
-        with shared.session.clock.timed("loss gradients"):
-            why = _attempt(partial(estimate_statistics, plan, shared.session))
+        with common.session.clock.timed("loss gradients"):
+            why = _attempt(partial(estimate_statistics, plan, common.session))
         if why is None:
             passes.setdefault(plan.pass_key, []).append(plan)
         else:
             failed |= dict.fromkeys(rows[plan.artefact.key], why)
     for group in passes.values():
-        with shared.session.clock.timed("statistics and factors"):
-            if _attempt(partial(carry_out, group, shared.session)) is None:
+        with common.session.clock.timed("statistics and factors"):
+            if _attempt(partial(carry_out, group, common.session)) is None:
                 continue
             # Whose fault it was shows when each goes on alone; what is finished is not repeated.
             for plan in group:
-                why = _attempt(partial(carry_out, [plan], shared.session))
+                why = _attempt(partial(carry_out, [plan], common.session))
                 if why is not None:
                     failed |= dict.fromkeys(rows[plan.artefact.key], why)
     return failed
@@ -182,44 +181,44 @@ def _attempt(work: Callable[[], object]) -> str | None:
     return None
 
 
-def _shared_plan(shared: Shared, name: str, recipe: Recipe) -> FactorPlan | None:
+def _common_plan(common: Common, name: str, recipe: Recipe) -> FactorPlan | None:
     """What a row needs of factors that others can use: not where its method changes the model before."""
     if not isinstance(recipe, LowRankRecipe) or recipe.chosen.method.subject is not None:
         return None
-    subject = Subject(shared.loaded.model, recipe.form.units(shared.loaded.structure, recipe.dense_types))
-    return plan_factors(recipe, shared.loaded, shared.texts[name], shared.session, subject)
+    subject = Subject(common.loaded.model, recipe.form.units(common.loaded.structure, recipe.dense_types))
+    return plan_factors(recipe, common.loaded, common.texts[name], common.session, subject)
 
 
-def _rows(shared: Shared, dense: DenseResults, failed: Mapping[str, str]) -> list[Row]:
+def _rows(common: Common, dense: DenseResults, failed: Mapping[str, str]) -> list[Row]:
     """All rows in order; each is kept as soon as it is finished."""
-    comparison, session = shared.comparison, shared.session
+    comparison, session = common.comparison, common.session
     points = [(method, keep) for keep in comparison.keep for method in comparison.methods]
     done: list[Row] = []
-    write_so_far(session.folder.path, _record(shared, dense, done))
-    common = session.folder.kept("factors")
+    write_so_far(session.folder.path, _record(common, dense, done))
+    factors = session.folder.kept("factors")
     for number, (method, keep) in enumerate(points, start=1):
         name = row_name(method, keep)
-        artefact = row_artefact(shared, name)
-        row: Row | None = artefact.read(Row)  # type: ignore[arg-type]  # a union is no type to mypy
+        artefact = row_artefact(common, name)
+        row = finished_row(common, name)
         if row is None:
             session.reporter.say(f"{method} at keep {keep:g} ({number} of {len(points)})")
-            row = make_row(shared, dense, method, keep, failed.get(name))
+            row = make_row(common, dense, method, keep, failed.get(name))
             if isinstance(row, FailedRow):
                 session.reporter.say(f"{name} failed: {row.error}")
             artefact.write(row)
         # What only this row needed.
         session.folder.discard("subject", "search", "refined")
-        session.folder.discard("factors", but=common)
+        session.folder.discard("factors", but=factors)
         done.append(row)
-        write_so_far(session.folder.path, _record(shared, dense, done))
+        write_so_far(session.folder.path, _record(common, dense, done))
         if not comparison.keep_models:
             shutil.rmtree(artefact.path, ignore_errors=True)
     return done
 
 
-def _record(shared: Shared, dense: DenseResults, rows: Sequence[Row]) -> ComparisonRecord:
+def _record(common: Common, dense: DenseResults, rows: Sequence[Row]) -> ComparisonRecord:
     """The content of ``results.json``."""
-    comparison, loaded = shared.comparison, shared.loaded
+    comparison, loaded = common.comparison, common.loaded
     calibrations = [
         f"{r.calibration.sequences} x {r.calibration.seq_len} tokens of {r.calibration.source}"
         for r in comparison.recipes.values()
@@ -245,7 +244,7 @@ def _record(shared: Shared, dense: DenseResults, rows: Sequence[Row]) -> Compari
             bytes=loaded.parameters * loaded.itemsize,
         ),
         rows=list(rows),
-        seconds=dict(shared.session.clock.seconds),
+        seconds=dict(common.session.clock.seconds),
         memory="row" if PeakMemory.resettable() else "process",
         versions=versions() | found,
     )

@@ -11,6 +11,8 @@ from typing import Any
 from bolaco.layers import BUILDERS, Entry, LowRankMixin
 
 _DOCSTRING = '"""Layers and model classes of a low-rank model, as written by bolaco."""\n\n'
+# Modules that it is joined from may name classes in annotations before these are there.
+_FUTURE = "from __future__ import annotations\n\n"
 _CLASSES = '''
 
 class {config}({dense_config}):
@@ -59,7 +61,7 @@ def modelling_code(
     names = {key: name for key, (name, _) in classes.items()}
     dense = {f"dense_{key}": cls.__name__ for key, (_, cls) in classes.items()}
     tail = _CLASSES.format(compressed_type=compressed_type, model_type=model_type, **names, **dense)
-    return _DOCSTRING + "\n".join(sorted(imports)) + "\n\n\n" + code.text() + "\n" + tail
+    return _DOCSTRING + _FUTURE + "\n".join(sorted(imports)) + "\n\n\n" + code.text() + "\n" + tail
 
 
 class _Code:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bolaco.errors import CheckpointError, UnsupportedModelError
+from bolaco.plugins import package_of
 
 if TYPE_CHECKING:
     from bolaco.layers import Entry
@@ -80,7 +81,10 @@ def config_class(model_type: str) -> Any:
         # Whoever saves a configuration, or a model with it, saves the code that its auto_map names.
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        code = _modelling_code(model_type, getattr(self, "lowrank", None) or {})
+        lowrank = getattr(self, "lowrank", None)
+        if isinstance(lowrank, dict):
+            self.lowrank = lowrank = upgraded(lowrank)  # the code is of today's format
+        code = _modelling_code(model_type, lowrank or {})
         (folder / f"{MODELLING_FILE}.py").write_text(code, encoding="utf-8")
         return base.save_pretrained(self, save_directory, *args, **kwargs)
 
@@ -156,8 +160,8 @@ def upgraded(lowrank: dict[str, Any]) -> dict[str, Any]:
             matrices = {name: _with_kind(entry) for name, entry in matrices.items()}
         for name, entry in matrices.items():
             for kind in kinds_in(entry):
-                for point in () if kind in BUILDERS else entry_points(group="bolaco.storages", name=kind):
-                    point.load()
+                if kind not in BUILDERS:
+                    _import_layers(kind)
                 if kind not in BUILDERS:
                     raise CheckpointError(
                         f"config.json: {name} is a layer of kind {kind!r}, which no installed package has; "
@@ -166,6 +170,22 @@ def upgraded(lowrank: dict[str, Any]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"config.json: damaged entry in 'lowrank' ({error!r})") from error
     return {"format": FORMAT, "matrices": matrices}
+
+
+def _import_layers(kind: str) -> None:
+    """Imports the installed packages that have layers of this kind.
+
+    Raises:
+        CheckpointError: one of them cannot be imported.
+    """
+    for point in entry_points(group="bolaco.storages", name=kind):
+        try:
+            point.load()
+        except (Exception, SystemExit) as error:  # the code of others
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CheckpointError(
+                f"config.json: layers of kind {kind!r} of {package_of(point)} cannot be loaded from {point.value}: {why}"
+            ) from error
 
 
 def _with_kind(entry: Entry) -> Entry:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from bolaco.allocate.allocator import Allocation, AllocationTask, Trials
+from bolaco.allocate.allocator import ALLOCATORS, Allocation, AllocationTask, Trials
 from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, versions
 from bolaco.checkpoint.result import Result
 from bolaco.checkpoint.write import CompressedState, compressed_state, write_model
@@ -34,6 +34,7 @@ from bolaco.runs.session import Loaded, Session, load, open_source, texts_for
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.block import compressed_block
 from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.files import require_space
 from bolaco.work.folder import Artefact, Clock, WorkFolder
@@ -129,7 +130,11 @@ def compress_loaded(
                 "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
                 "seconds": {},
                 "recipe": recipe.model_dump(mode="json"),
-                "versions": versions(METHODS.package(recipe.method.name)),
+                "versions": versions(
+                    METHODS.package(recipe.method.name),
+                    STORAGES.package(recipe.storage),
+                    ALLOCATORS.package(recipe.search.name),
+                ),
             }
         )
         return info, _curves(plan, factors, ranks, refined)

@@ -94,14 +94,14 @@ def _fingerprint(examples: list[Example]) -> str:
     return fingerprint(*(example[key] for example in examples for key in ("input_ids", "labels")))
 
 
-def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, world: int = 1) -> TuneData:
+def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, processes: int = 1) -> TuneData:
     """Reads training and evaluation examples; if they come from one source, evaluation gets its beginning.
 
     Args:
         settings: settings of the run.
         tokenizer: tokenizer of the model.
         config: configuration of the model.
-        world: processes that train together; without ``data.sequences``, no more is read than their steps need.
+        processes: processes that train together; without ``data.sequences``, no more is read than their steps need.
 
     Raises:
         DataError: data that cannot be read, are too short or malformed, or sequences longer than the model's positions.
@@ -113,7 +113,7 @@ def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, world: int
     windows, wanted = settings.evaluation.windows, settings.data.sequences
     training = settings.training
     if wanted is None and training.max_steps is not None:
-        wanted = training.max_steps * training.batch * training.gradient_accumulation * world
+        wanted = training.max_steps * training.batch * training.gradient_accumulation * processes
     source = _open(settings.data.source, settings, tokenizer, config.model_type)
     if held_out is None:
         evaluation = source.take(windows, "evaluation", at_most=False)

@@ -54,9 +54,9 @@ def summed_losses(
         with torch.no_grad():
             wanted = teacher[0](others).log_softmax(dim=-1)
             probability = wanted.exp()
-            entropy = (probability * wanted).sum()
+            minus_entropy = (probability * wanted).sum()
         # sum_v p (log p - log q) with log q = logits - normaliser
-        return nll, entropy - (probability * logits).sum() + normaliser.sum()
+        return nll, minus_entropy - (probability * logits).sum() + normaliser.sum()
 
     nll = kl = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for start in range(0, len(states), chunk):

@@ -57,16 +57,16 @@ class Checkpoint:
         return int(self.state["global_step"])
 
 
-def total_steps(settings: TuneSettings, examples: int, world: int) -> int:
+def total_steps(settings: TuneSettings, examples: int, processes: int) -> int:
     """Optimiser steps that the settings ask for.
 
     Args:
         settings: settings of the run, resolved.
         examples: sequences to train on.
-        world: processes that train together.
+        processes: processes that train together.
     """
     training = settings.training
-    an_epoch = math.ceil(math.ceil(examples / (training.batch * world)) / training.gradient_accumulation)
+    an_epoch = math.ceil(math.ceil(examples / (training.batch * processes)) / training.gradient_accumulation)
     wanted = [] if training.max_steps is None else [training.max_steps]
     if training.epochs is not None:
         wanted.append(max(1, round(training.epochs * an_epoch)))
