@@ -29,7 +29,9 @@ def logits(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def test_there_are_some_of_every_kind() -> None:
-    assert {"pivoted", "two-factor", "shared", "phi3-split", "gpt2", "chop", "tuned", "sketch", "tt-lora"} <= set(MODELS)
+    assert {"pivoted", "two-factor", "shared", "phi3-split", "gpt2", "chop", "tuned", "sketch", "tt-lora"} <= set(
+        MODELS
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

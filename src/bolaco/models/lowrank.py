@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bolaco.errors import CheckpointError, UnsupportedModelError
-from bolaco.plugins import package_of
 
 if TYPE_CHECKING:
     from bolaco.layers import Entry
@@ -178,14 +177,15 @@ def _import_layers(kind: str) -> None:
     Raises:
         CheckpointError: one of them cannot be imported.
     """
+    from bolaco.plugins import package_of
+
     for point in entry_points(group="bolaco.storages", name=kind):
         try:
             point.load()
         except (Exception, SystemExit) as error:  # the code of others
             why = " ".join(f"{type(error).__name__}: {error}".split())
-            raise CheckpointError(
-                f"config.json: layers of kind {kind!r} of {package_of(point)} cannot be loaded from {point.value}: {why}"
-            ) from error
+            what = f"layers of kind {kind!r} of {package_of(point)} cannot be loaded from {point.value}"
+            raise CheckpointError(f"config.json: {what}: {why}") from error
 
 
 def _with_kind(entry: Entry) -> Entry:
