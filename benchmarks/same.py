@@ -4,7 +4,8 @@
     python benchmarks/same.py run SRC OUT [--cases A,B]  every case with the source folder SRC, into OUT/<case>
     python benchmarks/same.py diff OUT1 OUT2             compares what two such runs wrote
 
-All cases but `demo` are on tiny random models built here; `demo` needs `make .venv/.model` and takes some minutes.
+All cases but `smollm2` and `demo` are on tiny random models built here; these two need `make .venv/.model` and take
+minutes.
 The status is 1 if anything differs or a run failed. Everything is computed on the CPU in one thread: with more of them
 sums are rounded in another order.
 """
@@ -131,6 +132,21 @@ CASES: dict[str, Case] = {
     "tune-sketch": _tune("sketch", "default", sequences=16),
     "tune-mixed": _tune("mixed-rank", "lpaf"),
     # As in the Makefile, with fewer steps.
+    # The demo's model on little text: minutes instead of a quarter of an hour.
+    "smollm2": Case(
+        (
+            *("compress", "smollm2-135m", "--keep", "0.8", "--calibration", "pydoc", "--seq-len", "128"),
+            *_sets(
+                {
+                    "calibration.sequences": 4,
+                    "calibration.gradient_sequences": 2,
+                    "refinement.steps": 1,
+                    "refinement.sequences": 2,
+                    "evaluation.windows": 2,
+                }
+            ),
+        )
+    ),
     "demo": Case(
         (
             *("compress", "smollm2-135m", "--keep", "0.8", "--calibration", "pydoc", "--seq-len", "512"),

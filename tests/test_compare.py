@@ -302,17 +302,17 @@ def test_what_decides_whether_something_is_shared(tmp_path: Path) -> None:
     plans = plans_of(comparison, tmp_path / "work")
     # Those that change the model before, or that factor nothing, have nothing to share.
     assert {name.rpartition("-")[0] for name, plan in plans.items() if plan is None} == {"lpaf", "chop"}
-    factors = {name: plan.artefact.key for name, plan in plans.items() if plan is not None}
+    keys = {name: plan.artefact.key for name, plan in plans.items() if plan is not None}
     passes = {name: plan.pass_key for name, plan in plans.items() if plan is not None}
     for preset in PRESETS:
-        assert factors.get(f"{preset}-0.8") == factors.get(f"{preset}-0.5")
-    assert factors["mpifa-0.8"] == factors["svd-llm-0.8"]  # storage is no matter of factors
-    assert factors["bolaco-5x1-0.8"] == factors["bolaco-5x4-0.8"]  # nor is the search
-    assert factors["welore-0.8"] == factors["svd-0.8"]
-    assert factors["joint-0.8"] != factors["svd-0.8"]  # of stacks
-    assert factors["kfac-svd-0.8"] != factors["svd-llm-0.8"]
-    assert factors["kfac-svd-0.8"] == factors["default-0.8"]
-    assert factors["kfac-0.8"] != factors["kfac-svd-0.8"]  # of another shrinkage, but of the same gradients
+        assert keys.get(f"{preset}-0.8") == keys.get(f"{preset}-0.5")
+    assert keys["mpifa-0.8"] == keys["svd-llm-0.8"]  # storage is no matter of factors
+    assert keys["bolaco-5x1-0.8"] == keys["bolaco-5x4-0.8"]  # nor is the search
+    assert keys["welore-0.8"] == keys["svd-0.8"]
+    assert keys["joint-0.8"] != keys["svd-0.8"]  # of stacks
+    assert keys["kfac-svd-0.8"] != keys["svd-llm-0.8"]
+    assert keys["kfac-svd-0.8"] == keys["default-0.8"]
+    assert keys["kfac-0.8"] != keys["kfac-svd-0.8"]  # of another shrinkage, but of the same gradients
     gradients = {
         name: [place.path for place in plan.statistics.values()] for name, plan in plans.items() if plan is not None
     }
