@@ -338,7 +338,7 @@ def test_modelling_code_is_self_contained(family: str) -> None:
             imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").split(".")[0])
-    assert imported == {"collections", "typing", "torch", "transformers"}
+    assert imported == {"__future__", "collections", "typing", "torch", "transformers"}
 
 
 def test_generation_settings_are_those_of_the_original(tmp_path: Path) -> None:
