@@ -220,10 +220,10 @@ def made(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[
     folder, found = tmp_path_factory.mktemp("stored"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
-        for family in ("llama", "phi3"):
+        for family, names in {"llama": STORED_BY, "phi3": STORED_BY[:1]}.items():
             original = FAMILIES[family]()
             kept = save_tiny(folder / family, original)
-            for name in STORED_BY:
+            for name in names:
                 result = compress_tiny(original, folder / f"{family}-{name}", method="afm", storage=name)
                 write_info(result.path, result.info.model_copy(update={"model": str(kept)}))
                 found[family, name] = result
@@ -242,9 +242,13 @@ def factored(model: Any) -> dict[str, FactoredLinear]:
     return {name: layer for name, layer in layers.items() if isinstance(layer, FactoredLinear)}
 
 
-@pytest.mark.parametrize("storage", STORED_BY)
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("name", MODES.built_in)
+@pytest.mark.parametrize(
+    ("name", "family", "storage"),
+    [
+        *((name, family, "toy-scaled") for name in MODES.built_in for family in ("llama", "phi3")),
+        *((name, "llama", "toy-ordered") for name in (*PACKING, "sketch")),
+    ],
+)
 def test_every_mode_tunes_what_a_package_has_stored(
     name: str, family: str, storage: str, made: dict[tuple[str, str], Compressed], tmp_path: Path
 ) -> None:
@@ -313,11 +317,11 @@ def test_adapters_go_on_its_linears_only(on: str, made: dict[tuple[str, str], Co
     }
 
 
-@pytest.mark.parametrize("name", ["factors", "sketch"])
 def test_the_result_loads_where_neither_bolaco_nor_the_package_is(
-    name: str, made: dict[tuple[str, str], Compressed], tmp_path: Path
+    made: dict[tuple[str, str], Compressed], tmp_path: Path
 ) -> None:
-    result = tune(made["llama", "toy-scaled"].path, tmp_path / "out", name)
+    """Coded, so that the package's layer is described inside the entry of another one."""
+    result = tune(made["llama", "toy-scaled"].path, tmp_path / "out", "sketch")
     command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
     subprocess.run(command, check=True, capture_output=True)
     with torch.no_grad():
@@ -325,7 +329,7 @@ def test_the_result_loads_where_neither_bolaco_nor_the_package_is(
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], ours)
 
 
-@pytest.mark.parametrize("name", MODES.built_in)
+@pytest.mark.parametrize("name", [*PACKING, "lora"])
 def test_a_missing_package_is_noticed_before_training(
     name: str,
     made: dict[tuple[str, str], Compressed],
@@ -375,18 +379,13 @@ def test_a_mode_of_a_package(storage: str, made: dict[tuple[str, str], Compresse
     assert kinds(load_model(str(tmp_path / "out"))) == kinds(load_model(str(source.path)))
 
 
-@pytest.mark.parametrize(("step", "after_saving"), [(1, False), (2, True), (3, False)])
 def test_a_run_of_it_that_was_interrupted_goes_on(
-    step: int,
-    after_saving: bool,
-    made: dict[tuple[str, str], Compressed],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    made: dict[tuple[str, str], Compressed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, words = made["llama", "toy-scaled"].path, {"options": {"training.save_steps": 2}, "max_steps": 4}
     whole = tune(model, tmp_path / "whole", "toy-size", **words)
     with monkeypatch.context() as patch:
-        stop_at(patch, step, after_saving)
+        stop_at(patch, 3, False)
         with pytest.raises(Stopped):
             tune(model, tmp_path / "out", "toy-size", **words)
     again = tune(model, tmp_path / "out", "toy-size", **words)

@@ -12,7 +12,7 @@ _EXAMPLES = """
 examples:
   bolaco compress smollm2-135m --keep 0.8 --calibration pydoc -o small
   bolaco compress Qwen/Qwen3-0.6B --keep 0.8 --calibration c4.jsonl --search 5x4 --trials 50 -o small
-  bolaco compress ./my-finetune --keep 0.8 --calibration text/ --warm-start ./base-small --search 5x1 --trials 20 -o small
+  bolaco compress ./my-finetune --keep 0.8 --calibration text/ --search 5x1 --warm-start ./base --trials 20 -o small
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
