@@ -15,8 +15,8 @@ from contextlib import suppress
 
 import torch
 
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import inspect_structure
 from bolaco.statistics.forward import BlockWalk, collect
 from bolaco.statistics.moments import MOMENTS
 from common import PeakMemory, arguments, median, print_table, protocol_texts

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bolaco import api
 from bolaco.checkpoint.info import read_any_info
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import inspect_structure, parameter_limit
+from bolaco.models.structure import parameter_limit
 from bolaco.progress import Reporter
 from bolaco.transform.chop import PATTERNS, ChopOptions, chop, plan
 from common import Ledger, TuningTexts, arguments, gap, print_table

@@ -26,8 +26,9 @@ from bolaco.evaluation.objective import Head, score
 from bolaco.factorize import METHODS, ChosenMethod
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.models.structure import Structure
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.statistics.stored import StatisticStore, estimate_gradients
@@ -127,7 +128,7 @@ class Prepared:
 @contextmanager
 def with_blocks(model: PreTrainedModel, structure: Structure, blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """The model has these decoder blocks while this lasts, and its own again afterwards."""
-    stack = structure.block_list(model)
+    stack = structure.block_modules(model)
     own = list(stack)
     try:
         for layer, block in enumerate(blocks):

@@ -21,8 +21,8 @@ from torch import nn
 
 from bolaco.evaluation.speed import decode_seconds, median_seconds
 from bolaco.layers import PivotedLinear, install_layers
+from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
-from bolaco.models.structure import inspect_structure, meta_model
 from bolaco.storage.storage import STORAGES
 from common import print_table
 

@@ -19,10 +19,11 @@ from bolaco.allocate.allocators.spectral import spectral_ranks
 from bolaco.data.sources import TokenStream
 from bolaco.evaluation.objective import Head, score
 from bolaco.factorize.solver import Factors, InputMetric, OutputMetric, low_rank
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import Site, inspect_structure
+from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
-from bolaco.statistics.backward import GradientWalk
+from bolaco.statistics.backward import BlockGradientWalk
 from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.statistic import GradientAccumulator, GradientStatistic
 from bolaco.storage.block import compressed_block
@@ -127,7 +128,7 @@ def rows(
 ) -> Iterator[tuple[str, list[dict[str, Factors]]]]:
     """Label and factors by block of each way to treat tokens, and of the plain one with each shrinkage."""
     structure, storage, both = subject.structure, STORAGES.get("pivoted"), Both(ways)
-    walk = GradientWalk(subject.model, structure, tokens, 4, both)
+    walk = BlockGradientWalk(subject.model, structure, tokens, 4, both)
     made: dict[str, list[dict[str, Factors]]] = {}
     for layer, found in walk.run():
         for site in structure.of_layer(layer):

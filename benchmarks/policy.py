@@ -21,8 +21,8 @@ from bolaco.allocate.allocators.spectral import spectral_ranks
 from bolaco.allocate.search.elastic import ElasticModel
 from bolaco.data.sources import TokenStream
 from bolaco.evaluation.objective import Head, score
+from bolaco.models.labels import TYPES
 from bolaco.models.load import load_tokenizer
-from bolaco.models.structure import TYPES
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
 from common import arguments, gap, prepare, print_table, protocol_texts

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from bolaco import api
 from bolaco.checkpoint.info import read_any_info
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from common import Ledger, TuningTexts, arguments, gap, print_table

@@ -30,8 +30,9 @@ from bolaco.factorize import FISHER, INPUT_IMPORTANCE, OUTPUT_IMPORTANCE, InputM
 from bolaco.factorize.methods.fwsvd import importance
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.structure import Stack, inspect_structure, stacked
+from bolaco.models.structure import Stack, stacked
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.statistics.stored import StatisticStore, estimate_gradients

@@ -23,7 +23,7 @@ SMALL = {
     "validation.sequences": 3,
     "validation.allocations": 2,
     "search.trials": 3,
-    "search.initial": 1,
+    "search.initial": 2,
     "search.rank_multiple": 4,
     "evaluation.windows": 4,
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import WordLevel
@@ -289,6 +290,11 @@ TINY: dict[str, Any] = {
     "search.rank_multiple": 4,
     "evaluation.windows": 4,
 }
+
+
+def slow(*values: Any, id: str | None = None) -> Any:
+    """A row of a table of parameters whose code the other rows run as well: it is left to ``make test-slow``."""
+    return pytest.param(*values, marks=pytest.mark.slow, id=id)
 
 
 @functools.cache

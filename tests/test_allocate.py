@@ -16,7 +16,8 @@ from transformers import LlamaConfig
 from bolaco.allocate.allocators.hand import hand_keeps
 from bolaco.allocate.space import SearchSpace, make_space
 from bolaco.errors import BudgetError, RecipeError
-from bolaco.models.structure import Site, Structure, inspect_structure, meta_model
+from bolaco.models.find import inspect_structure, meta_model
+from bolaco.models.structure import Site, Structure
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
@@ -36,7 +37,7 @@ def decoder(layers: int, hidden: int, kv: int, ffn: int, gate: bool = True) -> S
         for i in range(layers)
         for kind, (rows, columns) in shapes.items()
     ]
-    return Structure("layers", layers, tuple(sites))
+    return Structure(tuple(f"layers.{i}" for i in range(layers)), tuple(sites))
 
 
 SMOLLM2 = decoder(30, 576, 192, 1536)

@@ -13,8 +13,8 @@ from bolaco.errors import ResumeError
 from bolaco.factorize import FISHER, GRADIENT, METHODS, ChosenMethod, SiteStatistics
 from bolaco.factorize.method import NoOptions
 from bolaco.factorize.store import FactorStore
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.statistics import stored
@@ -91,7 +91,7 @@ def test_the_same_with_statistics_that_were_there(tmp_path: Path, monkeypatch: p
     (tmp_path / "again.work").mkdir()
     (tmp_path / "again.work/recipe.json").write_bytes((whole.work / "recipe.json").read_bytes())
     fisher.rename(tmp_path / "again.work" / fisher.name)
-    walks = counted(monkeypatch, stored, "GradientWalk")
+    walks = counted(monkeypatch, stored, "gradient_walk")
     after = compress_tiny(tiny_llama(), again, **values)
     assert walks == []
     assert after.info.ranks == whole.info.ranks

@@ -19,18 +19,20 @@ from bolaco.models.carried import kinds_in
 from bolaco.models.load import load_model
 from bolaco.models.lowrank import FORMAT, auto_map, config_class, model_classes
 from tests.models import compressed, compressed_once, tiny_llama, tiny_tokenizer, token_blocks
-from tests.test_checkpoint import MEASURE, config_of, edit_config, logits, must, python
+from tests.processes import without_bolaco
+from tests.test_checkpoint import MEASURE, config_of, edit_config, logits, must
 
 Entry = dict[str, Any]
 
 # What every carried file has, beside the layers.
 COMMON = {"FactoredLinear", "LowRankMixin"}
+PIVOTED = {"preset": "default", "search": "spectral", "options": {"refinement.steps": 2}}
 # Words of a run -> the layers its checkpoint must carry, whatever they are made of included, and no others.
 CARRIED: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "two-factor": ("llama", {}, {"LowRankLinear"}),
     "two-factor, fused": ("phi3", {}, {"LowRankLinear", "SplitLinear"}),
-    "pivoted": ("llama", {"preset": "default", "search": "spectral"}, {"PivotedLinear"}),
-    "pivoted, fused": ("gpt2", {"preset": "default", "search": "spectral"}, {"PivotedLinear", "SplitLinear"}),
+    "pivoted": ("llama", PIVOTED, {"PivotedLinear"}),
+    "pivoted, fused": ("gpt2", PIVOTED, {"PivotedLinear", "SplitLinear"}),
     # A lead is a two-factor layer that keeps what it reduced.
     "shared": (
         "llama",
@@ -148,7 +150,7 @@ assert not [name for name in sys.modules if name.startswith("bolaco.")]
 """
     tokens = tmp_path / "tokens"
     save_file({"value": token_blocks(2, 24, seed=5)}, tokens)
-    must(python(code, tmp_path, tokens, tmp_path, *folders))
+    must(without_bolaco(code, tmp_path, tokens, tmp_path, *folders))
     for i, folder in enumerate(folders):
         expected = logits(load_model(str(folder)))
         assert torch.equal(load_file(tmp_path / f"{i}-logits")["value"], expected), folder.name
@@ -170,7 +172,7 @@ sys.modules["bolaco"] = None
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
-    done = python(code, tmp_path, folder)
+    done = without_bolaco(code, tmp_path, folder)
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1] == "ValueError: unknown kind of layer 'pivoted'; known are two-factor"
 

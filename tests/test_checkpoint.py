@@ -24,9 +24,8 @@ from bolaco.checkpoint.info import read_info
 from bolaco.errors import CheckpointError, OutputExistsError, UnsupportedModelError
 from bolaco.evaluation.perplexity import perplexity
 from bolaco.layers import LowRankLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model, load_tokenizer
-from bolaco.models.lowrank import MODEL_TYPES
-from bolaco.models.structure import inspect_structure
 from bolaco.recipe.recipe import load_recipe, make_recipe, read_recipe
 from tests.models import (
     FAMILIES,
@@ -39,6 +38,7 @@ from tests.models import (
     tiny_tokenizer,
     token_blocks,
 )
+from tests.processes import environment_of, without_bolaco
 
 families = pytest.mark.parametrize("family", FAMILIES)
 AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
@@ -64,18 +64,11 @@ def edit_weights(folder: Path, edit: Any) -> None:
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def python(code: str, tmp_path: Path, *arguments: Path) -> subprocess.CompletedProcess[str]:
+def python(code: str, tmp_path: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
     """Runs code in a new interpreter, away from the project, with empty caches and without a network."""
-    environment = {
-        **{
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "TRANSFORMERS_"))
-        },
-        **{"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        **{"cwd": tmp_path, "env": environment, "stdin": subprocess.DEVNULL, "timeout": 120},
+        **{"cwd": tmp_path, "env": environment_of(tmp_path), "stdin": subprocess.DEVNULL, "timeout": 120},
         capture_output=True,
         text=True,
         check=False,
@@ -110,8 +103,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
-    """A compressed model of a type that `import bolaco` does not register."""
-    assert "stablelm" not in MODEL_TYPES
+    """A compressed model of a type that no other test has."""
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     return compress_tiny(build("stablelm", **sizes, **heads), tmp_path_factory.mktemp("odd") / "stablelm")
@@ -133,45 +125,54 @@ for folder in map(Path, sys.argv[3:]):
     measure(model, Path(sys.argv[2]) / folder.name)
 """
     runs = [compressed(family) for family in FAMILIES]
-    must(python(code, tmp_path, tokens, tmp_path, *[run.path for run in runs]))
+    must(without_bolaco(code, tmp_path, tokens, tmp_path, *[run.path for run in runs]))
     for run in runs:
         assert torch.equal(load_file(tmp_path / run.path.name)["value"], logits(load_model(str(run.path)))), (
             run.path.name
         )
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        """
+# What is imported before the models are loaded.
+STARTS = {
+    "configuration first": """
 import bolaco
 from transformers import AutoConfig
 assert AutoConfig.from_pretrained(folder).lowrank["format"] == 2
 """,
-        """
+    "transformers first": """
 import transformers
 import bolaco
 """,
-    ],
-    ids=["configuration-first", "transformers-first"],
-)
-def test_plain_load_in_another_order(start: str, tokens: Path, tmp_path: Path) -> None:
+}
+
+
+def test_plain_load_in_another_order(tokens: Path, tmp_path: Path) -> None:
+    """Each order in a process of its own, forked before transformers is imported."""
     code = f"""
 {MEASURE}
-folder = sys.argv[2]
-{start}
-from transformers import AutoModel
-measure(AutoModel.from_pretrained(folder), "hidden")
-from transformers import AutoModelForCausalLM
-measure(AutoModelForCausalLM.from_pretrained(folder), "logits")
+import json, os
+folder, starts = sys.argv[2], json.loads(sys.argv[3])
+for name, start in starts.items():
+    assert not [module for module in sys.modules if module.partition(".")[0] in ("bolaco", "transformers")]
+    child = os.fork()
+    if child == 0:
+        exec(start)
+        from transformers import AutoModel
+        measure(AutoModel.from_pretrained(folder), f"{{name}} hidden")
+        from transformers import AutoModelForCausalLM
+        measure(AutoModelForCausalLM.from_pretrained(folder), f"{{name}} logits")
+        break
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(f"{{name}} failed")
 """
     run = compressed("gpt2")
-    must(python(code, tmp_path, tokens, run.path))
+    must(python(code, tmp_path, tokens, run.path, json.dumps(STARTS)))
     model = load_model(str(run.path))
-    assert torch.equal(load_file(tmp_path / "logits")["value"], logits(model))
     with torch.no_grad():
         hidden = model.base_model(input_ids=token_blocks(2, 24, seed=5)).last_hidden_state
-    assert torch.equal(load_file(tmp_path / "hidden")["value"], hidden)
+    for name in STARTS:
+        assert torch.equal(load_file(tmp_path / f"{name} logits")["value"], logits(model)), name
+        assert torch.equal(load_file(tmp_path / f"{name} hidden")["value"], hidden), name
 
 
 def test_import_bolaco_costs_no_transformers(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ assert not [name for name in sys.modules if name.startswith("bolaco.")]
     resaved = tmp_path / "resaved"
     AutoModelForCausalLM.from_pretrained(runs[0].path).save_pretrained(resaved)
     tiny_tokenizer().save_pretrained(resaved)
-    must(python(code, tmp_path, tokens, tmp_path, *[run.path for run in runs], resaved))
+    must(without_bolaco(code, tmp_path, tokens, tmp_path, *[run.path for run in runs], resaved))
     for folder in [*[run.path for run in runs], resaved]:
         expected = logits(load_model(str(folder)))
         assert torch.equal(load_file(tmp_path / f"{folder.name}-logits")["value"], expected), folder.name
@@ -233,25 +234,22 @@ for folder in sys.argv[1:]:
 print("none of them")
 AutoModelForCausalLM.from_pretrained(sys.argv[1])
 """
-    done = python(code, tmp_path, compressed("llama").path, bare)
+    done = without_bolaco(code, tmp_path, compressed("llama").path, bare)
     assert done.stdout.count("none of them") == 1, done.stderr[-2000:]
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr.splitlines()[-1]
 
 
-def test_unregistered_type_loads_through_bolaco_only(odd: Compressed, tmp_path: Path) -> None:
+def test_every_type_loads_once_bolaco_is_imported(odd: Compressed, tmp_path: Path) -> None:
     code = """
 import sys, bolaco
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
-except ValueError as error:
-    assert "trust_remote_code" in str(error), error
-else:
-    raise SystemExit("loaded without being asked to trust")
-print(type(bolaco.load(sys.argv[1])).__name__)
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+assert "stablelm" in CONFIG_MAPPING and "lowrank_stablelm" in CONFIG_MAPPING
+assert "lowrank_nonsense" not in CONFIG_MAPPING and "nonsense" not in CONFIG_MAPPING
+print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
 """
-    assert must(python(code, tmp_path, odd.path)).endswith("LowRankStableLmForCausalLM\n")
+    assert must(without_bolaco(code, tmp_path, odd.path)).endswith("LowRankStableLmForCausalLM\n")
 
 
 def test_missing_lowrank_entry_is_an_error(tmp_path: Path) -> None:

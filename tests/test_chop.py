@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import BudgetError, RecipeError, UnsupportedModelError
-from bolaco.models.structure import inspect_structure, meta_model
+from bolaco.models.find import inspect_structure, meta_model
 from bolaco.recipe.recipe import TransformRecipe, make_recipe
 from bolaco.runs.chop import kept_blocks as blocks_of
 from bolaco.transform.chop import PATTERNS, chop, chop_config, kept_blocks, skipping_logits
@@ -138,7 +138,7 @@ def test_blocks_that_depend_on_their_depth_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"h\.1\.attn: scaling is"):
         chop(model, inspect_structure(model), (0, 4, 5))
     llama = tiny_deep("llama")
-    for block in inspect_structure(llama).block_list(llama):
+    for block in inspect_structure(llama).block_modules(llama):
         block.self_attn.register_forward_hook(lambda m, _, out: (out[0] * (1 + m.layer_idx), *out[1:]))
     with pytest.raises(UnsupportedModelError, match="depend on their depth"):
         chop(llama, inspect_structure(llama), (0, 4, 5))
@@ -147,7 +147,7 @@ def test_blocks_that_depend_on_their_depth_are_refused() -> None:
 def test_a_configuration_that_cannot_say_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_deep("gemma2", 6)
     structure = inspect_structure(model)
-    structure.block_list(model)[4].self_attn.sliding_window = 5  # the configuration knows one for all
+    structure.block_modules(model)[4].self_attn.sliding_window = 5  # the configuration knows one for all
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.self_attn: sliding_window is 5"):
         chop(model, structure, (0, 4, 5))
 

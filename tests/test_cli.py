@@ -561,7 +561,7 @@ def test_dry_run_needs_no_weights(place: Path, shared: Path, monkeypatch: pytest
     assert {row[0]: row[3] for row in rows} == {t: "dense" if r is None else str(r) for t, r in expected.items()}
     assert f"hand allocation {info(shared / 'hand')['parameters_linears']:,} " in done.out
     assert "search 5x1 on 3 x 32 tokens of text.txt: " in done.out
-    assert "trials 3, initial 1, slack 0.02, " in done.out
+    assert "trials 3, initial 2, slack 0.02, " in done.out
 
 
 @pytest.mark.parametrize("search", ["uniform", "spectral"])

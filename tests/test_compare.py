@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,8 +25,8 @@ from bolaco.data.texts import Texts
 from bolaco.errors import NonFiniteError, RecipeError
 from bolaco.factorize import run
 from bolaco.factorize.methods import fwsvd
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.progress import Reporter
 from bolaco.recipe.presets import PRESETS
 from bolaco.recipe.recipe import load_recipe, preset_of
@@ -42,7 +39,8 @@ from bolaco.storage.storage import STORAGES
 from bolaco.work.folder import Clock, WorkFolder
 from tests.command import SMALL, bolaco, furnish, info, ok, snapshot
 from tests.models import tiny_llama, tiny_tokenizer, token_blocks
-from tests.test_resume import STARTER, counted
+from tests.processes import killed
+from tests.test_resume import counted
 
 METHODS = ("default", "bolaco-5x1", "fwsvd", "svd")
 KEEP = ("0.8", "0.6")
@@ -121,8 +119,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory, calls: dict[str, int]) -> P
         patch.setenv("COLUMNS", "100")
         seen = {
             "blocks": counted(patch, run, "collect"),
-            "walks": counted(patch, run, "BlockWalk"),
-            "gradients": counted(patch, stored, "GradientWalk"),
+            "walks": counted(patch, run, "input_walk"),
+            "gradients": counted(patch, stored, "gradient_walk"),
             "first": counted(patch, measure, "perplexity"),
             "others": counted(patch, rows, "perplexity"),
         }
@@ -177,7 +175,7 @@ def test_a_row_is_what_a_single_run_gives(name: str, shared: Path, place: Path) 
 def test_a_row_that_computes_its_own_factors(shared: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = comparing._common_plan
     monkeypatch.setattr(comparing, "_common_plan", lambda s, n, r: None if r.method.name == "fwsvd" else plan(s, n, r))
-    own = counted(monkeypatch, stored, "GradientWalk")
+    own = counted(monkeypatch, stored, "gradient_walk")
     passes = counted(monkeypatch, factors, "factorize")
     ok(*words("out", "svd,fwsvd", "0.8"))
     known = {row["name"]: row for row in results(shared / "out")["rows"]}
@@ -494,22 +492,6 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def starter() -> Iterator[subprocess.Popen[str]]:
-    """The process that starts those which are killed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", "import bolaco.comparison\n" + STARTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    yield process
-    process.communicate("")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(shared: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(shared)
@@ -518,16 +500,10 @@ def undisturbed(shared: Path) -> Path:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(
-    moment: str, starter: subprocess.Popen[str], undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed(moment: str, undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = words("out", "default,svd", "0.7")
-    assert starter.stdin is not None
-    assert starter.stdout is not None
-    starter.stdin.write(json.dumps([str(place), str(place / "log"), *MOMENTS[moment], given]) + "\n")
-    starter.stdin.flush()
-    assert starter.stdout.readline() == f"{-signal.SIGKILL}\n", (place / "log").read_text(encoding="utf-8")
-    (place / "log").unlink()
+    done = killed(*MOMENTS[moment], given)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert not Path("out").exists()
     number = list(MOMENTS).index(moment)
     if number:  # what is finished can be looked at
@@ -570,8 +546,8 @@ def test_rows_use_the_work_folder_of_the_comparison(place: Path, monkeypatch: py
         return result
 
     monkeypatch.setattr(comparing, "make_row", watched)
-    walks = counted(monkeypatch, run, "BlockWalk")
-    gradients = counted(monkeypatch, stored, "GradientWalk")
+    walks = counted(monkeypatch, run, "input_walk")
+    gradients = counted(monkeypatch, stored, "gradient_walk")
     passes = counted(monkeypatch, factors, "factorize")
     methods = "default,kfac-svd,bolaco-5x1,lpaf,fwsvd"
     ok(*words("out", methods, "0.8,0.7", "--set", "lpaf:method.steps=2", "--keep-work"))
@@ -595,7 +571,7 @@ def test_rows_use_the_work_folder_of_the_comparison(place: Path, monkeypatch: py
 def test_a_changed_option_of_one_method_computes_its_rows_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ok(*words("out", "kfac-svd,svd-llm,fwsvd", "0.8,0.7", "--keep-work"))
     made = counted(monkeypatch, comparing, "make_row")
-    gradients = counted(monkeypatch, stored, "GradientWalk")
+    gradients = counted(monkeypatch, stored, "gradient_walk")
     passes = counted(monkeypatch, factors, "factorize")
     evaluated = counted(monkeypatch, measure, "perplexity")
     more = ("--work", "out.work", "--keep-work")

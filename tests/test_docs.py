@@ -61,14 +61,14 @@ def test_the_method(place: Path) -> None:
     for check in [name for name in dir(Mine) if name.startswith("test_")]:
         getattr(Mine(), check)()
     assert "method.power" in ok("methods", Mine.method).out
-    ok(*compress("out", "--preset", "default", "--method", Mine.method, method_power=0.5))
+    ok(*compress("out", "--preset", "default", "--method", Mine.method, method_power=0.5, refinement_steps=2))
     assert info("out")["recipe"]["method"] == {"name": Mine.method, "power": 0.5}
 
 
 def test_the_allocator(place: Path) -> None:
     name = install("add-an-allocator.md", place)
     assert "search.first" in ok("methods", name).out
-    ok(*compress("out", "--preset", "default", "--search", name, search_first=1))
+    ok(*compress("out", "--preset", "default", "--search", name, search_first=1, refinement_steps=2))
     record = info("out")
     assert record["keep_linears"] <= record["keep"]
     ranks = record["ranks"].items()
@@ -78,7 +78,7 @@ def test_the_allocator(place: Path) -> None:
 
 def test_the_storage(place: Path) -> None:
     name = install("add-a-storage.md", place)
-    ok(*compress("out", "--preset", "default", "--storage", name))
+    ok(*compress("out", "--preset", "default", "--storage", name, refinement_steps=2))
     record = info("out")
     assert record["storage"] == name
     assert 0.7 < record["keep_linears"] <= 0.8
@@ -93,7 +93,7 @@ def test_the_storage(place: Path) -> None:
 def test_the_mode(place: Path) -> None:
     name = install("add-a-mode.md", place)
     assert "options.biases" in ok("methods", name).out
-    ok(*compress("out", "--preset", "default"))
+    ok(*compress("out", "--preset", "default", refinement_steps=2))
     words = ["--data", "text.txt", "--eval", "other.txt", "--seq-len", "32", "--max-steps", "2"]
     ok("tune", "out", "--mode", name, *words, "--set", "evaluation.windows=2", "-o", "tuned")
     record = info("tuned")

@@ -17,7 +17,8 @@ from bolaco.errors import ResumeError
 from bolaco.factorize import METHODS, ChosenMethod, Factors
 from bolaco.factorize.method import NoOptions
 from bolaco.factorize.store import FactorStore
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.models.find import inspect_structure
+from bolaco.models.structure import Structure
 from bolaco.models.subject import Subject
 from bolaco.statistics.forward import BlockWalk, collect
 from bolaco.storage.budget import Ranks
@@ -43,7 +44,7 @@ class Case:
         method, storage = ChosenMethod(METHODS.get("afm"), NoOptions()), STORAGES.get("two-factor")
         walk = BlockWalk(self.model, self.structure, token_blocks(16, 20, seed=1), 4)
         for layer in range(self.structure.num_layers):
-            statistics = collect(walk, method.method.inputs, 4)
+            statistics = collect(walk, method.method.inputs, 4)[0]
             found = {}
             for site in self.structure.of_layer(layer):
                 if site.type != "v":

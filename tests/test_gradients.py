@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.data.settings import Calibration
 from bolaco.errors import NonFiniteError
 from bolaco.evaluation.objective import Head
-from bolaco.models.structure import inspect_structure
+from bolaco.models.find import inspect_structure
 from bolaco.progress import Reporter
-from bolaco.statistics.backward import GradientWalk
+from bolaco.statistics.backward import BlockGradientWalk
 from bolaco.statistics.fisher import FISHER
 from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.importance import INPUT_IMPORTANCE, OUTPUT_IMPORTANCE
@@ -52,7 +52,7 @@ def test_equals_autograd_through_the_whole_model(family, monkeypatch, tmp_path):
     # The labels are sampled; the reference needs the same ones, so the draw is replaced by a fixed one.
     drawn = iter(labels)
     monkeypatch.setattr(torch, "searchsorted", lambda c, u: torch.stack([next(drawn) for _ in u])[:, None])
-    walk = GradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, folder=tmp_path)
+    walk = BlockGradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, folder=tmp_path)
     found = {}
     for _, blocks in walk.run():
         found.update(blocks)
@@ -87,7 +87,7 @@ def test_weight_fisher_equals_autograd_sequence_by_sequence(family, tmp_path):
     tokens = torch.randint(5, model.config.vocab_size - 1, (3, 12), generator=torch.Generator().manual_seed(1))
     expected = _weight_fisher(model, structure, tokens)
     found = {}
-    for _, blocks in GradientWalk(model, structure, tokens, batch=2, statistic=FISHER, folder=tmp_path).run():
+    for _, blocks in BlockGradientWalk(model, structure, tokens, batch=2, statistic=FISHER, folder=tmp_path).run():
         found.update(blocks)
     assert found.keys() == expected.keys()
     for site in structure.sites:
@@ -101,7 +101,7 @@ def test_own_labels_are_the_next_tokens_in_any_slab(monkeypatch, slab):
     model = FAMILIES["llama"]()
     monkeypatch.setattr("bolaco.statistics.backward.SLAB", slab)
     tokens = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(1))
-    walk = GradientWalk(model, inspect_structure(model), tokens, batch=2, statistic=FISHER)
+    walk = BlockGradientWalk(model, inspect_structure(model), tokens, batch=2, statistic=FISHER)
     state = torch.randn(2, 7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     leaf = state.clone().requires_grad_()
     logits = model.get_output_embeddings()(leaf)[:, :-1]
@@ -123,7 +123,7 @@ def test_a_folded_symmetric_matrix_is_half_and_comes_back(n: int):
 def test_a_gradient_that_is_not_finite_is_named():
     model = FAMILIES["llama"]()
     structure = inspect_structure(model)
-    walk = GradientWalk(model, structure, torch.full((2, 6), 7), batch=2, statistic=FISHER)
+    walk = BlockGradientWalk(model, structure, torch.full((2, 6), 7), batch=2, statistic=FISHER)
     walk._label_gradient = lambda final, *_: torch.full_like(final, float("inf"))
     with pytest.raises(NonFiniteError, match=r"layers\.1\..*, gradient: NaN or infinity; try --dtype float32"):
         list(walk.run())
@@ -131,7 +131,7 @@ def test_a_gradient_that_is_not_finite_is_named():
 
 def test_labels_follow_the_model():
     model = FAMILIES["llama"]()
-    walk = GradientWalk(model, inspect_structure(model), torch.zeros(1, 4, dtype=torch.long), 1, GRADIENT)
+    walk = BlockGradientWalk(model, inspect_structure(model), torch.zeros(1, 4, dtype=torch.long), 1, GRADIENT)
     state = torch.randn(1, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     probability = Head(model)(state[0]).softmax(-1)[0].detach()
     # The gradient of a sampled label is p - onehot seen through the head; its mean over draws goes to zero.
@@ -181,7 +181,7 @@ def test_same_seed_same_moments():
     tokens = torch.randint(5, 60, (2, 8), generator=torch.Generator().manual_seed(1))
     runs = []
     for seed in (0, 0, 1):
-        walk = GradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, seed=seed)
+        walk = BlockGradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, seed=seed)
         runs.append({n: g for _, block in walk.run() for n, g in block.items()})
     name = structure.sites[0].name
     assert torch.equal(runs[0][name], runs[1][name])

@@ -11,12 +11,21 @@ from transformers import AutoModelForCausalLM
 
 import bolaco  # noqa: F401 - teaches the auto classes
 from bolaco.layers import FollowerLinear, LowRankLinear, PivotedLinear, SplitLinear
-from tests.models import compressed_once, token_blocks
+from tests.models import compressed_once, slow, token_blocks
 
 # Representation -> the words of a run, and the layer that must be in the result (None: a stock model).
 RUNS: dict[str, tuple[dict[str, Any], type[nn.Module] | None]] = {
     "two-factor": ({"method": "afm", "storage": "two-factor"}, LowRankLinear),
-    "pivoted": ({"method": "kfac", "storage": "pivoted", "preset": "default", "search": "spectral"}, PivotedLinear),
+    "pivoted": (
+        {
+            "method": "kfac",
+            "storage": "pivoted",
+            "preset": "default",
+            "search": "spectral",
+            "options": {"refinement.steps": 2},
+        },
+        PivotedLinear,
+    ),
     "refined": (
         {"method": "afm", "search": "uniform", "options": {"refinement.fit": True, "refinement.steps": 2}},
         LowRankLinear,
@@ -28,10 +37,24 @@ RUNS: dict[str, tuple[dict[str, Any], type[nn.Module] | None]] = {
 # Grouped queries, sliding windows and per-layer kinds, fused projections (qkv, gate_up, Conv1D), learned positions.
 FAMILIES = ("llama", "gemma2", "phi3", "gpt2", "opt")
 FUSED = ("phi3", "gpt2")
+# Every representation in models of two or three families; the others are left to the slow tests.
+QUICK = {
+    "two-factor": ("gemma2", "phi3", "opt"),
+    "pivoted": ("gemma2", "phi3", "opt"),
+    "refined": ("llama", "gpt2"),
+    "shared": ("llama", "gpt2"),
+    "pruned": ("llama", "phi3"),
+    "chopped": ("gemma2", "gpt2"),
+}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("representation", RUNS)
+@pytest.mark.parametrize(
+    ("representation", "family"),
+    [
+        *((name, family) for name, families in QUICK.items() for family in families),
+        *(slow(name, family) for name in RUNS for family in FAMILIES if family not in QUICK[name]),
+    ],
+)
 def test_the_same_tokens(representation: str, family: str) -> None:
     words, layer = RUNS[representation]
     run = compressed_once(family, **words, layers=6 if representation == "chopped" else None)
@@ -57,7 +80,7 @@ def test_the_same_tokens(representation: str, family: str) -> None:
 def test_both_sides_of_pivoted_storage() -> None:
     """The families above hold matrices whose rows, and matrices whose columns, were kept."""
     sides = set()
-    for family in FAMILIES:
+    for family in QUICK["pivoted"]:
         model = AutoModelForCausalLM.from_pretrained(compressed_once(family, **RUNS["pivoted"][0]).path)
         sides |= {module.side for module in model.modules() if isinstance(module, PivotedLinear)}
     assert sides == {"rows", "columns"}

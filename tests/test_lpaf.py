@@ -24,8 +24,8 @@ from bolaco.factorize import (
 )
 from bolaco.factorize.methods.fwsvd import importance
 from bolaco.factorize.store import FactorStore
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.recipe.recipe import make_recipe
 from bolaco.transform.prune import (

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError, UnsupportedModelError
-from bolaco.evaluation.objective import SLAB, Head, Scores, hidden_states, score
+from bolaco.evaluation.objective import SLAB, Head, Scores, final_hidden, hidden_states, score
 from bolaco.evaluation.perplexity import perplexity
 from tests.models import FAMILIES, VOCABULARY, tiny_llama, token_blocks
 
@@ -144,7 +144,8 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize(
     ("change", "size"), [("scaled", 1.0), ("capped", 1.0), ("permuted", 1.0), ("scaled", 1e-3), ("permuted", 1e-3)]
 )
-def test_logits_that_are_not_the_head_s_are_refused(change: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_more_than_the_head_s(change: str, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what the model itself makes of hidden states."""
     model = tiny_llama()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(size)
@@ -155,8 +156,34 @@ def test_logits_that_are_not_the_head_s_are_refused(change: str, size: float, mo
         output.logits = CHANGES[change](output.logits)
         return output
 
-    Head(model)
+    plain, tokens = Head(model), token_blocks(2, 9)
     monkeypatch.setattr(model, "forward", other)
+    head = Head(model)
+    with torch.no_grad():
+        states, expected = final_hidden(model, tokens)[1], model(input_ids=tokens, use_cache=False).logits[1]
+        torch.testing.assert_close(head(states), expected, rtol=1e-5, atol=1e-6 * size)
+        assert not torch.allclose(plain(states), expected, rtol=1e-2, atol=1e-2 * size)
+    assert "forward" not in vars(model.base_model)
+
+
+def test_logits_that_mix_positions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    base = model.base_model.forward
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        output = base(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + 1
+        return output
+
+    forward = model.forward
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(model.base_model, "forward", other)
+        output = forward(*args, **kwargs)
+        monkeypatch.undo()
+        return output
+
+    model.forward = mixed
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.*logits"):
         Head(model)
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from bolaco.allocate.search.elastic import ElasticModel
 from bolaco.checkpoint.export import export_dense
 from bolaco.layers import PivotedLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.storage.pivot import pivot
 from tests.models import FAMILIES, compress_tiny, token_blocks
@@ -79,7 +79,7 @@ def test_checkpoint(family, tmp_path):
     assert layers
     assert run.info.parameters == sum(p.numel() for p in model.parameters())
     assert run.info.keep_linears <= 0.7
-    blocks = model.base_model.get_submodule(inspect_structure(run.original).blocks)
+    blocks = model.base_model.get_submodule(inspect_structure(run.original).stack)
     assert run.info.parameters_linears == sum(p.numel() for p in blocks.parameters() if p.ndim == 2)
     # What was searched, two factors sliced, and what was written compute the same.
     structure = inspect_structure(run.original)

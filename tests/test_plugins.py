@@ -20,15 +20,16 @@ from bolaco.allocate.allocator import ALLOCATORS
 from bolaco.errors import CheckpointError, RecipeError
 from bolaco.factorize import METHODS
 from bolaco.layers import BUILDERS, FactoredLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.plugins import Registry
 from bolaco.storage.storage import STORAGES
 from bolaco.testing import MethodConformance
 from bolaco.tune.mode import MODES
 from tests.command import bolaco, compress, furnish, info, ok
 from tests.models import save_tiny, tiny_llama, token_blocks
-from tests.test_checkpoint import MEASURE, logits, must, python
+from tests.processes import without_bolaco
+from tests.test_checkpoint import MEASURE, logits, must
 
 DOCS = Path(__file__).parents[1] / "docs"
 CHECKS = [name for name in dir(MethodConformance) if name.startswith("test_")]
@@ -165,6 +166,7 @@ def test_a_package_s_method_compresses_a_model(site: Path, place: Path, monkeypa
     ok("inspect", place / "out")
 
 
+@pytest.mark.slow  # as in test_docs.py, which runs the same checks of the same method
 def test_a_package_tests_its_method_with_our_class(site: Path) -> None:
     class Mine(MethodConformance):
         method = "mine"
@@ -354,7 +356,7 @@ measure(model, sys.argv[3])
 model.save_pretrained(sys.argv[3] + "-again")
 """
     for name, code in (("with", with_it), ("without", without)):
-        must(python(code, tmp_path, tmp_path / "tokens", place / "out", tmp_path / name, site))
+        must(without_bolaco(code, tmp_path, tmp_path / "tokens", place / "out", tmp_path / name, site))
         assert torch.equal(load_file(tmp_path / name)["value"], expected), name
     # What the carried code saved is the package's to load again.
     assert torch.equal(logits(load_model(str(tmp_path / "without-again"))), expected)

@@ -15,8 +15,8 @@ from bolaco.factorize import METHODS, ChosenMethod, SiteStatistics
 from bolaco.factorize.solver import InputMetric, corrected, low_rank
 from bolaco.factorize.store import FactorStore
 from bolaco.layers import LowRankLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.models.walk import BlockRunner
 from bolaco.progress import Reporter
@@ -29,7 +29,7 @@ from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.stored import site_statistics
 from bolaco.storage.block import compressed_block, restored_block, trainable_copy
 from bolaco.work.blockstore import BlockStore
-from tests.models import FAMILIES, Compressed, compress_tiny, compressed, tiny_llama, token_blocks
+from tests.models import FAMILIES, Compressed, compress_tiny, compressed, slow, tiny_llama, token_blocks
 
 
 def _pairs(count: int, dim: int, seed: int, drift: float = 0.3) -> tuple[Tensor, Tensor]:
@@ -138,8 +138,14 @@ def chosen(method: str) -> ChosenMethod:
     return ChosenMethod(METHODS.get(method), METHODS.get(method).options())
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize("method", ["afm", "svd-llm"])
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *((family, "afm") for family in ("llama", "phi3", "gpt2", "opt")),
+        ("phi3", "svd-llm"),
+        *(slow(family, "svd-llm") for family in ("llama", "gpt2", "opt")),
+    ],
+)
 def test_fit_on_the_original_inputs_is_the_plain_solution(family: str, method: str) -> None:
     """The first block's inputs are the same in both models: its q, k, v come out as they were, and the others move
     only as far as those changed."""
@@ -152,7 +158,7 @@ def test_fit_on_the_original_inputs_is_the_plain_solution(family: str, method: s
     plain = compressed_block(subject, 0, store.load(0), ranks)
     # With every rank gone, the compressed block is the original one, and nothing has drifted anywhere.
     everything_dense = dict.fromkeys(ranks)
-    block = trainable_copy(subject, 0, copy.deepcopy(structure.block_list(run.original)[0]))
+    block = trainable_copy(subject, 0, copy.deepcopy(structure.block_modules(run.original)[0]))
     fit = BlockFit(runner, subject, chosen(method), everything_dense, 4, 1.0, 0.0)
     fit.run(0, block, hidden, hidden.clone(), nothing_stored(subject, 0))
     with torch.no_grad():
@@ -190,7 +196,7 @@ def test_fit_brings_the_decoder_nearer_to_the_original(family: str) -> None:
 def test_compressed_block_shares_what_stays() -> None:
     run, subject, store = _parts("llama")
     block = compressed_block(subject, 0, store.load(0), run.info.ranks)
-    original = subject.structure.block_list(run.original)[0]
+    original = subject.structure.block_modules(run.original)[0]
     assert block.self_attn.v_proj.weight is original.self_attn.v_proj.weight
     assert block.input_layernorm.weight is original.input_layernorm.weight
     assert isinstance(block.self_attn.q_proj, LowRankLinear)
@@ -255,8 +261,18 @@ def test_training_brings_a_block_nearer_and_leaves_the_model_alone(family: str) 
 OPTIONS = {"refinement.fit": True, "refinement.steps": 4, "calibration.gradient_sequences": 4}
 
 
-@pytest.mark.parametrize("storage", ["two-factor", "pivoted"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "gpt2", "opt_post_norm"])
+REFINED = ("llama", "qwen2", "gemma3_text", "phi3", "gpt2", "opt_post_norm")
+
+
+@pytest.mark.parametrize(
+    ("family", "storage"),
+    [
+        *((family, "pivoted") for family in REFINED),
+        ("phi3", "two-factor"),
+        ("gpt2", "two-factor"),
+        *(slow(family, "two-factor") for family in REFINED if family not in ("phi3", "gpt2")),
+    ],
+)
 def test_checkpoint_is_the_refined_model(family, storage, tmp_path):
     """What is loaded computes what the refined blocks compute in place of the original's."""
     run = compress_tiny(
@@ -270,7 +286,7 @@ def test_checkpoint_is_the_refined_model(family, storage, tmp_path):
     )
     subject = Subject(run.original, inspect_structure(run.original))
     built = copy.deepcopy(run.original)
-    stack = subject.structure.block_list(built)
+    stack = built.base_model.get_submodule(subject.structure.stack)
     store = BlockStore(run.stage("refined"))
     for layer in range(subject.structure.num_layers):
         stack[layer] = restored_block(subject, layer, store.read(layer))

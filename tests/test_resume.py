@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ from bolaco.factorize import run
 from bolaco.runs import compress as runs
 from bolaco.work.blockstore import BlockStore
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
+from tests.models import slow
+from tests.processes import killed
 
 TRIALS = "4"
 # moment -> (function, in which call of it, "before" or "after" it does its work)
@@ -39,47 +37,11 @@ DEFAULT_MOMENTS = {
     "between two refined blocks": ("bolaco.refine.run.train_block", 2, "before"),
     "while a refined block is written": ("bolaco.work.blockstore.save_file", 8, "after"),
 }
-# Starts processes that run the command line and kill themselves, with no handler and no clean-up. They are forked, so
-# that everything is imported once.
-STARTER = """
-import functools, json, os, pkgutil, signal, sys
-
-import datasets
-import bolaco.allocate.search.run
-import bolaco.api
-from bolaco.cli import main
 
 
-def run(folder, log, where, call, moment, words):
-    os.chdir(folder)
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    when, _, suffix = moment.partition(" ")
-    owner, name = pkgutil.resolve_name(where.rpartition(".")[0]), where.rpartition(".")[2]
-    function, calls = getattr(owner, name), []
-
-    @functools.wraps(function)
-    def killing(*args, **kwargs):
-        calls.append(args)
-        last = str(args[-1]).endswith(suffix) if suffix else len(calls) == call
-        if last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **kwargs)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, killing)
-    os._exit(main(words))
-
-
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        run(*json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-Kill = Callable[[str, list[str]], None]
+def searching(out: str, *more: str, trials: str = TRIALS) -> list[str]:
+    """The words of a small `compress` with a search, whose last trial is proposed from the others."""
+    return compress(out, "--trials", trials, *more)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +61,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        ok(*compress("out", "--trials", TRIALS))
+        ok(*searching("out", "--keep-work"))
     torch.set_num_threads(before)
     return folder
 
@@ -111,38 +73,11 @@ def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def starter() -> Iterator[subprocess.Popen[str]]:
-    """The process that starts the others."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", STARTER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
-    yield process
-    process.communicate("")
-
-
-@pytest.fixture
-def kill(starter: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Kill:
+def kill(moment: str, words: list[str]) -> None:
     """Runs a command in the current folder until a moment."""
-    log = tmp_path_factory.mktemp("log") / "killed.log"
-
-    def run(moment: str, words: list[str]) -> None:
-        assert starter.stdin is not None
-        assert starter.stdout is not None
-        starter.stdin.write(json.dumps([str(Path.cwd()), str(log), *(MOMENTS | DEFAULT_MOMENTS)[moment], words]) + "\n")
-        starter.stdin.flush()
-        code = starter.stdout.readline()
-        said = log.read_text(encoding="utf-8")
-        assert code == f"{-signal.SIGKILL}\n", said
-        assert [line for line in said.splitlines() if not PROGRESS.match(line)] == []
-
-    return run
+    done = killed(*(MOMENTS | DEFAULT_MOMENTS)[moment], words)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [line for line in (done.stdout + done.stderr).splitlines() if not PROGRESS.match(line)] == []
 
 
 def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
@@ -162,9 +97,13 @@ def factor_times() -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in Path("out.work").glob("factors-*/*.safetensors")}
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed(moment: str, kill: Kill, place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = compress("out", "--trials", TRIALS)
+# The others end within the same stages.
+LEFT_OUT = ("before the checkpoint's weights", "before the last evaluation")
+
+
+@pytest.mark.parametrize("moment", [slow(moment) if moment in LEFT_OUT else moment for moment in MOMENTS])
+def test_killed(moment: str, place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = searching("out")
     kill(moment, words)
     assert not Path("out").exists()
     finished = factor_times()
@@ -189,9 +128,9 @@ def test_killed(moment: str, kill: Kill, place: Path, shared: Path, monkeypatch:
     assert not Path("out.work.lock").exists()
 
 
-def test_killed_again_and_again(kill: Kill, place: Path, shared: Path) -> None:
+def test_killed_again_and_again(place: Path, shared: Path) -> None:
     """The same run killed at one moment after another."""
-    words = compress("out", "--trials", TRIALS)
+    words = searching("out")
     for moment in ("between two blocks", "in the third trial", "after the checkpoint's weights"):
         kill(moment, words)
     ok(*words)
@@ -217,7 +156,7 @@ def default(shared: Path) -> Path:
 
 
 @pytest.mark.parametrize("moment", DEFAULT_MOMENTS)
-def test_the_default_method_killed(moment: str, kill: Kill, place: Path, default: Path) -> None:
+def test_the_default_method_killed(moment: str, place: Path, default: Path) -> None:
     kill(moment, default_words("out"))
     refined = list(Path("out.work").glob("refined-*/*.safetensors"))
     assert len(refined) == (0 if "gradients" in moment else 1)
@@ -231,9 +170,8 @@ def test_the_default_method_killed(moment: str, kill: Kill, place: Path, default
 
 def test_half_a_line_in_the_journal(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process killed while it wrote leaves at the end of the ledger."""
-    words = compress("out", "--trials", TRIALS)
-    ok(*words, "--keep-work")
-    shutil.rmtree("out")
+    words = searching("out")
+    shutil.copytree(shared / "out.work", "out.work")
     (journal,) = Path("out.work").glob("search-*/trials.journal")
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][: len(lines[-1]) // 2])  # the last trial was not finished
@@ -246,7 +184,7 @@ def test_half_a_line_in_the_journal(place: Path, shared: Path, monkeypatch: pyte
 def test_a_stage_that_fails_is_repeated_and_no_other(
     place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = compress("out", "--trials", TRIALS)
+    words = searching("out")
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "disk")
@@ -271,14 +209,42 @@ def stage_of(store: BlockStore) -> str:
     return store.folder.name.partition("-")[0]
 
 
-@pytest.mark.parametrize(("method", "folder"), [("kfac", "gradient"), ("fwsvd", "fisher")])
-@pytest.mark.parametrize(("after", "blocks", "again"), [("statistics", 1, 2), ("walk", 1, 1), ("statistics", 2, 0)])
+def with_gradients(out: str, method: str) -> list[str]:
+    return compress(out, "--search", "hand", "--method", method)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: Path) -> dict[str, Path]:
+    """In the shared folder a result of each method with loss gradients that nothing interrupted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(shared)
+        for method in ("kfac", "fwsvd"):
+            ok(*with_gradients(method, method))
+    return {method: shared / method for method in ("kfac", "fwsvd")}
+
+
+@pytest.mark.parametrize(
+    ("method", "folder", "after", "blocks", "again"),
+    [
+        ("kfac", "gradient", "statistics", 1, 2),
+        ("kfac", "gradient", "walk", 1, 1),
+        ("kfac", "gradient", "statistics", 2, 0),
+        ("fwsvd", "fisher", "statistics", 1, 2),
+        slow("fwsvd", "fisher", "walk", 1, 1),
+        slow("fwsvd", "fisher", "statistics", 2, 0),
+    ],
+)
 def test_interrupted_in_the_loss_gradients(
-    method: str, folder: str, after: str, blocks: int, again: int, place: Path, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    folder: str,
+    after: str,
+    blocks: int,
+    again: int,
+    undisturbed: dict[str, Path],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stage before the factors that some methods have: it goes on below the last block it finished."""
-    words = ["--search", "hand", "--method", method]
-    ok(*compress("undisturbed", *words))
     save = BlockStore.write
     calls = []
 
@@ -290,21 +256,21 @@ def test_interrupted_in_the_loss_gradients(
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockStore, "write", interrupted)
-        assert bolaco(*compress("out", *words)).code == 130
+        assert bolaco(*with_gradients("out", method)).code == 130
     saved = counted(monkeypatch, BlockStore, "write")
-    ok(*compress("out", *words))
+    ok(*with_gradients("out", method))
     assert len([call for call in saved if stage_of(call[0]) == folder]) == again
-    assert what_counts("out") == what_counts("undisturbed")
+    assert what_counts("out") == what_counts(undisturbed[method])
 
 
 def test_more_trials_continue_the_ledger(place: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ok(*compress("two", "--trials", "2", "--work", "ledger", "--keep-work"))
+    ok(*searching("two", "--work", "ledger", "--keep-work", trials="2"))
     scored = counted(monkeypatch, Evaluator, "scores")
-    ok(*compress("four", "--trials", TRIALS, "--work", "ledger", "--keep-work"))
+    ok(*searching("four", "--work", "ledger", "--keep-work"))
     assert len(scored) == 2
     assert what_counts("four") == what_counts(shared / "out")
     assert what_counts("two")["trials"] == what_counts("four")["trials"][:2]
-    ok(*compress("again", "--trials", "2", "--work", "ledger"))  # and fewer are the first of them
+    ok(*searching("again", "--work", "ledger", trials="2"))  # and fewer are the first of them
     assert len(scored) == 2
     assert what_counts("again") == what_counts("two")
     assert info("again")["recipe"]["search"]["trials"] == 2
@@ -350,14 +316,14 @@ def test_the_cache_on_disk_changes_nothing_and_is_removed(place: Path) -> None:
 
 
 def test_same_recipe_same_bytes(place: Path, shared: Path) -> None:
-    ok(*compress("out", "--trials", TRIALS))
+    ok(*searching("out"))
     for name in ("model.safetensors", "config.json"):
         assert digest(f"out/{name}") == digest(shared / "out" / name)
     assert what_counts("out") == what_counts(shared / "out")
 
 
 def test_another_seed_tries_something_else(place: Path, shared: Path) -> None:
-    ok(*compress("out", "--trials", TRIALS, "--seed", "1"))
+    ok(*searching("out", "--seed", "1"))
     first, second = info(shared / "out")["trials"], info("out")["trials"]
     assert first[0]["keep"] == second[0]["keep"]  # the hand allocation
     assert [trial["keep"] for trial in first[1:]] != [trial["keep"] for trial in second[1:]]

@@ -23,6 +23,7 @@ from bolaco.allocate.space import SearchSpace, make_space
 from bolaco.errors import ResumeError
 from bolaco.evaluation.objective import Scores
 from bolaco.storage.budget import Budget
+from tests.models import slow
 from tests.test_allocate import LLAMA2, TWO_FACTOR, decoder, replace_limit, small_space
 
 # --- proposals
@@ -72,8 +73,7 @@ def test_random_points_satisfy_the_box_and_the_budget(parts: int, slack: float, 
         assert (points.amax(dim=0) - points.amin(dim=0) > 0.3).all()
 
 
-@pytest.mark.parametrize("slack", [0.02, 0.1])
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(("parts", "slack"), [(1, 0.1), (4, 0.02), slow(1, 0.02), slow(4, 0.1)])
 def test_random_points_are_close_to_uniform_ones(parts: int, slack: float) -> None:
     # The same mean and spread as BoTorch's Markov chain after far more steps than a search could wait for.
     space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8, TWO_FACTOR), parts)
@@ -124,7 +124,7 @@ def test_suggestions_are_new_and_within_the_budget(surrogate: str, parts: int, q
     proposer = Proposer(space, 0.02, surrogate, 3)
     keeps, values = history(space, [hand_keeps(space)])
     tried = {space.settle(k) for k in keeps}
-    for _ in range(10 if parts == 1 else 3):
+    for _ in range(6 if parts == 1 else 3):
         levels = space.settle(proposer.suggest(keeps, values))
         assert levels not in tried
         tried.add(levels)
@@ -156,8 +156,14 @@ def test_the_last_untried_allocations_are_found(quick: None) -> None:
 @both
 @pytest.mark.parametrize(
     "bad",
-    [[math.inf], [1e30], [1e300, math.inf], [math.inf] * 4, [1e300] * 4, [math.nan]],
-    ids=["inf", "1e30", "1e300 and inf", "all inf", "all 1e300", "nan"],
+    [
+        pytest.param([1e300, math.inf], id="1e300 and inf"),
+        pytest.param([math.inf] * 4, id="all inf"),
+        pytest.param([1e300] * 4, id="all 1e300"),
+        pytest.param([math.nan], id="nan"),
+        slow([math.inf], id="inf"),
+        slow([1e30], id="1e30"),
+    ],
 )
 def test_useless_allocations_do_not_break_the_surrogate(surrogate: str, bad: list[float], quick: None) -> None:
     space = small_space()
@@ -199,17 +205,18 @@ def test_everything_dense_is_a_valid_search(quick: None) -> None:
     assert space.budget.ratio(space.ranks(space.settle(proposer.suggest(keeps, values)))) == 1
 
 
-def test_25_trials_beat_25_random_points(quick: None) -> None:
+@pytest.mark.parametrize("trials", [15, slow(25)])
+def test_trials_beat_random_points(trials: int, quick: None) -> None:
     space = make_space(LLAMA2, Budget(LLAMA2.sites, 0.8, TWO_FACTOR))
     proposer = Proposer(space, 0.02, "fitted", 0)
-    _, guesses = history(space, proposer.random(25, stream=50))
+    _, guesses = history(space, proposer.random(trials, stream=50))
     keeps, values = history(space, [hand_keeps(space), *proposer.random(4, stream=1)])
-    while len(values) < 25:
+    while len(values) < trials:
         keeps.append(space.keeps(space.settle(proposer.suggest(keeps, values))))
         values.append(damage(keeps[-1]))
     assert min(values) < min(guesses)
     # Not by luck: a hundred times as many random points hardly do better.
-    _, many = history(space, proposer.random(2500, stream=51))
+    _, many = history(space, proposer.random(100 * trials, stream=51))
     assert min(values) < 1.005 * min(many)
 
 
@@ -305,7 +312,7 @@ def test_best_takes_the_earlier_of_equals() -> None:
     assert best(trials[::-1]).number == 1
 
 
-@pytest.mark.parametrize("points", [(0, 2, 5, 7), (1, 3, 4, 6)])
+@pytest.mark.parametrize("points", [(0, 2, 5, 7), slow((1, 3, 4, 6))])
 def test_a_killed_search_ends_as_if_it_had_not_been(
     points: tuple[int, ...], uninterrupted: tuple[list[Trial], bytes], tmp_path: Path, quick: None
 ) -> None:
@@ -325,7 +332,7 @@ def journal_after(journal: bytes, finished: int) -> bytes:
 
 @pytest.mark.parametrize(
     ("finished", "leftover"),
-    [(6, "asked"), (6, "half a line"), (6, "half the result"), (6, "lock"), (1, "all of it"), (4, "all of it")],
+    [(6, "asked"), (6, "half a line"), (6, "half the result"), (6, "lock"), (4, "all of it"), slow(1, "all of it")],
 )
 def test_what_a_killed_process_leaves_is_cleaned_up(
     finished: int,

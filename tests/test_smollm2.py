@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import bolaco
 from bolaco.cli import main
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 
 MODEL = "smollm2-135m"
 DATA = Path(os.environ.get("BOLACO_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
 from tests.models import compressed, save_tiny, tiny_llama
+from tests.processes import with_bolaco
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
@@ -50,7 +54,29 @@ def test_a_prompt_longer_than_the_model(tmp_path: Path) -> None:
         measure(str(tmp_path / "model"), prompt=126, new=2)
 
 
-def test_side_by_side_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Lets the processes of models be forked from one that has imported everything, from the given one on."""
+    original, module = subprocess.run, "bolaco.evaluation.speed"
+    calls: list[Sequence[str]] = []
+
+    def start(first: int) -> None:
+        def run(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
+            calls.append(command)
+            if len(calls) <= first:
+                return original(command, **more)
+            assert command[1:3] == ["-m", module]
+            return with_bolaco(f"import runpy; runpy.run_module('{module}', run_name='__main__')", *command[3:])
+
+        monkeypatch.setattr("bolaco.evaluation.speed.subprocess.run", run)
+
+    return start
+
+
+def test_side_by_side_from_the_command_line(
+    forked: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked(1)  # the first process is a new one
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "model")
     small = compressed("llama").path
@@ -70,7 +96,10 @@ def test_the_table_compares_with_the_first() -> None:
     assert all("(1.00)" in cell for cell in list(table.columns[2].cells)[1:])
 
 
-def test_what_cannot_be_measured_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_one_line(
+    forked: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forked(0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     for words, said in (

@@ -23,7 +23,8 @@ from bolaco.factorize import METHODS, ChosenMethod, Factors, InputMetric, Method
 from bolaco.factorize.method import NoOptions
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
-from bolaco.models.structure import Site, Stack, Structure, inspect_structure, stacked
+from bolaco.models.find import inspect_structure
+from bolaco.models.structure import Site, Stack, Structure, stacked
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.refine.run import Refiner

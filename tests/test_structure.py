@@ -12,8 +12,10 @@ from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, LlamaConfig, MixtralConfig, PreTrainedModel
 
 from bolaco.errors import UnsupportedModelError
+from bolaco.models.find import inspect_structure, meta_model
+from bolaco.models.labels import layer_of, type_of, types_of
 from bolaco.models.lowrank import config_class, model_classes
-from bolaco.models.structure import Structure, inspect_structure, meta_model, stacked
+from bolaco.models.structure import Structure, stacked
 from bolaco.models.subject import Subject
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
@@ -57,7 +59,8 @@ def test_types_shapes_and_order(family: str) -> None:
 def test_every_matrix_of_the_blocks_is_a_site(family: str) -> None:
     model = FAMILIES[family]()
     structure = inspect_structure(model)
-    matrices = [p for p in structure.block_list(model).parameters() if p.ndim == 2]
+    matrices = [p for block in structure.block_modules(model) for p in block.parameters() if p.ndim == 2]
+    assert structure.kept == ()
     assert sum(site.size for site in structure.sites) == sum(p.numel() for p in matrices)
     assert len({site.module for site in structure.sites}) == len(matrices)
 
@@ -149,41 +152,75 @@ def test_meta_device_gives_the_same_structure(family: str) -> None:
     assert inspect_structure(on_meta) == inspect_structure(model)
 
 
-def test_mixture_of_experts_is_refused_by_name() -> None:
+def test_matrices_of_fused_experts_are_sites() -> None:
     config = MixtralConfig(
         **{"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4},
     )
-    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp\.experts: .*mixtures of experts"):
-        inspect_structure(meta_model(config))
+    structure = inspect_structure(meta_model(config))
+    experts = [site for site in structure.of_layer(1) if site.expert is not None]
+    shapes = {"experts.gate_up": (96, 32), "experts.down": (32, 48)}
+    found = {(s.name, s.type, s.expert, (s.out_features, s.in_features)) for s in experts}
+    assert found == {
+        (f"model.layers.1.mlp.{kind}_proj.{i}", kind, i, shape) for kind, shape in shapes.items() for i in range(4)
+    }
+    assert {site.tie for site in experts} == {(1, kind) for kind in shapes}
+    assert [(kept.name, kept.reason, kept.size) for kept in structure.kept] == [
+        ("mlp.gate.weight", "router", 2 * 4 * 32)
+    ]
 
 
-def test_unknown_matrix_is_refused_by_name() -> None:
+def test_a_linear_of_any_name_is_a_site_of_that_name() -> None:
     model = tiny_llama()
-    model.base_model.layers[1].self_attn.extra_proj = nn.Linear(32, 8)
-    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.extra_proj: .*\(8, 32\)"):
-        inspect_structure(model)
+    model.base_model.layers[1].self_attn.extra_proj = nn.Linear(32, 16)
+    (site,) = [site for site in inspect_structure(model).sites if site.type not in GATED]
+    assert (site.type, site.layer, site.out_features, site.in_features) == ("self_attn.extra_proj", 1, 16, 32)
+    assert site.input_group == "self_attn.extra_proj"
 
 
-def test_bare_parameter_is_refused_by_name() -> None:
+def test_what_no_linear_holds_stays_dense_and_is_listed() -> None:
     model = tiny_llama()
     model.base_model.layers[0].mlp.table = nn.Parameter(torch.zeros(3, 5))
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp.*\(3, 5\)"):
-        inspect_structure(model)
-
-
-def test_known_name_of_another_kind_is_refused() -> None:
-    model = tiny_llama()
     model.base_model.layers[0].self_attn.q_proj = nn.Bilinear(4, 8, 32)
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        inspect_structure(model)
+    model.base_model.layers[1].mlp.thin = nn.Linear(32, 4)
+    model.base_model.layers[1].mlp.conv = nn.Conv1d(32, 32, 3, groups=32)
+    structure = inspect_structure(model)
+    assert {(kept.name, kept.size, kept.reason) for kept in structure.kept} == {
+        ("mlp.table", 15, "no linear module"),
+        ("self_attn.q_proj.weight", 4 * 8 * 32, "no linear module"),
+        ("mlp.thin", 128, "small"),
+        ("mlp.conv.weight", 96, "convolution"),
+    }
+    assert structure.size == sum(p.numel() for p in model.base_model.layers.parameters())
 
 
-def test_unknown_fused_layout_is_refused() -> None:
+def test_a_fused_projection_of_another_layout_is_one_matrix() -> None:
     model = build("phi3", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     model.base_model.layers[0].self_attn.qkv_proj = nn.Linear(32, 100, bias=False)
-    with pytest.raises(UnsupportedModelError, match=r"qkv_proj: 100 rows.*96"):
-        inspect_structure(model)
+    (site,) = [site for site in inspect_structure(model).sites if "qkv" in site.name]
+    assert (site.type, site.part, site.rows) == ("self_attn.qkv_proj", None, (0, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [
+        ("attention.dense", ("o",)),
+        ("self_attention.query_key_value", ("self_attention.query_key_value",)),
+        ("attention.self.query", ("q",)),
+        ("attention.output.dense", ("o",)),
+        ("feed_forward.w2", ("down",)),
+        ("mlp.dense_h_to_4h", ("up",)),
+        ("mixer.in_proj", ("mixer.in_proj",)),
+        ("mlp.experts.12.w1", ("experts.w1",)),
+        ("mlp.experts.gate_up_proj.3", ("experts.gate_up",)),
+        ("block_sparse_moe.experts.down_proj.0", ("experts.down",)),
+        ("mlp.shared_experts.up_proj", ("shared_experts.up",)),
+    ],
+)
+def test_types_from_names(name: str, types: tuple[str, ...]) -> None:
+    assert types_of(name) == types
+    assert type_of(f"model.layers.7.{name}") == types[0]
+    assert layer_of(f"model.layers.7.{name}") == 7
 
 
 def test_encoder_decoder_is_refused() -> None:
@@ -191,7 +228,7 @@ def test_encoder_decoder_is_refused() -> None:
     config = BartConfig(vocab_size=96, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, **layers)
     with torch.device("meta"):
         model = BartForConditionalGeneration(config)
-    with pytest.raises(UnsupportedModelError, match="several block lists"):
+    with pytest.raises(UnsupportedModelError, match="an encoder-decoder"):
         inspect_structure(model)
 
 

@@ -16,7 +16,8 @@ from bolaco.factorize.method import NoOptions
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.layers import FactoredLinear, SplitLinear
-from bolaco.models.structure import Site, Stack, inspect_structure, stacked
+from bolaco.models.find import inspect_structure
+from bolaco.models.structure import Site, Stack, stacked
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.storage.block import compressed_block, place_in_block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -28,7 +29,18 @@ from bolaco.tune.resolve import resolve
 from bolaco.tune.settings import make_settings
 from bolaco.tune.trainer import TuneTrainer, _Watch
 from tests.command import digest, ok
-from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, scratch, text_file, token_blocks
+from tests.models import (
+    FAMILIES,
+    Compressed,
+    compress_tiny,
+    save_tiny,
+    scratch,
+    slow,
+    text_file,
+    token_blocks,
+)
+from tests.processes import without_bolaco
+from tests.test_checkpoint import must
 
 SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0}
 # Options with which a mode's promises hold on tiny models.
@@ -111,8 +123,16 @@ def test_nothing_is_changed_before_the_first_step(name: str, family: str) -> Non
         torch.testing.assert_close(logits(finished), before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("name", MODES.built_in)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "phi3") for name in MODES.built_in),
+        ("factors", "llama"),
+        ("continued", "gpt2"),
+        *(slow(name, "llama") for name in MODES.built_in if name != "factors"),
+        *(slow(name, "gpt2") for name in MODES.built_in if name != "continued"),
+    ],
+)
 def test_result_of_every_mode(name: str, family: str, tmp_path: Path) -> None:
     mode, source = MODES.get(name), folder_of(family)
     result = tune(source.path, tmp_path / "out", name)
@@ -161,16 +181,44 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, after_saving: bool) -> N
     monkeypatch.setattr(_Watch, name, failing)
 
 
-@pytest.mark.parametrize("name", ["factors", "diagonal", "lora", "mixed-rank"])
-@pytest.mark.parametrize(("step", "after_saving"), [(1, False), (4, True), (5, False), (7, True)])
+# With dropout, several epochs and accumulation.
+LONG: dict[str, Any] = {
+    "options": {
+        "training.save_steps": 2,
+        "training.gradient_accumulation": 2,
+        "data.sequences": 6,
+        "training.warmup": 2,
+    },
+    "max_steps": 7,
+    "batch": 2,
+}
+
+
+@functools.cache
+def undisturbed(name: str) -> Result:
+    """A run of :data:`LONG` that nothing interrupted; leave the folder as it is."""
+    return tune(folder_of("gpt2").path, scratch() / f"undisturbed-{name}", name, **LONG)
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "after_saving"),
+    [
+        ("factors", 1, False),
+        ("factors", 4, True),
+        ("factors", 7, True),
+        *((name, 5, False) for name in ("factors", "diagonal", "lora", "mixed-rank")),
+        *(
+            slow(name, *moment)
+            for moment in ((1, False), (4, True), (7, True))
+            for name in ("diagonal", "lora", "mixed-rank")
+        ),
+    ],
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     name: str, step: int, after_saving: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With dropout, several epochs and accumulation; stopped before any checkpoint, on one, and after one."""
-    model = folder_of("gpt2").path
-    changes = {"training.save_steps": 2, "training.gradient_accumulation": 2, "data.sequences": 6, "training.warmup": 2}
-    words = {"options": changes, "max_steps": 7, "batch": 2}
-    whole = tune(model, tmp_path / "whole", name, **words)
+    """Stopped before any checkpoint, on one, after one, and at the end."""
+    model, words, whole = folder_of("gpt2").path, LONG, undisturbed(name)
     with monkeypatch.context() as patch:
         stop_at(patch, step, after_saving)
         with pytest.raises(Stopped):
@@ -260,8 +308,10 @@ def test_time_before_an_interruption_counts(tmp_path: Path, monkeypatch: pytest.
     assert len(rates) - before == 2
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize(
+    ("schedule", "warmup"),
+    [("cosine", 0), ("cosine", 2), ("linear", 2), ("constant", 0), slow("linear", 0), slow("constant", 2)],
+)
 def test_no_step_is_given_away_to_a_rate_of_zero(
     schedule: str, warmup: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,8 +352,15 @@ def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
 # --- storage and precision --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODES.built_in)
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "auto") for name in MODES.built_in),
+        ("factors", "float32"),
+        ("sketch", "float32"),
+        *(slow(name, "float32") for name in MODES.built_in if name not in ("factors", "sketch")),
+    ],
+)
 def test_half_precision_goes_in_and_comes_out(name: str, dtype: str, tmp_path: Path) -> None:
     model = load_model(str(folder_of("llama").path)).bfloat16()
     save_tiny(tmp_path / "half", model)
@@ -396,8 +453,17 @@ def test_where_adapters_go(on: str, words: tuple[str, ...], tmp_path: Path) -> N
     assert all(any(word in key for word in words) for key in changed)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("name", ["continued", "lora"])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("continued", "llama"),
+        ("lora", "gpt2"),
+        ("lora", "phi3"),
+        slow("lora", "llama"),
+        slow("continued", "gpt2"),
+        slow("continued", "phi3"),
+    ],
+)
 def test_a_dense_model_is_tuned_too(family: str, name: str, tmp_path: Path) -> None:
     save_tiny(tmp_path / "dense", FAMILIES[family]())
     result = tune(tmp_path / "dense", tmp_path / "out", name)
@@ -466,8 +532,7 @@ save_file({"logits": logits}, sys.argv[2])
 @pytest.mark.parametrize("name", ["factors", "sketch"])
 def test_a_result_loads_where_bolaco_is_not(name: str, tmp_path: Path) -> None:
     result = tune(folder_of("phi3").path, tmp_path / "out", name)
-    command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, capture_output=True)
+    must(without_bolaco(LOAD, tmp_path, result.path, tmp_path / "logits"))
     with torch.no_grad():
         ours = load_model(str(result.path))(input_ids=torch.arange(12)[None], use_cache=False).logits
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], ours)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, snapshot
 from tests.models import save_tiny, tiny_llama, tiny_tokenizer
+from tests.processes import killed
 
 SETTINGS = ("training.autocast=false", "evaluation.windows=3", "data.seq_len=32")
 
@@ -196,33 +195,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(place: Path) -> None:
     assert not Path("out").exists()
 
 
-# Kills itself, with no handler and no clean-up, once so many steps are done.
-KILLED = """
-import os, signal, sys
-from bolaco.cli import main
-from bolaco.tune.trainer import _Watch
-
-original = _Watch.on_step_end
-
-def killing(self, args, state, control, **more):
-    original(self, args, state, control, **more)
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-_Watch.on_step_end = killing
-main(sys.argv[1:])
-"""
-
-
 def test_killed_and_given_again(place: Path) -> None:
     """The default precision included: products in bfloat16."""
     given = words("out", "--max-steps", "8", "--set", "training.save_steps=2", "--set", "training.autocast=true")
     whole = [word if word != "out" else "whole" for word in given]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the killed process
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    run = subprocess.run([sys.executable, "-c", KILLED, *given], env=environment, capture_output=True, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    done = killed("bolaco.tune.trainer._Watch.on_step_end", 5, "after", given)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     (checkpoints,) = Path("out.work").glob("trained-*/checkpoints")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     done = ok(*given)

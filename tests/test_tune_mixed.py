@@ -13,15 +13,15 @@ from torch import Tensor
 from bolaco import api
 from bolaco.errors import CheckpointError
 from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
-from bolaco.models.structure import inspect_structure
 from bolaco.models.subject import Subject
 from bolaco.storage.block import low_rank_linear
 from bolaco.tune.mode import Context, Prepared, matrices_of
 from bolaco.tune.modes.mixed_rank import MODE, MixedLinear, coin, probability
 from bolaco.tune.resolve import resolve
 from bolaco.tune.settings import make_settings
-from tests.models import FAMILIES, compress_tiny, compressed, save_tiny, text_file, token_blocks
+from tests.models import FAMILIES, compress_tiny, compressed, save_tiny, slow, text_file, token_blocks
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -164,7 +164,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 # --- the mode ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", ["two-factor", "pivoted"])
+@pytest.mark.parametrize("storage", ["pivoted", slow("two-factor")])
 def test_a_run(storage: str, tmp_path: Path) -> None:
     source = compress_tiny(FAMILIES["llama"](), tmp_path / "small", keep=0.6, storage=storage)
     original = save_tiny(tmp_path / "original", source.original)

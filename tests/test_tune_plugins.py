@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ from bolaco.models.load import load_model
 from bolaco.storage.storage import STORAGES
 from bolaco.tune.mode import MODES, matrices_of
 from tests.command import digest
-from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny
+from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, slow
+from tests.processes import without_bolaco
+from tests.test_checkpoint import must
 from tests.test_docs import install as install_example
 from tests.test_tune import LOAD, Stopped, logits, prepared, stop_at, tune
 
@@ -245,8 +246,12 @@ def factored(model: Any) -> dict[str, FactoredLinear]:
 @pytest.mark.parametrize(
     ("name", "family", "storage"),
     [
-        *((name, family, "toy-scaled") for name in MODES.built_in for family in ("llama", "phi3")),
-        *((name, "llama", "toy-ordered") for name in (*PACKING, "sketch")),
+        *((name, "llama", "toy-scaled") for name in MODES.built_in),
+        ("factors", "phi3", "toy-scaled"),
+        ("mixed-rank", "llama", "toy-ordered"),
+        ("sketch", "llama", "toy-ordered"),
+        *(slow(name, "phi3", "toy-scaled") for name in MODES.built_in if name != "factors"),
+        *(slow(name, "llama", "toy-ordered") for name in PACKING if name != "mixed-rank"),
     ],
 )
 def test_every_mode_tunes_what_a_package_has_stored(
@@ -322,8 +327,7 @@ def test_the_result_loads_where_neither_bolaco_nor_the_package_is(
 ) -> None:
     """Coded, so that the package's layer is described inside the entry of another one."""
     result = tune(made["llama", "toy-scaled"].path, tmp_path / "out", "sketch")
-    command = [sys.executable, "-c", LOAD, str(result.path), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, capture_output=True)
+    must(without_bolaco(LOAD, tmp_path, result.path, tmp_path / "logits"))
     with torch.no_grad():
         ours = load_model(str(result.path))(input_ids=torch.arange(12)[None], use_cache=False).logits
     torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], ours)
@@ -352,7 +356,7 @@ def test_a_missing_package_is_noticed_before_training(
 # --- a mode -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", ["pivoted", "two-factor", *STORED_BY])
+@pytest.mark.parametrize("storage", ["pivoted", "toy-scaled", slow("two-factor"), slow("toy-ordered")])
 def test_a_mode_of_a_package(storage: str, made: dict[tuple[str, str], Compressed], tmp_path: Path) -> None:
     source = made.get(("llama", storage)) or compress_tiny(FAMILIES["llama"](), tmp_path / "in", storage=storage)
     mode = MODES.get("toy-size")
@@ -404,7 +408,7 @@ def test_its_options_are_checked(made: dict[tuple[str, str], Compressed], tmp_pa
     assert settings["options"] == {"start": 1.5}
 
 
-@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("biases", [True, slow(False)])
 def test_the_mode_of_the_document(
     biases: bool, made: dict[tuple[str, str], Compressed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import torch
 from bolaco.layers import FollowerLinear, LeadLinear
 from bolaco.models.load import load_model
 from bolaco.tune.mode import MODES
-from tests.models import FAMILIES, compressed_once, save_tiny
+from tests.models import FAMILIES, compressed_once, save_tiny, slow
 from tests.test_tune import logits, prepared, tune
 
 JOINT = {"preset": "joint", "search": None, "keep": 0.75}
@@ -18,8 +18,14 @@ JOINT = {"preset": "joint", "search": None, "keep": 0.75}
 BESIDE = ("sketch", "tt-lora")
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("name", [name for name in MODES.built_in if name not in BESIDE])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "phi3") for name in MODES.built_in if name not in BESIDE),
+        ("factors", "llama"),
+        *(slow(name, "llama") for name in MODES.built_in if name not in (*BESIDE, "factors")),
+    ],
+)
 def test_both_matrices_and_their_factor_are_tuned_and_stay_together(name: str, family: str, tmp_path: Path) -> None:
     source = compressed_once(family, **JOINT)
     model = load_model(str(source.path))
@@ -50,8 +56,10 @@ def test_both_matrices_and_their_factor_are_tuned_and_stay_together(name: str, f
     assert record.tuning.perplexity.after != record.tuning.perplexity.before
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("sketch", "phi3"), ("tt-lora", "llama"), slow("sketch", "llama"), slow("tt-lora", "phi3")],
+)
 def test_codes_and_adapters_go_with_shared_factors_too(name: str, family: str, tmp_path: Path) -> None:
     source = compressed_once(family, **JOINT)
     record = tune(source.path, tmp_path / "out", name).info.tuning

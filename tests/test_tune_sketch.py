@@ -26,7 +26,7 @@ from bolaco.tune.modes import sketch
 from bolaco.tune.tables import Coded, clustering_error, code, coded_layer, inverse_factor, kmeans
 from bolaco.tune.trainer import TuneTrainer
 from tests.command import digest
-from tests.models import FAMILIES, compressed, save_tiny, text_file, tiny_llama, token_blocks
+from tests.models import FAMILIES, compressed, save_tiny, slow, text_file, tiny_llama, token_blocks
 
 # One batch, again and again, so that its loss has to fall.
 SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0, "data.sequences": 4}
@@ -185,8 +185,17 @@ def test_without_correlation_the_nearest_entry_is_taken() -> None:
 # --- the mode ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("family", "dense"),
+    [
+        ("gpt2", False),
+        ("phi3", False),
+        ("llama", True),
+        slow("llama", False),
+        slow("gpt2", True),
+        slow("phi3", True),
+    ],
+)
 def test_tables_are_trained_and_codes_are_not(
     family: str, dense: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +237,7 @@ def test_coding_is_sequential_and_near(tmp_path: Path) -> None:
     assert loss[4] < 0.2 * loss[2]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [3, 4, slow(2)])
 def test_the_file_is_small(bits: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     model = tiny_llama(**sizes).bfloat16()

@@ -22,7 +22,7 @@ from bolaco.checkpoint.info import TuningRecord
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
 from bolaco.layers.tensor_train import PUBLISHED, TensorTrain, TrainAdapter, factorization, train_sizes
 from bolaco.models.load import load_model
-from tests.models import FAMILIES, compressed, save_tiny, text_file, token_blocks
+from tests.models import FAMILIES, compressed, save_tiny, slow, text_file, token_blocks
 
 # One batch, again and again, so that its loss has to fall.
 SMALL = {"evaluation.windows": 4, "training.autocast": False, "training.warmup": 0, "data.sequences": 4}
@@ -137,7 +137,7 @@ def test_factorization_of_primes() -> None:
     assert factorization(576, 5, 4) == (16, 4, 3, 3)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", slow("llama")])
 def test_kept_adapter(family: str, tmp_path: Path) -> None:
     source = compressed(family)
     record = run(source.path, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_only_the_types_asked_for(tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in names} == {"o_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "llama_biased"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", slow("llama_biased")])
 def test_merged_into_dense_matrices(family: str, tmp_path: Path) -> None:
     """Merged and kept, the same training gives the same model; and only q and v are changed."""
     model = save_tiny(tmp_path / "model", FAMILIES[family]())

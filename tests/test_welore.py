@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bolaco.allocate.allocators.welore import normalised, rank_at, welore_ranks
 from bolaco.errors import BudgetError
-from bolaco.models.structure import Site, inspect_structure
+from bolaco.models.find import inspect_structure
+from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.storage.budget import Budget
 from bolaco.storage.storage import STORAGES

@@ -19,6 +19,7 @@ from bolaco.errors import DataError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
 from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
+from bolaco.models.structure import positions_of
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
 from bolaco.runs.chop import chop
@@ -247,7 +248,7 @@ def evaluate(
     loaded = load_model(model, dtype, device) if isinstance(model, str) else model
     if tokenizer is None:
         tokenizer = load_tokenizer(model if isinstance(model, str) else str(loaded.name_or_path))
-    positions = getattr(loaded.config, "max_position_embeddings", None)
+    positions = positions_of(loaded.config)
     if positions is not None and seq_len > positions:
         raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
     model_type = loaded.config.model_type

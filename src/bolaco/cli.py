@@ -194,6 +194,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
         blocks_line,
+        experts_table,
+        kept_line,
         ranks_table,
         seconds_line,
         summary_table,
@@ -215,6 +217,12 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         console.print(ranks_table(info.ranks))
     else:
         console.print(blocks_line(info.layers, info.layers_dense))
+    if info.tokens_per_expert:
+        console.print(experts_table(info.tokens_per_expert))
+    if info.kept:
+        console.print(kept_line(info))
+    if info.walk:
+        console.print(f"statistics from whole forward passes: {info.walk}")
     if info.trials:
         console.print(trials_table(info.trials))
         best = [min(t.objective for t in info.trials[: i + 1]) for i in range(len(info.trials))]

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from bolaco.allocate.search.run import Evaluator
-from bolaco.models.structure import inspect_structure
+from bolaco.models.find import inspect_structure
 from bolaco.runs import compress as runs
 from bolaco.work import blockstore
 from tests.bad_input.common import contents, one_line, refused

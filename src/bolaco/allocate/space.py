@@ -15,7 +15,8 @@ from pydantic import Field
 
 from bolaco.allocate.allocator import AllocationTask
 from bolaco.errors import RecipeError
-from bolaco.models.structure import TYPES, Site, Structure
+from bolaco.models.labels import TYPES, ordered
+from bolaco.models.structure import Site, Structure
 from bolaco.settings import Section
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import Storage
@@ -161,12 +162,17 @@ def make_space(
         RecipeError: an unknown type in ``dense_types``.
         BudgetError: not even the smallest allocation fits.
     """
-    unknown = set(dense_types) - set(TYPES)
+    known = structure.types | set(TYPES)
+    unknown = set(dense_types) - known
     if unknown:
-        raise RecipeError(f"search.dense_types: unknown type {sorted(unknown)[0]!r}; known are {', '.join(TYPES)}")
+        raise RecipeError(
+            f"search.dense_types: unknown type {sorted(unknown)[0]!r}; known are {', '.join(ordered(known))}"
+        )
+    grouped = {kind for types in _SHARED for kind in types}
+    families = (*_SHARED, *((kind,) for kind in ordered(structure.types - grouped)))
     dimensions = []
     for part in range(parts):
-        for types in _SHARED:
+        for types in families:
             sites = tuple(
                 site
                 for site in structure.sites

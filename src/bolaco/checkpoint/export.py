@@ -12,10 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import UnsupportedModelError
 from bolaco.layers import Entry, FactoredLinear, SplitLinear
+from bolaco.models.experts import experts_of, fused_tensors
+from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.lowrank import is_compressed, stock_config
 from bolaco.models.quiet import quiet
-from bolaco.models.structure import inspect_structure, meta_model, prefix_of, weight_of
+from bolaco.models.structure import has_module, prefix_of, weight_of
 from bolaco.work.output import new_folder
 
 # Configuration switches that give a stock architecture biases -> what the names of the projections they cover contain.
@@ -41,7 +43,26 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     prefix = prefix_of(dense)
     stock = dense.state_dict()
     homeless = []
+    apart = dict(experts_of(model.base_model))
+    for name, experts in apart.items():
+        for key in [key for key in state if key.startswith(f"{prefix}{name}.")]:
+            del state[key]
+        for own, tensor in fused_tensors(experts, dense.base_model.get_submodule(name), _dense).items():
+            key = f"{prefix}{name}.{own}"
+            if key in stock:
+                state[key] = tensor
+            elif float(tensor.abs().max()) > 0:
+                homeless.append(key)
+        # What else there is in the stock module, such as a norm behind the experts.
+        rest = {
+            key.removeprefix("rule."): value for key, value in experts.state_dict().items() if key.startswith("rule.")
+        }
+        state.update({f"{prefix}{name}.{key}": value for key, value in rest.items()})
     for module in dict.fromkeys(site.module for site in structure.sites):
+        if any(module.startswith(f"{name}.") for name in apart):
+            continue
+        if not has_module(model.base_model, module):
+            continue  # an expert whose matrices are fused still
         key = prefix + module
         weight, bias = _dense(model.base_model.get_submodule(module))
         for name in [name for name in state if name.startswith(f"{key}.")]:

@@ -116,6 +116,14 @@ class TunedInfo(Info):
     tuning: TuningRecord
 
 
+class KeptRecord(Record):
+    """What of the decoder blocks stays dense whatever the recipe says, and why."""
+
+    name: str
+    parameters: int
+    reason: str
+
+
 class CompressedInfo(Info):
     """Of a compressed model, tuned afterwards or not.
 
@@ -131,6 +139,10 @@ class CompressedInfo(Info):
         layers, layers_dense: the decoder blocks that are there, and how many the original has.
         ranks: of every matrix by name; None is dense.
         pivot_growth: of matrices whose stored form lets rounding errors grow, the factor.
+        parameters_active, parameters_active_dense: of those, what one token uses; less where there are experts.
+        kept: what of the decoder blocks is dense by nature.
+        walk: why blocks could not be run one by one; empty where they could.
+        tokens_per_expert: calibration tokens of the experts, by matrix.
         perplexity: before and after.
         dimensions: of the search.
         trials: of the search, in order.
@@ -147,6 +159,8 @@ class CompressedInfo(Info):
     keep_model: float
     parameters: int
     parameters_dense: int
+    parameters_active: int | None = None
+    parameters_active_dense: int | None = None
     parameters_linears: int
     parameters_linears_dense: int
     bytes: int
@@ -156,6 +170,9 @@ class CompressedInfo(Info):
     layers_dense: int
     ranks: Ranks
     pivot_growth: dict[str, float] = {}
+    kept: list[KeptRecord] = []
+    walk: str = ""
+    tokens_per_expert: dict[str, int] = {}
     perplexity: Perplexities
     dimensions: list[str] = []
     trials: list[TrialRecord]

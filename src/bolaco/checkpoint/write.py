@@ -12,7 +12,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import NonFiniteError
-from bolaco.layers import Entry, FactoredLinear, SplitLinear, put_module
+from bolaco.layers import (
+    EachExpert,
+    Entry,
+    FactoredLinear,
+    GroupedExperts,
+    RoutedExperts,
+    SplitLinear,
+    put_module,
+)
+from bolaco.models.experts import experts_of, together
 from bolaco.models.lowrank import compressed_skeleton
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Site, Structure, prefix_of
@@ -47,11 +56,15 @@ def compressed_state(
     result = CompressedState({}, dict(model.state_dict()))
     prefix = prefix_of(model)
     for layer, block in enumerate(blocks):
-        inside = f"{structure.blocks}.{layer}."
+        inside = f"{structure.blocks[layer]}."
         for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
             del result.tensors[key]
+        apart = dict(experts_of(block))
         for sites in structure.modules(layer).values():
             name = structure.name_in_block(sites[0])
+            if any(name.startswith(f"{place}.") for place in apart):
+                _packed(block, sites[0], name, storage, result.growth)
+                continue
             if isinstance(block.get_submodule(name), SplitLinear):
                 places = [(site, f"{name}.parts.{site.part}") for site in sites]
                 parts = [{"name": site.part} | _packed(block, site, at, storage, result.growth) for site, at in places]
@@ -66,6 +79,11 @@ def compressed_state(
             )
             if not stays or (entry["bias"] and original.bias is None):
                 result.matrices[inside + name] = entry
+        for name, experts in apart.items():
+            stored = together(experts, model.base_model.get_submodule(inside + name))
+            put_module(block, name, stored)
+            if isinstance(stored, RoutedExperts | EachExpert | GroupedExperts):
+                result.matrices[inside + name] = stored.entry()
         result.tensors.update({prefix + inside + key: value.contiguous() for key, value in block.state_dict().items()})
     return result
 

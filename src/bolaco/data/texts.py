@@ -12,6 +12,7 @@ from torch import Tensor
 from bolaco.data.settings import Calibration, Evaluation, Validation
 from bolaco.data.sources import TokenStream, fingerprint
 from bolaco.errors import DataError
+from bolaco.models.structure import positions_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def prepare_texts(
     evaluation_source = evaluation.source or validation_source
 
     def take(source: str, count: int | None, length: int, purpose: str) -> Tensor:
-        positions = getattr(config, "max_position_embeddings", None)
+        positions = positions_of(config)
         if positions is not None and length > positions:
             raise DataError(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"

@@ -6,6 +6,7 @@ time. Of the reference only the final hidden states are kept (its logits are the
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError, UnsupportedModelError
+from bolaco.models.structure import trunk
 
 # Bytes of one chunk of logits.
 SLAB = 24 * 2**20
@@ -23,6 +25,9 @@ SLAB = 24 * 2**20
 
 class Head:
     """From final hidden states to logits: the model's output embedding and what the family does after it.
+
+    Where that is more than is known here, it is the model's own forward pass behind a base model that only hands out
+    hidden states.
 
     Raises:
         UnsupportedModelError: these logits are not the model's own (checked once, on a few tokens).
@@ -36,37 +41,68 @@ class Head:
         self.softcap = getattr(config, "final_logit_softcapping", None)
         # Granite divides, Cohere multiplies; others have neither.
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._whole: tuple[PreTrainedModel, Any] | None = None
         self._check(model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[n, d]`` to logits ``[n, vocabulary]``, float32 (float64 of a float64 model)."""
-        logits: Tensor = self.linear(hidden)
+        logits: Tensor = self.linear(hidden) if self._whole is None else self._behind(hidden)
         if logits.dtype != torch.float64:
             logits = logits.float()
+        if self._whole is not None:
+            return logits
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def _behind(self, hidden: Tensor) -> Tensor:
+        """What the model makes of final hidden states ``[n, d]``."""
+        assert self._whole is not None
+        model, output = self._whole
+        base = trunk(model)
+        given = copy.copy(output)
+        if isinstance(given, tuple):
+            given = (hidden[None], *given[1:])
+        else:
+            given[next(iter(given))] = hidden[None]
+        base.forward = lambda *args, **kwargs: given
+        try:
+            tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0]
+            return logits
+        finally:
+            del base.forward  # the class's own is behind it
+
     def _check(self, model: PreTrainedModel) -> None:
         if model.device.type == "meta":
             return
-        tokens = torch.arange(4, device=model.device)[None] % model.config.vocab_size
+        tokens = torch.arange(4, device=model.device)[None] % self.linear.weight.shape[0]
         with torch.inference_mode():
             expected = model(input_ids=tokens, use_cache=False).logits[0].float()
-            actual = self(final_hidden(model, tokens)[0]).float()
-        # In units of the largest logit: half precision rounds less than this, and small logits are checked too.
-        tolerance = 1e-2 * float(expected.abs().max())
-        if torch.isfinite(expected).all() and not torch.allclose(actual, expected, rtol=0, atol=tolerance):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} ({model.config.model_type}) transforms its logits in an unknown way"
-            )
+            output = trunk(model)(input_ids=tokens, use_cache=False)
+            if _close(self(output[0][0]), expected):
+                return
+            self._whole = (model, output)
+            if _close(self(output[0][0]), expected):
+                return
+        raise UnsupportedModelError(
+            f"{type(model).__name__} ({model.config.model_type}) transforms its logits in an unknown way"
+        )
+
+
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    # In units of the largest logit: half precision rounds less than this, and small logits are checked too.
+    tolerance = 1e-2 * float(expected.abs().max())
+    if not torch.isfinite(expected).all():
+        return True
+    return actual.shape == expected.shape and torch.allclose(actual.float(), expected, rtol=0, atol=tolerance)
 
 
 def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Final hidden states ``[sequences, length, d]`` of ``tokens``."""
-    states: Tensor = model.base_model(input_ids=tokens.to(model.device), use_cache=False).last_hidden_state
+    states: Tensor = trunk(model)(input_ids=tokens.to(model.device), use_cache=False)[0]
     return states
 
 

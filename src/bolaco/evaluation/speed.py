@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
 from bolaco.models.load import evaluation_mode, load_model
-from bolaco.models.structure import weight_of
+from bolaco.models.structure import positions_of, weight_of
 from bolaco.work.memory import largest_resident
 
 
@@ -108,7 +108,7 @@ def measure(
     start = time.perf_counter()
     loaded = load_model(model, dtype, device)
     seconds = time.perf_counter() - start
-    positions = getattr(loaded.config, "max_position_embeddings", None)
+    positions = positions_of(loaded.config)
     # One step more than is counted.
     if positions is not None and prompt + new + 1 > positions:
         raise DataError(f"a prompt of {prompt} and {new} new tokens: {model} has {positions} positions; lower --prompt")

@@ -15,7 +15,7 @@ from bolaco.factorize.solver import Factors, InputMetric
 from bolaco.factorize.store import FactorStore
 from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
-from bolaco.statistics.forward import BlockWalk, collect
+from bolaco.statistics.forward import collect, input_walk
 from bolaco.statistics.statistic import SiteStatistics
 from bolaco.statistics.stored import StatisticStore, site_statistics
 
@@ -72,19 +72,30 @@ def factorize(
                         job.store.save(layer, _of_block(layer, job, {}))
                 tick(1)
         return
-    walk = BlockWalk(first.model, first.structure, tokens, settings.batch, cache_file)
+    walk = input_walk(first.model, first.structure, tokens, settings.batch, cache_file)
     try:
         with reporter.stage("calibrate and factorize", len(layers) * len(tokens)) as tick:
-            for layer in layers:
-                waiting = [job for job in jobs if not job.store.has(layer)]
-                if not waiting:
-                    walk.advance(tick=tick)
+            while walk.layer < len(layers):
+                first_layer = walk.layer
+                if all(job.store.has(first_layer) for job in jobs):
+                    walk.advance(1, tick=tick)
                     continue
-                inputs = collect(walk, wanted, settings.groups, tick)
-                for job in waiting:
-                    job.store.save(layer, _of_block(layer, job, inputs))
+                for layer, inputs in enumerate(collect(walk, wanted, settings.groups, tick), first_layer):
+                    for job in jobs:
+                        if not job.store.has(layer):
+                            job.store.save(layer, _of_block(layer, job, inputs), _tokens(layer, job, inputs))
     finally:
         walk.close()
+
+
+def _tokens(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) -> dict[str, int]:
+    """Tokens that each expert of a block was sent, by site name."""
+    found = {}
+    for site in job.subject.structure.of_layer(layer):
+        count = inputs[site.input_group].tokens
+        if site.expert is not None and count is not None:
+            found[site.name] = count
+    return found
 
 
 def _of_block(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) -> dict[str, Factors]:

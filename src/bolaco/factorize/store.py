@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 
+import torch
 from torch import Tensor
 
 from bolaco.factorize.solver import Factors
 from bolaco.work.blockstore import BlockStore
 
+_TOKENS = "/tokens"
 _FIELDS = tuple(field.name for field in fields(Factors))
 
 
 class FactorStore(BlockStore):
     """The factors of a model's matrices in one folder."""
 
-    def save(self, layer: int, factors: dict[str, Factors]) -> None:
-        """Writes one block's factors, by site name."""
+    def save(self, layer: int, factors: dict[str, Factors], tokens: Mapping[str, int] | None = None) -> None:
+        """Writes one block's factors, by site name, and the calibration tokens that experts were sent, by site name."""
         values = {f"{name}/{field}": getattr(item, field) for name, item in factors.items() for field in _FIELDS}
+        values |= {f"{name}{_TOKENS}": torch.tensor(count) for name, count in (tokens or {}).items()}
         self.write(layer, {name: value for name, value in values.items() if value is not None})
 
     def load(self, layer: int) -> dict[str, Factors]:
@@ -28,12 +32,22 @@ class FactorStore(BlockStore):
         """
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in self.read(layer).items():
+            if key.endswith(_TOKENS):
+                continue
             name, _, field = key.rpartition("/")
             found.setdefault(name, {})[field] = value
         try:
             return {name: Factors(**values) for name, values in found.items()}
         except TypeError as error:
             raise self.damaged(layer, error) from error
+
+    def tokens(self, layers: int) -> dict[str, int]:
+        """The calibration tokens that experts were sent, by site name; empty for methods that read no text."""
+        return {
+            name.removesuffix(_TOKENS): int(count)
+            for layer in range(layers)
+            for name, count in self.read(layer, _TOKENS).items()
+        }
 
     def spectra(self, layers: int) -> dict[str, Tensor]:
         """The spectrum of every factored matrix."""

@@ -2,6 +2,7 @@
 
 from bolaco.layers.base import BUILDERS, Entry, FactoredLinear, build_layer, builds, put_module
 from bolaco.layers.common import FollowerLinear, LeadLinear
+from bolaco.layers.experts import EachExpert, GroupedExperts, RoutedExperts, SortedExperts
 from bolaco.layers.install import LowRankMixin, install_layers
 from bolaco.layers.low_rank import LowRankLinear
 from bolaco.layers.pivoted import PivotedLinear
@@ -10,14 +11,18 @@ from bolaco.layers.split import SplitLinear
 
 __all__ = [
     "BUILDERS",
+    "EachExpert",
     "Entry",
     "FactoredLinear",
     "FollowerLinear",
+    "GroupedExperts",
     "LeadLinear",
     "LowRankLinear",
     "LowRankMixin",
     "PivotedLinear",
+    "RoutedExperts",
     "SketchLinear",
+    "SortedExperts",
     "SplitLinear",
     "build_layer",
     "builds",

@@ -12,23 +12,30 @@ from torch import Tensor, nn
 
 # An entry of ``config.lowrank["matrices"]``: ``"kind"``, and what the builder of that kind needs.
 Entry = dict[str, Any]
-Builder = Callable[[int, Entry], nn.Module]
+Builder = Callable[[Any, Entry], nn.Module]
 
 BUILDERS: dict[str, Builder] = {}
+# Kinds whose builder is given the module that the layer takes the place of, because parts of that go on living in it.
+OF_MODULE: set[str] = set()
 
 
-def builds(kind: str) -> Callable[[Builder], Builder]:
-    """Decorates the function that makes a layer of this kind from its input size and its entry."""
+def builds(kind: str, of_module: bool = False) -> Callable[[Builder], Builder]:
+    """Decorates the function that makes a layer of this kind from its input size and its entry.
+
+    With ``of_module`` it is given the module whose place the layer takes instead of the input size.
+    """
 
     def register(builder: Builder) -> Builder:
         BUILDERS[kind] = builder
+        if of_module:
+            OF_MODULE.add(kind)
         return builder
 
     return register
 
 
-def build_layer(in_features: int, entry: Entry) -> nn.Module:
-    """The layer that an entry describes, on ``in_features`` inputs.
+def build_layer(in_features: Any, entry: Entry) -> nn.Module:
+    """The layer that an entry describes, on ``in_features`` inputs (for some kinds the module it replaces).
 
     Raises:
         ValueError: its kind is not known here.
@@ -48,6 +55,23 @@ def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Replaces the module at a dotted name inside ``root``."""
     parent, _, attribute = name.rpartition(".")
     setattr(root.get_submodule(parent), attribute, module)
+
+
+def grouped_linear(x: Tensor, sizes: list[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Rows ``[n, in]`` in consecutive runs of ``sizes``, each through its own matrix ``[experts, out, in]``."""
+    grouped = getattr(torch.nn.functional, "grouped_mm", None)
+    if grouped is not None and x.is_cuda and weight.dtype == torch.bfloat16:
+        ends = torch.tensor(sizes, device=x.device).cumsum(0).to(torch.int32)
+        y: Tensor = grouped(x.to(weight.dtype), weight.transpose(1, 2), offs=ends)
+        if bias is not None:
+            y = y + bias.repeat_interleave(torch.tensor(sizes, device=x.device), dim=0)
+        return y
+    runs = [
+        nn.functional.linear(run, weight[i], None if bias is None else bias[i])
+        for i, run in enumerate(x.split(sizes))
+        if len(run)
+    ]
+    return torch.cat(runs) if runs else x.new_zeros(0, weight.shape[1])
 
 
 class FactoredLinear(nn.Module):

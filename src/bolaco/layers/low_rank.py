@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, FactoredLinear, builds
+from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear
 
 
 class LowRankLinear(FactoredLinear):
@@ -24,6 +24,11 @@ class LowRankLinear(FactoredLinear):
         """``reduce(x)``, ``[..., rank]``."""
         reduced: Tensor = self.reduce(x)
         return reduced
+
+    def grouped(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """:meth:`forward` of all experts at once, each of its run of ``x`` ``[n, in]``; its tensors are stacked."""
+        reduced = grouped_linear(x, sizes, self.reduce.weight)
+        return grouped_linear(reduced, sizes, self.expand.weight, self.expand.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The weights of ``expand`` and ``reduce``."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, FactoredLinear, builds
+from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear
 
 
 class PivotedLinear(FactoredLinear):
@@ -36,6 +36,17 @@ class PivotedLinear(FactoredLinear):
         x = x.index_select(-1, self.order)
         mapped: Tensor = self.pivot(x[..., : self.rank] + self.rest(x[..., self.rank :]))
         return mapped
+
+    def grouped(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """:meth:`forward` of all experts at once, each of its run of ``x`` ``[n, in]``; its tensors are stacked."""
+        order = self.order.repeat_interleave(torch.tensor(sizes, device=x.device), dim=0).long()
+        if self.side == "rows":
+            first = grouped_linear(x, sizes, self.pivot.weight, self.pivot.bias)
+            rest = grouped_linear(first, sizes, self.rest.weight, self.rest.bias)
+            return torch.cat([first, rest], dim=-1).gather(-1, order)
+        x = x.gather(-1, order)
+        kept = x[:, : self.rank] + grouped_linear(x[:, self.rank :], sizes, self.rest.weight)
+        return grouped_linear(kept, sizes, self.pivot.weight, self.pivot.bias)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The pivots are one factor as they are; the other has the identity in their place."""

@@ -13,26 +13,30 @@ from bolaco.layers import BUILDERS, Entry, LowRankMixin
 _DOCSTRING = '"""Layers and model classes of a low-rank model, as written by bolaco."""\n\n'
 # Modules that it is joined from may name classes in annotations before these are there.
 _FUTURE = "from __future__ import annotations\n\n"
-_CLASSES = '''
+_CLASSES = {
+    "config": '''
 
 class {config}({dense_config}):
     """Configuration of a {model_type} model with factored projections."""
 
     model_type = "{compressed_type}"
     base_model_tp_plan = None
-
+''',
+    "base": '''
 
 class {base}(LowRankMixin, {dense_base}):
     """{dense_base} with factored projections."""
 
     config_class = {config}
-
+''',
+    "causal": '''
 
 class {causal}(LowRankMixin, {dense_causal}):
     """{dense_causal} with factored projections."""
 
     config_class = {config}
-'''
+''',
+}
 
 
 def kinds_in(entry: Entry) -> Iterator[str]:
@@ -60,7 +64,8 @@ def modelling_code(
     imports = code.imports | {f"from {dense.__module__} import {dense.__name__}" for _, dense in classes.values()}
     names = {key: name for key, (name, _) in classes.items()}
     dense = {f"dense_{key}": cls.__name__ for key, (_, cls) in classes.items()}
-    tail = _CLASSES.format(compressed_type=compressed_type, model_type=model_type, **names, **dense)
+    known = {"compressed_type": compressed_type, "model_type": model_type} | names | dense
+    tail = "".join(part.format(**known) for key, part in _CLASSES.items() if key in classes)
     return _DOCSTRING + _FUTURE + "\n".join(sorted(imports)) + "\n\n\n" + code.text() + "\n" + tail
 
 

@@ -25,23 +25,8 @@ PREFIX = "lowrank_"
 MODELLING_FILE = "modeling_lowrank"
 # Of the entry "lowrank" in a configuration: 1 had no kinds.
 FORMAT = 2
-# Types registered by `import bolaco`. Any other type whose structure is understood compresses too; its checkpoints
-# load with trust_remote_code=True, or through bolaco's own commands.
-MODEL_TYPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-    "granite",
-    "olmo2",
-    "smollm3",
-    "gpt2",
-    "opt",
-)
+# Auto classes that a compressed model is known to, if the dense one is.
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
 def is_compressed(config: Any) -> bool:
@@ -60,7 +45,7 @@ def refuse_compressed(config: Any) -> None:
 
 def class_stem(causal_name: str) -> str:
     """``LlamaForCausalLM`` -> ``LowRankLlama``; ``GPT2LMHeadModel`` -> ``LowRankGPT2``."""
-    for ending in ("ForCausalLM", "LMHeadModel"):
+    for ending in ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"):
         causal_name = causal_name.removesuffix(ending)
     return f"LowRank{causal_name}"
 
@@ -108,16 +93,29 @@ def stock_config_class(model_type: str) -> Any:
 
 
 def _stock_classes(model_type: str) -> tuple[Any, Any]:
-    """transformers' own base-model and causal-model class of ``model_type``."""
+    """transformers' own base-model and causal-model class of ``model_type``; the first one can be None."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     config = stock_config_class(model_type)
-    return AutoModel._model_mapping[config], AutoModelForCausalLM._model_mapping[config]
+    base: Any = AutoModel._model_mapping.get(config, None)
+    if isinstance(base, tuple):
+        base = base[0]  # Funnel has one more, without a decoder
+    causal = AutoModelForCausalLM._model_mapping[config]
+    return (None if base is causal else base), causal
+
+
+def _auto_classes(model_type: str) -> list[Any]:
+    """The auto classes that load the causal model of a type."""
+    import transformers
+
+    config, (_, causal) = stock_config_class(model_type), _stock_classes(model_type)
+    autos = [getattr(transformers, name) for name in _AUTO_CLASSES if hasattr(transformers, name)]
+    return [auto for auto in autos if config in auto._model_mapping and auto._model_mapping[config] is causal]
 
 
 @functools.cache
 def model_classes(model_type: str) -> tuple[Any, Any]:
-    """Base-model and causal-model class of ``lowrank_<model_type>``."""
+    """Base-model and causal-model class of ``lowrank_<model_type>``; the first one can be None."""
     from bolaco.layers import LowRankMixin
 
     config = config_class(model_type)
@@ -136,7 +134,12 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
         doc = f"{parent.__name__} with factored projections."
         return type(name, (Installed, parent), {"__doc__": doc, "__module__": __name__, "config_class": config})
 
-    return make(f"{stem}Model", base), make(f"{stem}ForCausalLM", causal)
+    made = make(f"{stem}{'ForCausalLM' if _names_text_model(causal) else 'ForConditionalGeneration'}", causal)
+    return None if base is None else make(f"{stem}Model", base), made
+
+
+def _names_text_model(causal: Any) -> bool:
+    return not causal.__name__.endswith("ForConditionalGeneration")
 
 
 def upgraded(lowrank: dict[str, Any]) -> dict[str, Any]:
@@ -214,16 +217,18 @@ def _modelling_code(model_type: str, lowrank: dict[str, Any]) -> str:
     (base, causal), (dense_base, dense_causal) = model_classes(model_type), _stock_classes(model_type)
     classes = {
         "config": (config_class(model_type).__name__, stock_config_class(model_type)),
-        "base": (base.__name__, dense_base),
         "causal": (causal.__name__, dense_causal),
     }
+    if base is not None:
+        classes["base"] = (base.__name__, dense_base)
     return modelling_code(PREFIX + model_type, model_type, classes, lowrank.get("matrices", {}).values())
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """The ``auto_map`` entry of a configuration: where transformers' auto classes find the classes in that code."""
     base, causal = model_classes(model_type)
-    classes = {"AutoConfig": config_class(model_type), "AutoModel": base, "AutoModelForCausalLM": causal}
+    classes = {"AutoConfig": config_class(model_type)} | ({} if base is None else {"AutoModel": base})
+    classes |= {auto.__name__: causal for auto in _auto_classes(model_type)}
     return {auto: f"{MODELLING_FILE}.{cls.__name__}" for auto, cls in classes.items()}
 
 
@@ -264,21 +269,46 @@ def register_config(model_type: str) -> None:
 
 @functools.cache
 def register_models(model_type: str) -> None:
-    """Makes ``AutoModel`` and ``AutoModelForCausalLM`` know ``lowrank_<model_type>``."""
-    from transformers import AutoModel, AutoModelForCausalLM
+    """Makes the auto classes know ``lowrank_<model_type>``."""
+    from transformers import AutoModel
 
     base, causal = model_classes(model_type)
-    AutoModel.register(config_class(model_type), base, exist_ok=True)
-    AutoModelForCausalLM.register(config_class(model_type), causal, exist_ok=True)
+    if base is not None:
+        AutoModel.register(config_class(model_type), base, exist_ok=True)
+    for auto in _auto_classes(model_type):
+        auto.register(config_class(model_type), causal, exist_ok=True)
+
+
+class _Compressed(dict[str, Any]):
+    """What transformers keeps registered configurations in, with those of compressed types made when asked for."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or _dense_type(key) is not None
+
+    def __missing__(self, key: str) -> Any:
+        model_type = _dense_type(key)
+        if model_type is None:
+            raise KeyError(key)
+        self[key] = config_class(model_type)
+        return self[key]
+
+
+def _dense_type(key: object) -> str | None:
+    """The type that a compressed one is of; None if it is none, or transformers has no causal model of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not isinstance(key, str) or not key.startswith(PREFIX):
+        return None
+    model_type = key.removeprefix(PREFIX)
+    return model_type if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def register_all() -> None:
-    """Registers the configurations of :data:`MODEL_TYPES` that this transformers has."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    """Makes ``AutoConfig`` know the compressed type of every causal model; nothing is imported before it is needed."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    for model_type in MODEL_TYPES:
-        if model_type in CONFIG_MAPPING_NAMES:
-            register_config(model_type)
+    if not isinstance(CONFIG_MAPPING._extra_content, _Compressed):
+        CONFIG_MAPPING._extra_content = _Compressed(CONFIG_MAPPING._extra_content)
 
 
 def register_when_imported() -> None:

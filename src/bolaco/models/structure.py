@@ -1,4 +1,4 @@
-"""What a decoder is: its blocks and the linear matrices inside them, found by inspection and one small table.
+"""What a decoder is: its blocks, the linear matrices inside them, and what else is there and stays as it is.
 
 Orientation is settled here, once: a site's weight is always ``[out, in]``, whatever the module stores.
 """
@@ -6,50 +6,17 @@ Orientation is settled here, once: a site's weight is always ``[out, in]``, what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import UnsupportedModelError
-
-# Name of a linear module inside a decoder block -> the matrices it holds, top to bottom.
-LAYOUT: dict[str, tuple[str, ...]] = {
-    "self_attn.q_proj": ("q",),
-    "self_attn.k_proj": ("k",),
-    "self_attn.v_proj": ("v",),
-    "self_attn.o_proj": ("o",),
-    "self_attn.out_proj": ("o",),
-    "self_attn.qkv_proj": ("q", "k", "v"),
-    "mlp.gate_proj": ("gate",),
-    "mlp.up_proj": ("up",),
-    "mlp.gate_up_proj": ("gate", "up"),
-    "mlp.down_proj": ("down",),
-    "fc1": ("up",),
-    "fc2": ("down",),
-    "attn.c_attn": ("q", "k", "v"),
-    "attn.c_proj": ("o",),
-    "mlp.c_fc": ("up",),
-    "mlp.c_proj": ("down",),
-}
-# Matrix type -> the input it shares with others.
-INPUT_OF = {
-    "q": "attention",
-    "k": "attention",
-    "v": "attention",
-    "o": "o",
-    "gate": "mlp",
-    "up": "mlp",
-    "down": "down",
-}
-TYPES = tuple(INPUT_OF)
-# Matrices on one input that can be stacked and factored as one (arXiv 2402.16319).
-STACKS = {"qk": ("q", "k"), "gate_up": ("gate", "up")}
+from bolaco.models.labels import INPUT_OF, STACKS
 
 
 @dataclass(frozen=True)
@@ -60,11 +27,13 @@ class Site:
         name: unique name in the causal model; parts of a fused module end in ``.q``, ``.gate``, ...
         module: name of the module, relative to the base model (the one without the language-model head).
         layer: index of the decoder block.
-        type: one of ``q k v o gate up down``.
+        type: one of ``q k v o gate up down``, else what the module is called inside its block.
         part: the type again where the module is fused, else None.
         rows: first and last-plus-one output row inside the module.
         out_features, in_features: shape of the matrix.
         bias: whether the original has a bias.
+        group: key of the input it was seen to share with others of its block; empty if nobody has looked.
+        expert: of a matrix of a mixture of experts the number of its expert, else None.
     """
 
     name: str
@@ -76,11 +45,21 @@ class Site:
     out_features: int
     in_features: int
     bias: bool
+    group: str = ""
+    expert: int | None = None
 
     @property
     def input_group(self) -> str:
         """Key of the input this site shares with others of its block."""
-        return INPUT_OF[self.type]
+        if self.group:
+            return self.group
+        own = self.type if self.expert is None else f"{self.type}.{self.expert}"
+        return INPUT_OF.get(self.type, own)
+
+    @property
+    def tie(self) -> tuple[int, str] | None:
+        """Matrices with the same tie, those of a block's experts of one type, are given one rank; None: it has none."""
+        return None if self.expert is None else (self.layer, self.type)
 
     @property
     def size(self) -> int:
@@ -93,11 +72,11 @@ class Site:
         return (self,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stack(Site):
     """Matrices on one input, stacked along their outputs and compressed as one, ``[sum of out, in]``.
 
-    ``module``, ``part`` and ``rows`` mean nothing here; ``type`` is a key of :data:`STACKS`.
+    ``module``, ``part`` and ``rows`` mean nothing here; ``type`` is a key of :data:`bolaco.models.labels.STACKS`.
     """
 
     stacked: tuple[Site, ...]
@@ -113,19 +92,76 @@ class Stack(Site):
         return self.stacked
 
 
-def weight_of(module: nn.Module) -> Tensor:
-    """The module's weight as ``[out, in]`` (a view; GPT-2's Conv1D stores the transpose)."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
+@dataclass(frozen=True)
+class Kept:
+    """Parameters of the decoder blocks that stay dense whatever the recipe says.
+
+    Attributes:
+        name: of the module inside its block, without numbers.
+        size: parameters, over all blocks.
+        reason: why, in a word or two.
+    """
+
+    name: str
+    size: int
+    reason: str
+
+
+# Where in the arguments of a call something is: positions and keys, from the outside in.
+Place = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the decoder can be run block by block.
+
+    Attributes:
+        hooks: why it cannot, so that statistics need whole forward passes; empty where it can.
+        batch_dim: dimension of the hidden states that counts sequences.
+        varying: block and place of what blocks are called with that depends on the tokens, beside hidden states.
+        emptied: places of dictionaries in which blocks leave things, and that may as well be empty.
+    """
+
+    hooks: str = ""
+    batch_dim: int = 0
+    varying: tuple[tuple[int, Place], ...] = ()
+    emptied: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
 class Structure:
-    """The decoder of one model: where its blocks are, and every compressible matrix, in order of execution."""
+    """The decoder of one model: where its blocks are, and every compressible matrix, in order of execution.
 
-    blocks: str
-    num_layers: int
+    Attributes:
+        blocks: name of each decoder block, relative to the base model.
+        sites: the matrices.
+        kept: what else the blocks hold, apart from vectors.
+        size: parameters of all blocks.
+        walk: how blocks are run.
+        active: of each block, the share of its experts that a token is sent to; empty if nobody has looked.
+    """
+
+    blocks: tuple[str, ...]
     sites: tuple[Site, ...]
+    kept: tuple[Kept, ...] = ()
+    size: int = 0
+    walk: Walk = Walk()
+    active: tuple[float, ...] = ()
+
+    def idle(self, sizes: Mapping[str, int]) -> int:
+        """Parameters of experts that a token is not sent to, from the sizes of the matrices by name."""
+        shares = dict(enumerate(self.active))
+        return round(sum(sizes[s.name] * (1 - shares.get(s.layer, 1.0)) for s in self.sites if s.expert is not None))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def types(self) -> set[str]:
+        """Types of the matrices."""
+        return {site.type for site in self.sites}
 
     def of_layer(self, layer: int) -> list[Site]:
         """Sites of one decoder block."""
@@ -139,15 +175,40 @@ class Structure:
                 found.setdefault(member.module, []).append(member)
         return found
 
-    def block_list(self, model: PreTrainedModel) -> nn.ModuleList:
-        """The decoder blocks of ``model``."""
-        blocks = model.base_model.get_submodule(self.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        return blocks
+    @property
+    def stack(self) -> str:
+        """Name of the list that the blocks are in, relative to the base model.
+
+        Raises:
+            UnsupportedModelError: there are several.
+        """
+        lists = {name.rpartition(".")[0] for name in self.blocks}
+        if len(lists) > 1:
+            raise UnsupportedModelError(f"the decoder has several lists of blocks ({', '.join(sorted(lists))})")
+        return lists.pop()
+
+    def block_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The decoder blocks of ``model``, in order."""
+        return [model.base_model.get_submodule(name) for name in self.blocks]
 
     def name_in_block(self, site: Site) -> str:
         """Name of the site's module inside its decoder block."""
-        return site.module.removeprefix(f"{self.blocks}.{site.layer}.")
+        return site.module.removeprefix(f"{self.blocks[site.layer]}.")
+
+
+def has_module(root: nn.Module, name: str) -> bool:
+    """Whether there is a module of this name inside ``root``."""
+    try:
+        root.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight as ``[out, in]`` (a view; GPT-2's Conv1D stores the transpose)."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def parameter_limit(keep: float, total: int) -> int:
@@ -160,19 +221,57 @@ def prefix_of(model: PreTrainedModel) -> str:
     return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal model that makes final hidden states of tokens: all but the language-model head.
+
+    Raises:
+        UnsupportedModelError: there is no such part.
+    """
+    base: nn.Module = model.base_model
+    if base is not model:
+        return base
+    for child in model.children():
+        if isinstance(child, PreTrainedModel):
+            return child
+    raise UnsupportedModelError(f"{type(model).__name__} ({model.config.model_type}) has no base model")
+
+
+def hidden_size(model: PreTrainedModel) -> int:
+    """Length of the embeddings of tokens."""
+    return int(weight_of(model.get_input_embeddings()).shape[1])
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Number of tokens that have an embedding."""
+    return int(weight_of(model.get_input_embeddings()).shape[0])
+
+
+def positions_of(config: Any) -> int | None:
+    """The longest sequence of tokens that a model takes, from its configuration; None if there is no limit."""
+    own = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    positions = getattr(own, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
-    """The same decoder with the groups of :data:`STACKS` as one site each, where all of a group may be factored."""
+    """The same decoder with the groups of ``STACKS`` as one site each, where all of a group may be factored.
+
+    Matrices that were seen to have different inputs are not stacked.
+    """
     dense = set(dense_types)
     sites: list[Site] = []
     for layer in range(structure.num_layers):
-        of_type = {site.type: site for site in structure.of_layer(layer)}
+        of_type = {site.type: site for site in structure.of_layer(layer) if site.expert is None}
         stacks: dict[str, Stack] = {}
         for kind, types in STACKS.items():
             if of_type.keys() >= set(types) and not dense & set(types):
-                stack = _stack(kind, tuple(of_type[t] for t in types))
-                stacks |= dict.fromkeys(types, stack)
-        sites += dict.fromkeys(stacks.get(site.type, site) for site in structure.of_layer(layer))
-    return Structure(structure.blocks, structure.num_layers, tuple(sites))
+                members = tuple(of_type[t] for t in types)
+                if len({(site.input_group, site.in_features) for site in members}) == 1:
+                    stacks |= dict.fromkeys(types, _stack(kind, members))
+        sites += dict.fromkeys(
+            site if site.expert is not None else stacks.get(site.type, site) for site in structure.of_layer(layer)
+        )
+    return replace(structure, sites=tuple(sites))
 
 
 def _stack(kind: str, members: tuple[Site, ...]) -> Stack:
@@ -190,106 +289,3 @@ def _stack(kind: str, members: tuple[Site, ...]) -> Stack:
         bias=any(site.bias for site in members),
         stacked=members,
     )
-
-
-def inspect_structure(model: PreTrainedModel) -> Structure:
-    """Finds the decoder blocks and their matrices.
-
-    Works on models on the meta device too: only names and shapes are read.
-
-    Raises:
-        UnsupportedModelError: no or several stacks of decoder blocks, a mixture of experts, or a matrix inside a
-            block that the table does not know; the message names the module.
-    """
-    base = model.base_model
-    stacks = list(_decoder_stacks(base))
-    kind = model.config.model_type
-    if not stacks:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} (model type {kind}): no list of decoder blocks with known projection names found"
-        )
-    if len(stacks) > 1:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} (model type {kind}): several block lists ({', '.join(n for n, _ in stacks)}); "
-            "only decoder-only text models are supported"
-        )
-    blocks, stack = stacks[0]
-    prefix = prefix_of(model)
-    sites: list[Site] = []
-    for layer, block in enumerate(stack):
-        sites += _sites_of_block(model.config, block, f"{blocks}.{layer}", prefix, layer)
-    return Structure(blocks, len(stack), tuple(sites))
-
-
-def _decoder_stacks(base: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    inner: tuple[str, ...] = ()
-    for name, module in base.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0 or name.startswith(inner or ("\0",)):
-            continue
-        names = {child for child, _ in module[0].named_modules()}
-        if any(child.startswith(("self_attn", "attn")) for child in names):
-            inner += (name + ".",)
-            yield name, module
-
-
-def _sites_of_block(config: Any, block: nn.Module, where: str, prefix: str, layer: int) -> list[Site]:
-    known = {name: module for name, module in block.named_modules() if name in LAYOUT}
-    for name, _ in block.named_modules():
-        if "expert" in name:
-            raise UnsupportedModelError(f"{prefix}{where}.{name}: mixtures of experts are not supported yet")
-    for name, parameter in block.named_parameters():
-        owner = name.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in known:
-            raise UnsupportedModelError(
-                f"{prefix}{where}.{owner or name}: unknown matrix of shape {tuple(parameter.shape)} in a "
-                "decoder block; add its name to the table in models/structure.py if it is a plain projection"
-            )
-    sites = []
-    for name, module in known.items():
-        if not isinstance(module, nn.Linear | Conv1D):
-            raise UnsupportedModelError(f"{prefix}{where}.{name}: a {type(module).__name__}, not a Linear or Conv1D")
-        types = LAYOUT[name]
-        out_features, in_features = weight_of(module).shape
-        start = 0
-        for kind, rows in zip(types, _rows(config, module, types, out_features), strict=True):
-            part = kind if len(types) > 1 else None
-            sites.append(
-                Site(
-                    name=f"{prefix}{where}.{name}" + (f".{part}" if part else ""),
-                    module=f"{where}.{name}",
-                    layer=layer,
-                    type=kind,
-                    part=part,
-                    rows=(start, start + rows),
-                    out_features=rows,
-                    in_features=in_features,
-                    bias=module.bias is not None,
-                )
-            )
-            start += rows
-        if start != out_features:
-            raise UnsupportedModelError(
-                f"{prefix}{where}.{name}: {out_features} rows, but its parts {types} make {start}; unknown fused layout"
-            )
-    return sorted(sites, key=lambda site: TYPES.index(site.type))
-
-
-def _rows(config: Any, module: nn.Module, types: tuple[str, ...], out_features: int) -> list[int]:
-    """Rows of each part of a possibly fused projection."""
-    if len(types) == 1:
-        return [out_features]
-    if types == ("gate", "up"):
-        return [out_features // 2] * 2
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
-
-
-def meta_model(config: Any) -> PreTrainedModel:
-    """The model of a configuration without weights: names and shapes only, in no memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return skeleton

@@ -74,7 +74,9 @@ class BlockFit:
         groups: dict[str, list[Site]] = {}
         structure = self.subject.structure
         for site in structure.of_layer(layer):
-            groups.setdefault(site.input_group, []).append(site)
+            # The router of the compressed model can send an expert other tokens: there are no pairs to compare.
+            if site.expert is None:
+                groups.setdefault(site.input_group, []).append(site)
         for sites in groups.values():
             drift, own = self._inputs(sites[0], block, original, compressed, tick)
             metric = self.method.metric(own)
@@ -99,8 +101,10 @@ class BlockFit:
             kind: kind.accumulator(site.in_features, self.groups, device) for kind in wanted if kind is not MOMENTS
         }
         for rows in self.runner.slices:
-            left = self.runner.input_of(site, original[rows])
-            right = self.runner.input_of(site, compressed[rows], block)
+            left = self.runner.input_of(site, original[rows], rows=rows)
+            right = self.runner.input_of(site, compressed[rows], block, rows)
+            assert left is not None  # experts are not fitted
+            assert right is not None
             for group, chosen in group_runs(rows, self.groups, len(original)):
                 try:
                     moments.update(left[chosen], right[chosen], group)

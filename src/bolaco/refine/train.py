@@ -61,7 +61,7 @@ def train_block(
     )
     generator = torch.Generator().manual_seed(seed * 100_003 + layer)
     size = runner.slices[0].stop
-    losses = []
+    losses, autocast = [], settings.autocast
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad():
         for _ in range(steps):
@@ -69,8 +69,15 @@ def train_block(
                 order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
             rows, order = order[:size], order[size:]
             target = targets[rows].to(runner.model.device).float()
-            with torch.autocast(target.device.type, torch.bfloat16, enabled=settings.autocast):
-                output = runner.run(layer, inputs[rows], block)
+            try:
+                with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
+                    output = runner.run(layer, inputs[rows], block, rows)
+            except RuntimeError:
+                if not autocast:
+                    raise
+                # Some families put results of several precisions into one tensor.
+                autocast = False
+                output = runner.run(layer, inputs[rows], block, rows)
             error = output.float() - target
             loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
             optimizer.zero_grad(set_to_none=True)

@@ -12,18 +12,17 @@ from markupsafe import Markup
 
 from bolaco.checkpoint.info import CurvePoint, Curves, TrialRecord
 from bolaco.errors import RecipeError
-from bolaco.models.structure import TYPES, Site
+from bolaco.models.labels import layer_of, ordered, type_of
+from bolaco.models.structure import Site
 from bolaco.report.record import Row, RowResult
 from bolaco.report.svg import Series, band, chart, heat_map
-from bolaco.report.tables import layer_of, type_of
 from bolaco.storage.budget import Ranks
 from bolaco.storage.storage import STORAGES, Storage
 
 
 def types_of(ranks: Ranks) -> list[str]:
     """Types of the matrices that have ranks, in their usual order."""
-    found = dict.fromkeys(map(type_of, ranks))
-    return sorted(found, key=lambda kind: TYPES.index(kind) if kind in TYPES else len(TYPES))
+    return ordered(set(map(type_of, ranks)))
 
 
 def rank_map(ident: str, ranks: Ranks, storage: str | None, curves: Curves) -> Markup | None:

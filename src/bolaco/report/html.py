@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from bolaco.checkpoint.info import CompressedInfo, Curves, TunedInfo
+from bolaco.models.labels import layer_of, type_of
 from bolaco.recipe.recipe import read_recipe
 from bolaco.report.charts import (
     frontier_chart,
@@ -36,7 +37,7 @@ from bolaco.report.comparison import (
     task_tables,
 )
 from bolaco.report.record import ComparisonRecord, RowResult
-from bolaco.report.tables import layer_of, mib, millions, type_of
+from bolaco.report.tables import mib, millions
 from bolaco.storage.budget import Ranks
 from bolaco.version import __version__
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from bolaco.checkpoint.info import CompressedInfo, TrialRecord, TuningRecord
-from bolaco.models.structure import LAYOUT, STACKS, TYPES, Structure
+from bolaco.models.labels import layer_of, ordered, type_of
+from bolaco.models.structure import Structure
 from bolaco.storage.budget import Budget, Ranks
 
 if TYPE_CHECKING:
@@ -52,8 +53,31 @@ def summary_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
             millions(info.parameters),
             f"{info.keep_model:.4f}",
         ),
+        *_active_rows(info),
         ("weights on disk", mib(info.bytes_dense), mib(info.bytes), f"{info.bytes / info.bytes_dense:.4f}"),
     ]
+
+
+def _active_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
+    """What one token uses, where that is not everything."""
+    dense, active = info.parameters_active_dense, info.parameters_active
+    if dense is None or active is None or dense == info.parameters_dense:
+        return []
+    return [("parameters, active per token", millions(dense), millions(active), f"{active / dense:.4f}")]
+
+
+def experts_table(tokens: Mapping[str, int]) -> Table:
+    """Calibration tokens that the experts of each block were sent; ``tokens`` is by matrix name."""
+    counts: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for name, count in tokens.items():
+        counts[layer_of(name)][type_of(name)].append(count)
+    table = Table("layer", "experts", "least", "median", "most", "without any")
+    table.title, table.title_justify = "calibration tokens of the experts", "left"
+    for layer, by_type in sorted(counts.items()):
+        found = sorted(next(iter(by_type.values())))
+        row = (len(found), found[0], found[len(found) // 2], found[-1], found.count(0))
+        table.add_row(str(layer), *(f"{value:,}" for value in row))
+    return table
 
 
 def summary_table(info: CompressedInfo) -> Table:
@@ -104,7 +128,7 @@ def ranks_table(ranks: Ranks) -> Table:
     cells: dict[int, dict[str, str]] = defaultdict(dict)
     for name, rank in ranks.items():
         cells[layer_of(name)][type_of(name)] = "dense" if rank is None else str(rank)
-    types = [t for t in TYPES if any(t in row for row in cells.values())]
+    types = ordered({kind for row in cells.values() for kind in row})
     table = Table("layers", *types, title="rank of each matrix", title_justify="left")
     layers = sorted(cells)
     start = 0
@@ -116,17 +140,19 @@ def ranks_table(ranks: Ranks) -> Table:
     return table
 
 
-def layer_of(name: str) -> int:
-    """Index of the decoder block that a matrix of this name is in."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
+def kept_lines(structure: Structure) -> list[str]:
+    """What of the decoder blocks stays dense whatever the recipe says, with its share of them and the reason."""
+    return [
+        f"stays dense: {kept.name} ({kept.reason}), {kept.size:,} parameters, {kept.size / structure.size:.4f} of the "
+        "decoder blocks"
+        for kept in sorted(structure.kept, key=lambda kept: -kept.size)
+    ]
 
 
-def type_of(name: str) -> str:
-    """Type of the matrix of this name, such as ``q``."""
-    tail = name.rpartition(".")[2]
-    if tail in TYPES:
-        return tail
-    return next(types[0] for suffix, types in LAYOUT.items() if name.endswith("." + suffix))
+def kept_line(info: CompressedInfo) -> str:
+    """What of a result's decoder blocks is dense by nature, in one line; empty if nothing is."""
+    parts = [f"{kept.name} ({kept.reason}, {kept.parameters:,})" for kept in info.kept]
+    return f"dense by nature: {', '.join(parts)}" if parts else ""
 
 
 def trials_table(trials: Sequence[TrialRecord], limit: int = 10) -> Table:
@@ -162,7 +188,7 @@ def plan_table(structure: Structure, budget: Budget, ranks: Ranks, name: str) ->
         f"budget {budget.limit:,} of {budget.total:,} parameters in {len(structure.sites)} decoder linears; "
         f"{name} allocation {budget.cost(ranks):,} ({budget.ratio(ranks):.4f})"
     )
-    for kind in (*STACKS, *TYPES):
+    for kind in ordered(structure.types):
         sites = [site for site in structure.sites if site.type == kind]
         if sites:
             shapes = sorted({f"{s.out_features} x {s.in_features}" for s in sites})

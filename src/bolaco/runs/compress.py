@@ -67,7 +67,7 @@ def compress(
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
             source = open_source(recipe.model, model, tokenizer)
             texts = texts_for(recipe, source)
-            loaded = load(source, recipe.dtype, recipe.device)
+            loaded = load(source, recipe.dtype, recipe.device, texts.calibration)
         result = compress_loaded(recipe, out, loaded, texts, session)
         if not keep_work:
             folder.remove()
@@ -97,7 +97,9 @@ def compress_loaded(
         dense = dense_perplexity(loaded, texts, recipe.validation.batch, session)
     allocation = _allocate(recipe, plan, factors, budget, warm, texts, session)
     refined = _refined(recipe, plan, allocation.ranks, session)
-    if recipe.refinement.active:
+    if recipe.refinement.active and refined is None:
+        session.reporter.say(f"blocks are not refined, they cannot be run alone: {subject.structure.walk.hooks}")
+    if refined is not None:
         with session.clock.timed("refine"):
             _refine(recipe, plan, factors, allocation.ranks, refined, session)
     states: list[CompressedState] = []
@@ -111,6 +113,8 @@ def compress_loaded(
     def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
         found, parameters = perplexities_of(folder, dense, loaded, texts, recipe.validation.batch, session)
         linears, ranks = budget.cost(allocation.ranks), allocation.ranks
+        costs = {name: budget.storage.parameters(site, ranks.get(name)) for name, site in budget.sites.items()}
+        sizes = {name: site.size for name, site in budget.sites.items()}
         info = CompressedInfo.model_validate(
             common_values(loaded, folder)
             | {
@@ -120,10 +124,15 @@ def compress_loaded(
                 "keep_linears": linears / budget.total,
                 "keep_model": parameters / loaded.parameters,
                 "parameters": parameters,
+                "parameters_active": parameters - units.idle(costs),
+                "parameters_active_dense": loaded.parameters - units.idle(sizes),
                 "parameters_linears": linears,
                 "parameters_linears_dense": budget.total,
                 "layers": list(range(units.num_layers)),
                 "ranks": {member.name: ranks[site.name] for site in units.sites for member in site.members},
+                "kept": [{"name": kept.name, "parameters": kept.size, "reason": kept.reason} for kept in units.kept],
+                "walk": units.walk.hooks,
+                "tokens_per_expert": factors.tokens(units.num_layers),
                 "pivot_growth": states[-1].growth,
                 "perplexity": found,
                 "dimensions": list(allocation.dimensions),
@@ -203,7 +212,7 @@ def _allocate(
 def _refined(recipe: LowRankRecipe, plan: FactorPlan, ranks: Ranks, session: Session) -> Artefact | None:
     """Where the refined blocks are, if they are refined."""
     settings = recipe.refinement
-    if not settings.active:
+    if not settings.active or plan.subject.structure.walk.hooks:
         return None
     return session.folder.artefact(
         "refined",

@@ -8,11 +8,12 @@ from rich.table import Table
 from torch import Tensor
 
 from bolaco.allocate.allocator import AllocationTask
+from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
 from bolaco.models.lowrank import refuse_compressed
-from bolaco.models.structure import Structure, inspect_structure, meta_model
+from bolaco.models.structure import Structure
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
-from bolaco.report.tables import blocks_line, plan_table
+from bolaco.report.tables import blocks_line, kept_lines, plan_table
 from bolaco.runs.chop import kept_blocks
 from bolaco.storage.budget import Budget
 
@@ -51,6 +52,7 @@ def _factoring(recipe: LowRankRecipe, task: AllocationTask) -> Iterator[Table | 
     allocator, calibration, validation = recipe.allocator, recipe.calibration, recipe.validation
     ranks = allocator.preview(task, recipe.allocator_options)
     yield plan_table(task.structure, task.budget, ranks, allocator.shows)
+    yield from kept_lines(task.structure)
     yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}"
     if allocator.shows != allocator.name and not allocator.searches:
         yield f"ranks come from the spectra of the matrices; the {allocator.shows} allocation is shown for its size"

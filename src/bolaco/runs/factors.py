@@ -22,7 +22,7 @@ from bolaco.errors import ResumeError
 from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
-from bolaco.models.structure import Site
+from bolaco.models.structure import Site, hidden_size
 from bolaco.models.subject import Subject
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.runs.session import Loaded, Session
@@ -102,7 +102,7 @@ def make_subject(
     recipe: LowRankRecipe, loaded: Loaded, texts: Texts, session: Session, artefact: Artefact | None
 ) -> Subject:
     """What the recipe factors: the matrices of the model, in units of its storage, or what its method makes of them."""
-    subject = Subject(loaded.model, recipe.form.units(loaded.structure, recipe.dense_types))
+    subject = Subject(loaded.working, recipe.form.units(loaded.structure, recipe.dense_types))
     chosen = recipe.chosen
     if chosen.method.subject is None or artefact is None:
         return subject
@@ -235,5 +235,5 @@ def factor_bytes(plans: Sequence[FactorPlan], session: Session) -> int:
                 size += stored_bytes([kind], model, structure, plan.tokens, plan.settings)
         if plan.settings.cache == "disk" and plan.pass_key not in counted:
             counted.add(plan.pass_key)
-            size += plan.tokens.numel() * model.config.hidden_size * itemsize
+            size += plan.tokens.numel() * hidden_size(model) * itemsize
     return size

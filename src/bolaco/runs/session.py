@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.data.texts import Texts, prepare_texts
+from bolaco.models.experts import unfused
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, weights_fingerprint
 from bolaco.models.lowrank import refuse_compressed
-from bolaco.models.structure import Structure, inspect_structure
+from bolaco.models.observe import observed
+from bolaco.models.structure import Structure
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import Recipe
 from bolaco.work.folder import Clock, WorkFolder
@@ -40,6 +44,7 @@ class Loaded:
     Attributes:
         name: as the user wrote it.
         model: in evaluation mode, not to be changed.
+        working: the same with fused experts taken apart; what the structure's names refer to.
         tokenizer: of the model.
         structure: its decoder.
         identity: changes with any weight and with the kind of device, on which rounding depends.
@@ -48,6 +53,7 @@ class Loaded:
 
     name: str
     model: PreTrainedModel
+    working: PreTrainedModel
     tokenizer: Any
     structure: Structure
     identity: str
@@ -94,15 +100,16 @@ def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, mo
     )
 
 
-def load(source: Source, dtype: str, device: str) -> Loaded:
-    """Reads the weights, unless the model is given.
+def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) -> Loaded:
+    """Reads the weights, unless the model is given, and looks at what they are by running a few tokens.
 
     Raises:
         BolacoError: they cannot be read, are not finite, or the structure is not known.
     """
     model = source.model if source.model is not None else load_model(source.name, dtype, device, "refuse")
     check_finite(model)
-    structure = inspect_structure(model)
+    working = unfused(model)
+    structure = observed(working, inspect_structure(working), tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"
     parameters = sum(p.numel() for p in model.parameters())
-    return Loaded(source.name, model, source.tokenizer, structure, identity, parameters)
+    return Loaded(source.name, model, working, source.tokenizer, structure, identity, parameters)

@@ -2,7 +2,8 @@
 
 One forward pass records the inputs of every block; then the blocks are run again one at a time, last to first, with
 autograd inside one block only. Memory is the model, one block's graph and statistics, and the recorded block inputs
-(on disk if asked).
+(on disk if asked). Where blocks cannot be run on their own, autograd goes through the whole model, which takes the
+memory of its graph for one batch.
 """
 
 from __future__ import annotations
@@ -12,31 +13,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
-from bolaco.evaluation.objective import SLAB, Head
+from bolaco.evaluation.objective import SLAB, Head, final_hidden
 from bolaco.models.structure import Site, Structure
-from bolaco.models.walk import Arguments, BlockRunner, cache_tensor, split_arguments
-from bolaco.statistics.statistic import GradientStatistic
+from bolaco.models.walk import (
+    Arguments,
+    BlockRunner,
+    by_sequence,
+    cache_tensor,
+    no_gradients,
+    split_arguments,
+    state_in,
+)
+from bolaco.statistics.statistic import GradientAccumulator, GradientStatistic
 
 _NO_LABEL = -100
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """No parameter gets a gradient while this lasts: only activations are differentiated."""
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+# Of the memory that is free, what the statistics of several blocks may take.
+_SHARE = 0.25
 
 
 def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,6 +45,86 @@ def _sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
         cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
         drawn = torch.rand(len(logits), 1, generator=generator, device=logits.device) * cumulative[:, -1:]
         return torch.searchsorted(cumulative, drawn)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+class _Gathered:
+    """Accumulators of all matrices of some blocks, and the tokens that each of them has seen."""
+
+    def __init__(self, structure: Structure, layers: range, statistic: GradientStatistic, device: torch.device) -> None:
+        self._statistic = statistic
+        self.sites = {layer: structure.modules(layer) for layer in layers}
+        self._items: dict[str, GradientAccumulator] = {}
+        self._counts: dict[str, int] = {}
+        self._updates: dict[str, int] = {}
+        for modules in self.sites.values():
+            for site in (site for members in modules.values() for site in members):
+                self._items[site.name] = statistic.accumulator(site, device)
+                self._counts[site.name] = self._updates[site.name] = 0
+        self.sequences = 0  # of the batch that is run
+
+    @contextmanager
+    def observing(self, base: nn.Module) -> Iterator[None]:
+        """While it lasts, what the matrices are called with and the gradients at their outputs are gathered."""
+        handles = [
+            base.get_submodule(name).register_forward_hook(self._hook(members))
+            for modules in self.sites.values()
+            for name, members in modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, members: list[Site]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            x = args[0].detach()
+
+            def take(gradient: Tensor) -> None:
+                inputs, outputs = (by_sequence(members[0], t, self.sequences) for t in (x, gradient))
+                if members[0].expert is not None:
+                    # Llama 4 sends every token to all experts, as zeros to those that are not its own.
+                    own = inputs[0].any(dim=-1)
+                    inputs, outputs = inputs[:, own], outputs[:, own]
+                for site in members:
+                    self._counts[site.name] += inputs[..., 0].numel()
+                    self._updates[site.name] += 1
+                    try:
+                        self._items[site.name].update(inputs, outputs[..., slice(*site.rows)])
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{site.name}, gradient: {error}; try --dtype float32") from None
+
+            if output.requires_grad:
+                output.register_hook(take)
+
+        return hook
+
+    def results(self, layer: int, text: Tensor) -> dict[str, Tensor]:
+        """The statistic of each matrix of a block, by site name, on all of ``text`` ``[sequences, length]``."""
+        done: dict[str, Tensor] = {}
+        experts: dict[tuple[int, str], list[Site]] = {}
+        for site in (site for members in self.sites[layer].values() for site in members):
+            if site.tie is None:
+                done[site.name] = self._items[site.name].result()
+            else:
+                experts.setdefault(site.tie, []).append(site)
+        for position, sites in enumerate(experts.values()):
+            counts = [self._counts[site.name] for site in sites]
+            own = [self._result(site, len(text)) for site in sites]
+            # What leaves an expert is one space for all of them; inside, each has its own.
+            values = self._statistic.of_experts(own, counts, text.numel(), position == len(experts) - 1)
+            done |= {site.name: value for site, value in zip(sites, values, strict=True)}
+        return done
+
+    def _result(self, site: Site, sequences: int) -> Tensor | None:
+        if not self._counts[site.name]:
+            return None
+        try:
+            found = self._items[site.name].result()
+        except ValueError:  # too few tokens
+            return None
+        # A mean over sequences counts those in which an expert had nothing to do.
+        return found * (self._updates[site.name] / sequences) if self._statistic.per_sequence else found
 
 
 class GradientWalk:
@@ -61,7 +140,8 @@ class GradientWalk:
         folder: record block inputs in memory-mapped files here instead of in memory.
 
     Attributes:
-        gradient: ``[sequences, length, d]`` of the loss at the input of the block that was yielded last.
+        gradient: what a walk that is interrupted goes on from: ``[sequences, ...]`` of the loss at the input of the
+            block that was yielded last.
     """
 
     def __init__(
@@ -76,10 +156,11 @@ class GradientWalk:
     ) -> None:
         self.model, self.structure, self.tokens = model, structure, tokens
         self.statistic = statistic
-        self.runner = BlockRunner(model, structure, tokens, batch)
+        if statistic.per_sequence and any(site.expert is not None for site in structure.sites):
+            batch = 1  # an expert is given its tokens without their sequences
+        self.batch = batch
         self.head = Head(model)
         self._seed, self._folder = seed, folder
-        self._inputs: list[Tensor] = []
         self.gradient = torch.empty(0)
 
     def run(
@@ -93,12 +174,55 @@ class GradientWalk:
         Raises:
             NonFiniteError: a gradient with NaN or infinity; names the matrix.
         """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Frees what was recorded."""
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.model.device).manual_seed(self._seed)
+
+    def _upstream(self, final: Tensor, generator: torch.Generator, tokens: Tensor) -> Tensor:
+        known = tokens if self.statistic.labels == "text" else None
+        return self._label_gradient(final.detach(), generator, known)
+
+    def _label_gradient(self, final: Tensor, generator: torch.Generator, tokens: Tensor | None = None) -> Tensor:
+        """Gradient of the summed loss with respect to final hidden states ``[b, length, d]``.
+
+        Labels are sampled from the model, or the next ones of ``tokens`` ``[b, length]`` (the last position has none).
+        Computed a slab of positions at a time, as everywhere.
+        """
+        flat = final.flatten(0, 1)
+        known = None if tokens is None else F.pad(tokens[:, 1:], (0, 1), value=_NO_LABEL).flatten()
+        result = torch.empty_like(flat)
+        chunk = max(1, SLAB // (4 * self.head.linear.weight.shape[0]))
+        for start in range(0, len(flat), chunk):
+            states = flat[start : start + chunk].requires_grad_()
+            logits = self.head(states)
+            labels = _sampled(logits, generator) if known is None else known[start : start + chunk]
+            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=_NO_LABEL)
+            (result[start : start + chunk],) = torch.autograd.grad(loss, states)
+        return result.view_as(final)
+
+
+class BlockGradientWalk(GradientWalk):
+    """Records the inputs of every block, and runs one block at a time with autograd."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.runner = BlockRunner(self.model, self.structure, self.tokens, self.batch)
+        self._inputs: list[Tensor] = []
+
+    def run(
+        self, tick: Callable[[int], Any] | None = None, earlier: tuple[int, Tensor] | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields the statistics of one block after the other."""
         top = self.structure.num_layers
         if earlier is not None:
             top, self.gradient = earlier[0], earlier[1].clone()
             if tick:
                 tick((self.structure.num_layers - top) * len(self.tokens))
-        with _frozen(self.model):
+        with no_gradients(self.model):
             self._forward(tick, differentiate=earlier is None)
             for layer in reversed(range(top)):
                 yield layer, self._backward(layer, tick)
@@ -122,98 +246,126 @@ class GradientWalk:
 
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             state, rest = split_arguments(args, kwargs)
-            seen.append((rest, state.detach()))
+            # Some families change hidden states in place.
+            seen.append((rest, self.runner.kept(state.detach()).to("cpu", copy=True)))
 
         def cut(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            state = output[0] if isinstance(output, tuple) else output
-            leaves.append(state.detach().requires_grad_())
-            return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
+            leaves.append(state_in(output).detach().requires_grad_())
+            return type(output)([leaves[-1], *output[1:]]) if isinstance(output, tuple | list) else leaves[-1]
 
         blocks = self.runner.blocks
         handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
         handles.append(blocks[-1].register_forward_hook(cut))
-        generator = torch.Generator(self.model.device).manual_seed(self._seed)
+        generator = self._generator()
         try:
             for rows in self.runner.slices:
                 seen.clear()
                 leaves.clear()
                 with torch.set_grad_enabled(differentiate):
                     tokens = self.tokens[rows].to(self.model.device)
-                    final = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+                    final = final_hidden(self.model, tokens)
                     if differentiate:
-                        known = tokens if self.statistic.labels == "text" else None
-                        upstream = self._label_gradient(final.detach(), generator, known)
+                        upstream = self._upstream(final, generator, tokens)
                         (gradient,) = torch.autograd.grad(final, leaves[0], upstream)
+                        gradient = self.runner.kept(gradient)
                         if self.gradient.numel() == 0:
                             self.gradient = torch.empty((len(self.tokens), *gradient.shape[1:]), dtype=gradient.dtype)
                         self.gradient[rows] = gradient.to("cpu")
                 for index, (_, state) in enumerate(seen):
                     if len(self._inputs) <= index:
                         self._inputs.append(self._allocate(index, state.shape, state.dtype))
-                    self._inputs[index][rows] = state.to("cpu")
-                self.runner.arguments[rows.stop - rows.start] = [rest for rest, _ in seen]
+                    self._inputs[index][rows] = state
+                self.runner.record(rows, [rest for rest, _ in seen])
                 if tick:
                     tick(rows.stop - rows.start)
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _label_gradient(self, final: Tensor, generator: torch.Generator, tokens: Tensor | None = None) -> Tensor:
-        """Gradient of the summed loss with respect to final hidden states ``[b, length, d]``.
-
-        Labels are sampled from the model, or the next ones of ``tokens`` ``[b, length]`` (the last position has none).
-        Computed a slab of positions at a time, as everywhere.
-        """
-        flat = final.flatten(0, 1)
-        known = None if tokens is None else F.pad(tokens[:, 1:], (0, 1), value=_NO_LABEL).flatten()
-        result = torch.empty_like(flat)
-        chunk = max(1, SLAB // (4 * self.head.linear.weight.shape[0]))
-        for start in range(0, len(flat), chunk):
-            states = flat[start : start + chunk].requires_grad_()
-            logits = self.head(states)
-            labels = _sampled(logits, generator) if known is None else known[start : start + chunk]
-            loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=_NO_LABEL)
-            (result[start : start + chunk],) = torch.autograd.grad(loss, states)
-        return result.view_as(final)
 
     def _backward(self, layer: int, tick: Callable[[int], Any] | None) -> dict[str, Tensor]:
         """Runs one block again with autograd; moves the gradient to its input."""
-        sites = self.structure.modules(layer)
         device = self.model.device
-        statistics = {s.name: self.statistic.accumulator(s, device) for members in sites.values() for s in members}
-        size = 0
-
-        def observe(members: list[Site]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-                x = args[0].detach()
-
-                def take(gradient: Tensor) -> None:
-                    # OPT flattens sequences and positions before its feed-forward matrices.
-                    inputs, outputs = (t.reshape(size, -1, t.shape[-1]) for t in (x, gradient))
-                    for site in members:
-                        try:
-                            statistics[site.name].update(inputs, outputs[..., slice(*site.rows)])
-                        except NonFiniteError as error:
-                            raise NonFiniteError(f"{site.name}, gradient: {error}; try --dtype float32") from None
-
-                output.register_hook(take)
-
-            return hook
-
-        base = self.model.base_model
-        handles = [base.get_submodule(name).register_forward_hook(observe(m)) for name, m in sites.items()]
-        try:
+        gathered = _Gathered(self.structure, range(layer, layer + 1), self.statistic, device)
+        with gathered.observing(self.model.base_model):
             for rows in self.runner.slices:
-                size = rows.stop - rows.start
+                gathered.sequences = rows.stop - rows.start
                 with torch.enable_grad():
-                    state = self._inputs[layer][rows].to(self.model.device).requires_grad_()
-                    output = self.runner.run(layer, state)
-                    (gradient,) = torch.autograd.grad(output, state, self.gradient[rows].to(self.model.device))
+                    state = self._inputs[layer][rows].to(device).requires_grad_()
+                    output = self.runner.run(layer, state, rows=rows)
+                    (gradient,) = torch.autograd.grad(output, state, self.gradient[rows].to(device))
                 self.gradient[rows] = gradient.to("cpu")
                 if tick:
                     tick(rows.stop - rows.start)
-        finally:
-            for handle in handles:
-                handle.remove()
         self._inputs[layer] = torch.empty(0)
-        return {name: item.result() for name, item in statistics.items()}
+        return gathered.results(layer, self.tokens)
+
+
+class WholeGradientWalk(GradientWalk):
+    """Autograd through the whole model; several passes if the statistics of all blocks do not fit in memory."""
+
+    def run(
+        self, tick: Callable[[int], Any] | None = None, earlier: tuple[int, Tensor] | None = None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields the statistics of one block after the other."""
+        top = self.structure.num_layers if earlier is None else earlier[0]
+        if tick:
+            tick((self.structure.num_layers - top + 1) * len(self.tokens))
+        # There is nothing to go on from but the number of the block.
+        self.gradient = torch.zeros(1)
+        while top:
+            layers = range(top - self._at_once(top), top)
+            gathered = _Gathered(self.structure, layers, self.statistic, self.model.device)
+            self._pass(gathered, len(layers), tick)
+            for layer in reversed(layers):
+                yield layer, gathered.results(layer, self.tokens)
+            top = layers.start
+
+    def _at_once(self, top: int) -> int:
+        """How many blocks below ``top`` are observed together."""
+        free = _SHARE * psutil.virtual_memory().available
+        count, taken = 0, 0
+        while count < top:
+            sites = self.structure.of_layer(top - count - 1)
+            taken += 16 * sum(self.statistic.numbers(member) for site in sites for member in site.members)
+            if count and taken > free:
+                break
+            count += 1
+        return count
+
+    def _pass(self, gathered: _Gathered, layers: int, tick: Callable[[int], Any] | None) -> None:
+        entering: list[Tensor] = []
+
+        def begin(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            entering.append(output.detach().requires_grad_())
+            return entering[-1].clone()
+
+        handle = self.model.get_input_embeddings().register_forward_hook(begin)
+        generator = self._generator()
+        try:
+            with no_gradients(self.model), gathered.observing(self.model.base_model):
+                for start in range(0, len(self.tokens), self.batch):
+                    tokens = self.tokens[start : start + self.batch].to(self.model.device)
+                    gathered.sequences = len(tokens)
+                    entering.clear()
+                    with torch.enable_grad():
+                        final = final_hidden(self.model, tokens)
+                        upstream = self._upstream(final, generator, tokens)
+                        torch.autograd.grad(final, entering, upstream, allow_unused=True)
+                    if tick:
+                        tick(layers * len(tokens))
+        finally:
+            handle.remove()
+
+
+def gradient_walk(
+    model: PreTrainedModel,
+    structure: Structure,
+    tokens: Tensor,
+    batch: int,
+    statistic: GradientStatistic,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> GradientWalk:
+    """The walk that is right for a model."""
+    kind = WholeGradientWalk if structure.walk.hooks else BlockGradientWalk
+    return kind(model, structure, tokens, batch, statistic, seed, folder)

@@ -36,12 +36,13 @@ class _WeightFisher:
             self._sequences += 1
 
     def result(self) -> Tensor:
-        return self._sums / self._sequences
+        return self._sums / max(self._sequences, 1)
 
 
 class _Fisher(GradientStatistic):
     name = "fisher"
     labels = "text"
+    per_sequence = True
 
     def accumulator(self, site: Site, device: torch.device) -> _WeightFisher:
         return _WeightFisher(site, device)

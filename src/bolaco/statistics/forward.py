@@ -4,37 +4,45 @@ The hidden states between two blocks are cached, so each block sees the whole ca
 starts: statistics exist for one block at a time, and peak memory is the model, one block's statistics and the cache
 (in memory, or a memory-mapped file). The statistics are taken on the fly from the same forward pass that produces the
 next block's inputs.
+
+Where blocks cannot be run on their own (:class:`bolaco.models.structure.Walk`), whole forward passes are observed: the
+statistics of as many blocks at a time as a share of the memory holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bolaco.errors import NonFiniteError, UnsupportedModelError
+from bolaco.errors import NonFiniteError
+from bolaco.evaluation.objective import final_hidden
 from bolaco.models.structure import Site, Structure
-from bolaco.models.walk import BlockRunner
+from bolaco.models.walk import BlockRunner, by_sequence
 from bolaco.statistics.moments import group_runs
 from bolaco.statistics.statistic import InputAccumulator, InputStatistic, SiteStatistics
 
-# Called with (input group, the input [batch, length, d], index of the batch's first sequence).
-Observer = Callable[[str, Tensor, int], None]
+# Called with (layer, input group, the input [batch, length, d], index of the batch's first sequence).
+Observer = Callable[[int, str, Tensor, int], None]
+# Of the memory that is free, what the statistics of several blocks may take.
+_SHARE = 0.25
 
 
-class BlockWalk:
-    """The hidden states of all sequences, carried through the decoder one block at a time.
+class InputWalk:
+    """Goes through the decoder once, a block at a time.
 
     Args:
         model: the model, in evaluation mode.
         structure: its structure.
         tokens: ``[sequences, length]``.
         batch: sequences per forward pass.
-        cache_file: memory-map the hidden states here instead of holding them in memory.
+        cache_file: memory-map hidden states here instead of holding them in memory.
     """
 
     def __init__(
@@ -45,54 +53,83 @@ class BlockWalk:
         batch: int,
         cache_file: Path | None = None,
     ) -> None:
-        self.model, self.structure = model, structure
-        self.runner = BlockRunner(model, structure, tokens, batch)
+        self.model, self.structure, self.tokens, self.batch = model, structure, tokens, batch
         self.sequences = len(tokens)
         self.layer = 0
         self._cache_file = cache_file
-        self.hidden = self.runner.embed(cache_file)
 
-    def advance(self, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
-        """Runs the next block on every sequence; ``observe`` sees each shared input of the block once per batch.
+    def layers_at_once(self, numbers: Callable[[int], int]) -> int:
+        """How many blocks from the next one on are observed together; ``numbers`` of each is what it takes."""
+        raise NotImplementedError
+
+    def advance(self, layers: int, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
+        """Runs the next blocks on every sequence; ``observe`` sees each shared input of theirs once per batch.
 
         Raises:
-            UnsupportedModelError: projections that should share an input do not.
-            NonFiniteError: the block's output holds NaN or infinity.
+            NonFiniteError: a block's output holds NaN or infinity.
         """
-        handles, first = self._observe(observe) if observe else ([], {})
-        try:
-            self.runner.advance(self.layer, self.hidden, before=lambda rows: first.update(rows=rows), tick=tick)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self.layer += 1
+        raise NotImplementedError
 
-    def _observe(self, observe: Observer) -> tuple[list[Any], dict[str, Any]]:
-        """Hooks on the block's projections; the dict carries the batch's rows and each group's input pointer."""
-        state: dict[str, Any] = {}
+    def close(self) -> None:
+        """Frees the cache."""
+
+    @contextmanager
+    def _observed(self, layers: range, observe: Observer | None, at: dict[str, slice]) -> Iterator[None]:
+        """While it lasts the inputs of these blocks are observed; ``at`` holds the rows of the batch."""
         handles = []
-        modules = {name: sites[0] for name, sites in self.structure.modules(self.layer).items()}
-        leaders = {site.input_group: name for name, site in reversed(modules.items())}
 
-        def make(name: str, site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def make(site: Site) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0]
-                if leaders[site.input_group] == name:
-                    state[site.input_group] = x.data_ptr()
-                    # OPT flattens sequences and positions before its feed-forward matrices.
-                    rows = state["rows"]
-                    observe(site.input_group, x.reshape(rows.stop - rows.start, -1, x.shape[-1]), rows.start)
-                elif state.get(site.input_group) != x.data_ptr():
-                    raise UnsupportedModelError(
-                        f"{site.name}: does not share its input with {leaders[site.input_group]}"
-                    )
+                assert observe is not None
+                rows = at["rows"]
+                x = by_sequence(site, args[0], rows.stop - rows.start)
+                # Llama 4 sends every token to all experts, as zeros to those that are not its own.
+                x = x if site.expert is None else x[:, x[0].any(dim=-1)]
+                observe(site.layer, site.input_group, x, rows.start)
 
             return hook
 
-        for name, site in modules.items():
-            module = self.model.base_model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(make(name, site)))
-        return handles, state
+        for layer in layers if observe else ():
+            leaders: dict[str, tuple[str, Site]] = {}
+            for name, sites in self.structure.modules(layer).items():
+                leaders.setdefault(sites[0].input_group, (name, sites[0]))
+            for name, site in leaders.values():
+                handles.append(self.model.base_model.get_submodule(name).register_forward_pre_hook(make(site)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class BlockWalk(InputWalk):
+    """The hidden states of all sequences, carried through the decoder one block at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        structure: Structure,
+        tokens: Tensor,
+        batch: int,
+        cache_file: Path | None = None,
+    ) -> None:
+        super().__init__(model, structure, tokens, batch, cache_file)
+        self.runner = BlockRunner(model, structure, tokens, batch)
+        self.hidden = self.runner.embed(cache_file)
+
+    def layers_at_once(self, numbers: Callable[[int], int]) -> int:
+        """One."""
+        return 1
+
+    def advance(
+        self, layers: int = 1, observe: Observer | None = None, tick: Callable[[int], Any] | None = None
+    ) -> None:
+        """Runs the next blocks, one by one."""
+        at: dict[str, slice] = {}
+        for layer in range(self.layer, self.layer + layers):
+            with self._observed(range(layer, layer + 1), observe, at):
+                self.runner.advance(layer, self.hidden, before=lambda rows: at.update(rows=rows), tick=tick)
+        self.layer += layers
 
     def close(self) -> None:
         """Frees the cache."""
@@ -101,35 +138,126 @@ class BlockWalk:
             self._cache_file.unlink(missing_ok=True)
 
 
+class WholeWalk(InputWalk):
+    """Whole forward passes: right for every model, and repeated if the statistics of all blocks do not fit."""
+
+    def layers_at_once(self, numbers: Callable[[int], int]) -> int:
+        """As many as a share of the free memory holds, at least one."""
+        free = _SHARE * psutil.virtual_memory().available
+        count, taken = 0, 0
+        for layer in range(self.layer, self.structure.num_layers):
+            taken += 8 * numbers(layer)
+            if count and taken > free:
+                break
+            count += 1
+        return count
+
+    def advance(self, layers: int, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
+        """Runs the model, if there is something to observe."""
+        at: dict[str, slice] = {}
+        with self._observed(range(self.layer, self.layer + layers), observe, at), torch.no_grad():
+            for start in range(0, self.sequences, self.batch) if observe else ():
+                at["rows"] = slice(start, min(start + self.batch, self.sequences))
+                tokens = self.tokens[at["rows"]].to(self.model.device)
+                final = final_hidden(self.model, tokens)
+                if not torch.isfinite(final).all():
+                    raise NonFiniteError(
+                        f"the model's output holds NaN or infinity on calibration sequences {start}-"
+                        f"{at['rows'].stop - 1}; try --dtype float32"
+                    )
+                if tick:
+                    tick(layers * (at["rows"].stop - start))
+        if not observe and tick:
+            tick(layers * self.sequences)
+        self.layer += layers
+
+
+def input_walk(
+    model: PreTrainedModel, structure: Structure, tokens: Tensor, batch: int, cache_file: Path | None = None
+) -> InputWalk:
+    """The walk that is right for a model."""
+    kind = WholeWalk if structure.walk.hooks else BlockWalk
+    return kind(model, structure, tokens, batch, cache_file)
+
+
 def collect(
-    walk: BlockWalk,
+    walk: InputWalk,
     statistics: Iterable[InputStatistic[Any]],
     groups: int,
     tick: Callable[[int], Any] | None = None,
-) -> dict[str, SiteStatistics]:
-    """Runs the next block of ``walk``; returns the statistics of each of its shared inputs, by input group.
+) -> list[dict[str, SiteStatistics]]:
+    """Runs the next block of ``walk``, or the next ones if it takes several at a time.
 
     Sequence ``i`` of ``n`` belongs to group ``i * groups // n``, so groups are runs of consecutive sequences.
+
+    Returns:
+        Of each block, the statistics of its shared inputs, by input group.
 
     Raises:
         NonFiniteError: naming the block and the input.
     """
-    layer, wanted = walk.layer, tuple(statistics)
+    first, wanted = walk.layer, tuple(statistics)
     groups = min(groups, walk.sequences)
-    found: dict[str, dict[InputStatistic[Any], InputAccumulator[Any]]] = {}
+    dims = {
+        layer: {site.input_group: site for site in reversed(walk.structure.of_layer(layer))}
+        for layer in range(first, walk.structure.num_layers)
+    }
 
-    def observe(name: str, x: Tensor, start: int) -> None:
-        if name not in found:
-            found[name] = {kind: kind.accumulator(x.shape[-1], groups, x.device) for kind in wanted}
-        for group, run in group_runs(slice(start, start + len(x)), groups, walk.sequences):
-            for accumulator in found[name].values():
+    def numbers(layer: int) -> int:
+        sizes = [site.in_features for site in dims[layer].values()]
+        return sum(kind.numbers(size) for size in sizes for kind in wanted)
+
+    layers = range(first, first + walk.layers_at_once(numbers))
+    found: dict[tuple[int, str], dict[InputStatistic[Any], InputAccumulator[Any]]] = {}
+    counts: dict[tuple[int, str], int] = {}
+
+    def observe(layer: int, name: str, x: Tensor, start: int) -> None:
+        place = layer, name
+        if place not in found:
+            found[place] = {kind: kind.accumulator(x.shape[-1], groups, x.device) for kind in wanted}
+        counts[place] = counts.get(place, 0) + x[..., 0].numel()
+        routed = dims[layer][name].expert is not None
+        stop = start + (1 if routed else len(x))
+        for group, run in group_runs(slice(start, stop), groups, walk.sequences):
+            for accumulator in found[place].values():
                 try:
                     accumulator.update(x[run], group)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"block {layer}, input of {name}: {error}") from None
 
-    walk.advance(observe, tick)
-    return {
-        name: SiteStatistics({kind: accumulator.finalize() for kind, accumulator in accumulators.items()})
-        for name, accumulators in found.items()
-    }
+    walk.advance(len(layers), observe, tick)
+    return [_finished(dims[layer], layer, wanted, found, counts) for layer in layers]
+
+
+def _finished(
+    sites: dict[str, Site],
+    layer: int,
+    wanted: tuple[InputStatistic[Any], ...],
+    found: dict[tuple[int, str], dict[InputStatistic[Any], InputAccumulator[Any]]],
+    counts: dict[tuple[int, str], int],
+) -> dict[str, SiteStatistics]:
+    """The statistics of one block, by input group; those of experts lean on one another."""
+    done: dict[str, SiteStatistics] = {}
+    experts: dict[tuple[int, str], list[str]] = {}
+    for name, site in sites.items():
+        if site.tie is not None:
+            experts.setdefault(site.tie, []).append(name)
+        elif (layer, name) in found:
+            done[name] = SiteStatistics({kind: item.finalize() for kind, item in found[layer, name].items()})
+    for position, names in enumerate(experts.values()):
+        seen = [counts.get((layer, name), 0) for name in names]
+        values: dict[InputStatistic[Any], list[Any]] = {}
+        for kind in wanted:
+            own = [_or_none(found.get((layer, name), {}).get(kind)) for name in names]
+            # What enters an expert is one space for all of them; behind its first matrix each has its own.
+            values[kind] = kind.of_experts(own, seen, position == 0, sites[names[0]].in_features)
+        for index, name in enumerate(names):
+            done[name] = SiteStatistics({kind: values[kind][index] for kind in wanted}, seen[index])
+    return done
+
+
+def _or_none(accumulator: InputAccumulator[Any] | None) -> Any:
+    try:
+        return None if accumulator is None else accumulator.finalize()
+    except ValueError:  # too few vectors
+        return None

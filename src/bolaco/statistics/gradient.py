@@ -23,11 +23,16 @@ class _OutputMoment:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self._pooled = PooledMoments(site.out_features, device=device)
+        self._seen = 0
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
+        self._seen += 1
         self._pooled.update(gradient)
 
     def result(self) -> Tensor:
+        if self._seen == 0:
+            # The loss does not reach it, as it does not reach what picks the keys of sparse attention.
+            return torch.zeros(self._pooled.dim, self._pooled.dim, dtype=torch.float64, device=self._pooled.sums.device)
         return self._pooled.finalize().second_moment
 
 
@@ -37,6 +42,28 @@ class _Gradient(GradientStatistic):
 
     def accumulator(self, site: Site, device: torch.device) -> _OutputMoment:
         return _OutputMoment(site, device)
+
+    def of_experts(
+        self, values: Sequence[Tensor | None], counts: Sequence[int], tokens: int, common: bool
+    ) -> list[Tensor]:
+        """Per token of the text, so that an expert counts by how often it is called.
+
+        As if every expert had seen as many tokens more as it has outputs, with the mean of all experts' gradients;
+        where each one's outputs are a space of its own, with their mean square in every direction.
+        """
+        known = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
+        if not known:
+            raise ValueError("no expert has seen a token")
+        routed, outputs = sum(count for _, count in known), len(known[0][0])
+        pooled = torch.stack([value * (count / routed) for value, count in known]).sum(dim=0)
+        if not common:
+            pooled = torch.eye(outputs, dtype=pooled.dtype, device=pooled.device) * pooled.diagonal().mean()
+        found = []
+        for value, count in zip(values, counts, strict=True):
+            own = pooled if value is None else (value * count + pooled * outputs) / (count + outputs)
+            # One that was never called in the text may be called once in as much of it again.
+            found.append(own * (max(count, 1) / tokens))
+        return found
 
     def stack(self, values: Sequence[Tensor]) -> Tensor:
         """Block-diagonal: outputs of different matrices count as uncorrelated."""

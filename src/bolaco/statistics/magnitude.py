@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,18 @@ class _Magnitude(InputStatistic[Tensor]):
 
     def accumulator(self, dim: int, groups: int, device: torch.device) -> Magnitudes:
         return Magnitudes(dim, device)
+
+    def of_experts(
+        self, values: Sequence[Tensor | None], counts: Sequence[int], common: bool, dim: int
+    ) -> list[Tensor]:
+        """As if every expert had seen one token more, with the mean of all tokens; see the moments' rule."""
+        known = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
+        if not known:
+            raise ValueError("no expert has seen a token")
+        tokens = sum(count for _, count in known)
+        mean = torch.stack([value * (count / tokens) for value, count in known]).sum(dim=0)
+        mean = mean if common else torch.full_like(mean, float(mean.mean()))
+        return [mean if v is None else (v * n + mean) / (n + 1) for v, n in zip(values, counts, strict=True)]
 
 
 MAGNITUDE = _Magnitude()

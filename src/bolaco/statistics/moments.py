@@ -12,7 +12,7 @@ degrees of freedom. The shift, taken from the first batch, keeps the subtraction
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -167,6 +167,22 @@ class PooledMoments:
         return Moments(mean, within, self.shift + offsets, counts)
 
 
+def pooled_moments(parts: Sequence[Moments]) -> Moments:
+    """The moments of several sets of vectors together; the groups of each stay groups.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not parts:
+        raise ValueError("no expert has seen two tokens")
+    freedoms = [float((part.group_counts - 1).sum()) for part in parts]
+    weighted = [part.covariance * freedom for part, freedom in zip(parts, freedoms, strict=True)]
+    total = torch.stack(weighted).sum(dim=0)
+    means = torch.cat([part.group_means for part in parts])
+    counts = torch.cat([part.group_counts for part in parts])
+    return Moments((counts @ means) / counts.sum(), total / max(sum(freedoms), 1.0), means, counts)
+
+
 class _Moments(InputStatistic[Moments]):
     """Mean and pooled covariance of the input."""
 
@@ -174,6 +190,27 @@ class _Moments(InputStatistic[Moments]):
 
     def accumulator(self, dim: int, groups: int, device: torch.device) -> PooledMoments:
         return PooledMoments(dim, groups, device)
+
+    def numbers(self, dim: int) -> int:
+        return 2 * dim * dim
+
+    def of_experts(
+        self, values: Sequence[Moments | None], counts: Sequence[int], common: bool, dim: int
+    ) -> list[Moments]:
+        """As if every expert had seen ``dim`` tokens more, whose moments are those of all experts' tokens together.
+
+        Where each expert's input is a space of its own, directions of one mean nothing for another: those tokens then
+        have the mean square of all inputs in every direction, and mean zero.
+        """
+        pooled = pooled_moments([value for value in values if value is not None])
+        mean, second = pooled.mean, pooled.second_moment
+        if not common:
+            mean = torch.zeros_like(mean)
+            second = torch.eye(dim, dtype=second.dtype, device=second.device) * second.diagonal().mean()
+        weight = max(dim, 2)
+        spread = (second - torch.outer(mean, mean)) * (weight / (weight - 1))
+        prior = Moments(mean, spread, mean[None], torch.full((1,), float(weight)).to(mean))
+        return [prior if value is None else pooled_moments([value, prior]) for value in values]
 
 
 MOMENTS = _Moments()

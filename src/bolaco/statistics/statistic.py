@@ -55,6 +55,27 @@ class InputStatistic(Statistic[V]):
         """Stacked matrices have one input."""
         return values[0]
 
+    def numbers(self, dim: int) -> int:
+        """How many float64 numbers an accumulator holds, about."""
+        return dim
+
+    def of_experts(self, values: Sequence[V | None], counts: Sequence[int], common: bool, dim: int) -> list[V]:
+        """The statistics of the inputs of a block's experts, where some have seen few tokens.
+
+        Args:
+            values: of each expert, from its own tokens; None if those were too few for any.
+            counts: tokens of each expert.
+            common: whether the inputs of all experts are of one space, as those of their first matrices are.
+            dim: length of the inputs.
+
+        Raises:
+            ValueError: there are none at all.
+        """
+        known = [value for value in values if value is not None]
+        if not known:
+            raise ValueError("no expert has seen a token")
+        return [known[0] if value is None else value for value in values]
+
 
 class StoredStatistic(Statistic[Tensor]):
     """A statistic of each matrix that is kept on disk."""
@@ -87,13 +108,34 @@ class GradientStatistic(StoredStatistic):
 
     Attributes:
         labels: whose loss it is: that of tokens sampled from the model itself, or that of the text's own.
+        per_sequence: whether it needs to know which tokens are of one sequence.
     """
 
     labels: Literal["sampled", "text"]
+    per_sequence: bool = False
 
     @abstractmethod
     def accumulator(self, site: Site, device: torch.device) -> GradientAccumulator:
         """An empty accumulator for one matrix."""
+
+    def of_experts(
+        self, values: Sequence[Tensor | None], counts: Sequence[int], tokens: int, common: bool
+    ) -> list[Tensor]:
+        """The statistics of one matrix of each of a block's experts, where some have seen few tokens.
+
+        Args:
+            values: of each expert, from its own tokens; None if there were none.
+            counts: tokens of each expert.
+            tokens: all tokens of the text.
+            common: whether the outputs of all experts are of one space, as those of their last matrices are.
+
+        Raises:
+            ValueError: there are none at all.
+        """
+        known = [value for value in values if value is not None]
+        if not known:
+            raise ValueError("no expert has seen a token")
+        return [torch.zeros_like(known[0]) if value is None else value for value in values]
 
 
 class FoundStatistic(StoredStatistic):
@@ -101,10 +143,15 @@ class FoundStatistic(StoredStatistic):
 
 
 class SiteStatistics:
-    """Statistics of one site: what its method needs, and nothing else."""
+    """Statistics of one site: what its method needs, and nothing else.
 
-    def __init__(self, values: Mapping[Any, Any]) -> None:
+    Attributes:
+        tokens: of an expert, how many it was sent; None for others.
+    """
+
+    def __init__(self, values: Mapping[Any, Any], tokens: int | None = None) -> None:
         self.values: dict[Statistic[Any], Any] = dict(values)
+        self.tokens = tokens
 
     def __getitem__(self, statistic: Statistic[V]) -> V:
         """The value of a statistic.
@@ -119,4 +166,4 @@ class SiteStatistics:
 
     def with_values(self, more: Mapping[Any, Any]) -> SiteStatistics:
         """These and others, by statistic."""
-        return SiteStatistics(self.values | dict(more))
+        return SiteStatistics(self.values | dict(more), self.tokens)

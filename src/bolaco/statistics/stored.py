@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.data.settings import Calibration
-from bolaco.models.structure import Site, Structure
+from bolaco.models.structure import Site, Structure, hidden_size
 from bolaco.progress import Reporter
-from bolaco.statistics.backward import GradientWalk
+from bolaco.statistics.backward import gradient_walk
 from bolaco.statistics.statistic import GradientStatistic, SiteStatistics, Statistic, StoredStatistic
 from bolaco.work.blockstore import BlockStore
 
@@ -93,7 +93,7 @@ def estimate_gradients(
     finished = [layer for layer in range(layers) if place.has(layer)]
     earlier = (finished[0], place.read(finished[0])["gradient"]) if finished else None
     folder = store.folder / "inputs" if settings.cache == "disk" else None
-    walk = GradientWalk(model, structure, tokens, settings.batch, statistic, seed, folder)
+    walk = gradient_walk(model, structure, tokens, settings.batch, statistic, seed, folder)
     with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
         for layer, found in walk.run(tick, earlier):
             store.put(layer, found)
@@ -114,7 +114,7 @@ def stored_bytes(
     wanted = tuple(statistics)
     size = 4 * sum(statistic.numbers(member) for statistic in wanted for member in members)
     if any(isinstance(statistic, GradientStatistic) for statistic in wanted):
-        states = tokens[: settings.gradient_sequences].numel() * model.config.hidden_size * model.dtype.itemsize
+        states = tokens[: settings.gradient_sequences].numel() * hidden_size(model) * model.dtype.itemsize
         # Where the walk is, the place before while that is written, and perhaps the inputs of every block.
         size += states * (2 + (structure.num_layers + 1 if settings.cache == "disk" else 0))
     return size

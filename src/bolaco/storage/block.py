@@ -24,7 +24,7 @@ def compressed_block(subject: Subject, layer: int, factors: Mapping[str, Factors
     Tensors that do not change are shared with the subject's model; modules that stay dense are kept as they are.
     """
     structure = subject.structure
-    original = structure.block_list(subject.model)[layer]
+    original = structure.block_modules(subject.model)[layer]
     block = copy.deepcopy(original, {id(p): p for p in (*original.parameters(), *original.buffers())})
     layers: dict[str, nn.Module] = {}
     for site in structure.of_layer(layer):
@@ -58,7 +58,7 @@ def restored_block(subject: Subject, layer: int, state: Mapping[str, Tensor]) ->
         RuntimeError, KeyError: the state is of another block.
     """
     structure = subject.structure
-    block = copy.deepcopy(structure.block_list(subject.model)[layer])
+    block = copy.deepcopy(structure.block_modules(subject.model)[layer])
     layers: dict[str, nn.Module] = {}
     for site in structure.of_layer(layer):
         places = {member: place_in_block(structure, member) for member in site.members}

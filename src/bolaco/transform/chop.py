@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import BudgetError, UnsupportedModelError
 from bolaco.layers import put_module
-from bolaco.models.structure import Structure, meta_model
+from bolaco.models.find import meta_model
+from bolaco.models.structure import Structure, vocabulary
 from bolaco.models.walk import split_arguments
 from bolaco.settings import Section
 from bolaco.transform.base import Transform
@@ -98,14 +99,14 @@ def chop(model: PreTrainedModel, structure: Structure, blocks: tuple[int, ...]) 
     tensors = (*model.parameters(), *model.buffers())
     smaller = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     chop_config(smaller.config, blocks)
-    stack = structure.block_list(smaller)
+    place, stack = structure.stack, structure.block_modules(smaller)
     kept = nn.ModuleList([stack[block] for block in blocks])
     for layer, block in enumerate(kept):
         # The index by which a block finds its part of the KV cache.
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", layer)  # noqa: B010 - to mypy an attribute of a module is a module
-    put_module(smaller.base_model, structure.blocks, kept)
+    put_module(smaller.base_model, place, kept)
     _check_configuration(smaller, structure)
     _check_logits(model, smaller, structure, blocks)
     return smaller
@@ -137,14 +138,14 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 def _check_configuration(model: PreTrainedModel, structure: Structure) -> None:
     """Checks, block by block, that the configuration of a chopped model builds this very model."""
-    made = structure.block_list(meta_model(copy.deepcopy(model.config)))
-    for layer, (block, other) in enumerate(zip(structure.block_list(model), made, strict=True)):
+    stacks = [m.base_model.get_submodule(structure.stack) for m in (model, meta_model(copy.deepcopy(model.config)))]
+    for layer, (block, other) in enumerate(zip(*(stack.children() for stack in stacks), strict=True)):
         for (name, module), (_, built) in zip(block.named_modules(), other.named_modules(), strict=True):
             left, right = _plain(module), _plain(built)
             for key in left.keys() & right.keys():
                 if left[key] != right[key]:
                     raise UnsupportedModelError(
-                        f"{structure.blocks}.{layer}{'.' if name else ''}{name}: {key} is {left[key]!r} here, but the "
+                        f"{structure.stack}.{layer}{'.' if name else ''}{name}: {key} is {left[key]!r} here, but the "
                         f"configuration of a chopped {model.config.model_type} model makes it {right[key]!r}"
                     )
 
@@ -156,11 +157,9 @@ def skipping_logits(model: PreTrainedModel, structure: Structure, blocks: tuple[
         state = split_arguments(args, kwargs)[0]
         return (state, *output[1:]) if isinstance(output, tuple) else state
 
-    stack = structure.block_list(model)
+    stack = structure.block_modules(model)
     handles = [
-        stack[layer].register_forward_hook(skip, with_kwargs=True)
-        for layer in range(structure.num_layers)
-        if layer not in blocks
+        stack[layer].register_forward_hook(skip, with_kwargs=True) for layer in range(len(stack)) if layer not in blocks
     ]
     try:
         with torch.no_grad():
@@ -178,9 +177,10 @@ def _check_logits(
 
     It does not where a block's depth is part of its computation.
     """
-    tokens = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    tokens = torch.arange(8, device=model.device)[None] % vocabulary(model)
     expected = skipping_logits(model, structure, blocks, tokens).float()
-    actual = skipping_logits(smaller, structure, tuple(range(structure.num_layers)), tokens).float()
+    with torch.no_grad():
+        actual = smaller(input_ids=tokens, use_cache=False).logits.float()
     tolerance = 1e-3 * float(expected.abs().max())
     if torch.isfinite(expected).all() and not torch.allclose(actual, expected, rtol=0, atol=tolerance):
         raise UnsupportedModelError(

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from bolaco.data.sources import TokenStream, adds_bos, fingerprint, split_slice
 from bolaco.errors import DataError
+from bolaco.models.structure import positions_of
 from bolaco.tune.loss import IGNORED
 from bolaco.tune.settings import TuneSettings
 
@@ -107,7 +108,7 @@ def prepare_data(settings: TuneSettings, tokenizer: Any, config: Any, processes:
         DataError: data that cannot be read, are too short or malformed, or sequences longer than the model's positions.
     """
     length, held_out = settings.data.seq_len, settings.evaluation.source
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if positions is not None and length > positions:
         raise DataError(f"data.seq_len: {length} tokens, but the model has {positions} positions; lower it")
     windows, wanted = settings.evaluation.windows, settings.data.sequences

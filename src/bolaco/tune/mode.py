@@ -15,8 +15,9 @@ from bolaco.checkpoint.export import biased_skeleton
 from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.errors import UnsupportedModelError
 from bolaco.layers import Entry, FactoredLinear, SketchLinear, SplitLinear, put_module
+from bolaco.models.find import inspect_structure
 from bolaco.models.lowrank import is_compressed
-from bolaco.models.structure import Structure, inspect_structure, prefix_of
+from bolaco.models.structure import Structure, has_module, prefix_of
 from bolaco.plugins import Registry, in_folder
 from bolaco.progress import Reporter
 from bolaco.settings import Section
@@ -190,6 +191,8 @@ def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
     found: dict[str, Matrix] = {}
     for site in structure_of(model).sites:
         name, entry = site.module, entries.get(site.module)
+        if site.expert is not None and not has_module(model.base_model, name):
+            continue  # experts whose matrices are in one tensor stay as they are
         if site.part is not None and isinstance(model.base_model.get_submodule(name), SplitLinear):
             name = f"{name}.parts.{site.part}"
             entry = next(part for part in entries[site.module]["parts"] if part["name"] == site.part)

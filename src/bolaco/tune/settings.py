@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from bolaco.errors import RecipeError
-from bolaco.models.structure import TYPES
+from bolaco.models.labels import TYPES
 from bolaco.settings import Section, Values, meant, problems, unflatten
 
 Schedule = Literal["cosine", "linear", "constant"]

@@ -9,7 +9,7 @@ searched whole, not walked greedily.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,15 +78,18 @@ def spectral_ranks(
     Raises:
         BudgetError: not even the lowest ranks fit.
     """
-    names = [site.name for site in sites if site.name in spectra]
+    groups = _tied(site for site in sites if site.name in spectra)
     start = warm or {}
-    menus = [make_menu(budget.sites[n], spectra[n], multiple, budget.storage, relative, start.get(n)) for n in names]
+
+    def menu_of(name: str) -> Menu:
+        return make_menu(budget.sites[name], spectra[name], multiple, budget.storage, relative, start.get(name))
+
+    menus = [_sum([menu_of(name) for name in names]) for names in groups]
     if warm is not None:
         over = budget.cost(warm) > budget.limit
-        menus = [
-            _from(menu, budget.storage.parameters(budget.sites[n], warm[n]), over) for n, menu in zip(names, menus)
-        ]
-    fixed = budget.total - sum(budget.sites[name].size for name in names)
+        costs = [sum(budget.storage.parameters(budget.sites[n], warm[n]) for n in names) for names in groups]
+        menus = [_from(menu, cost, over) for menu, cost in zip(menus, costs, strict=True)]
+    fixed = budget.total - sum(budget.sites[name].size for names in groups for name in names)
 
     def cost(choice: Sequence[int]) -> int:
         return fixed + sum(int(menu.costs[i]) for menu, i in zip(menus, choice, strict=True))
@@ -107,8 +110,29 @@ def spectral_ranks(
                 high, choice = price, tried
     _spend(menus, choice, budget.limit - cost(choice))
     ranks: Ranks = dict.fromkeys(budget.sites)
-    ranks.update({name: menu.ranks[i] for name, menu, i in zip(names, menus, choice, strict=True)})
+    for names, menu, i in zip(groups, menus, choice, strict=True):
+        ranks.update(dict.fromkeys(names, menu.ranks[i]))
     return ranks
+
+
+def _tied(sites: Iterable[Site]) -> list[list[str]]:
+    """Names of the sites that have one rank together, as the experts of a block do; most are alone."""
+    groups: dict[object, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.tie or site.name, []).append(site.name)
+    return list(groups.values())
+
+
+def _sum(menus: Sequence[Menu]) -> Menu:
+    """The menu of matrices that take one entry together."""
+    if len(menus) == 1:
+        return menus[0]
+    shortest = min(menus, key=lambda menu: len(menu.ranks))
+    common = [rank for rank in shortest.ranks if all(rank in menu.ranks for menu in menus)]
+    at = [[menu.ranks.index(rank) for rank in common] for menu in menus]
+    costs = sum(menu.costs[i] for menu, i in zip(menus, at, strict=True))
+    errors = sum(menu.errors[i] for menu, i in zip(menus, at, strict=True))
+    return Menu(tuple(common), np.asarray(costs), np.asarray(errors))
 
 
 def _from(menu: Menu, cost: int, over: bool) -> Menu:

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import CheckpointError
 from bolaco.layers import FactoredLinear, FollowerLinear, LowRankLinear
+from bolaco.models.find import inspect_structure
 from bolaco.models.load import resolve
-from bolaco.models.structure import inspect_structure, prefix_of
+from bolaco.models.structure import prefix_of
 from bolaco.models.subject import Subject
 from bolaco.transform.prune import SPARSE_FILE
 from bolaco.tune.factored import stored, two_factors
