@@ -1,6 +1,6 @@
 """A small mixture of experts, trained here on Python's own documentation, compressed in several ways.
 
-    python benchmarks/mixture.py --out FOLDER [--steps 1200] [--keep 0.7]
+    python benchmarks/mixture.py --out FOLDER [--steps 500] [--keep 0.7]
 
 The trained model stays in FOLDER, and is found there again. 4 blocks of width 128, 8 experts of which 2 take each
 token. Perplexity on the last tenth of the text, which neither training nor calibration sees.
@@ -115,7 +115,7 @@ def train(folder: Path, steps: int) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--keep", type=float, default=0.7)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,22 @@ import torch
 from torch import nn
 
 from bolaco.checkpoint.export import export_dense
-from bolaco.layers import EachExpert, GroupedExperts, LowRankLinear, PivotedLinear, RoutedExperts, put_module
+from bolaco.factorize import InputMetric, OutputMetric, low_rank
+from bolaco.layers import (
+    EachExpert,
+    FollowerLinear,
+    GroupedExperts,
+    LeadLinear,
+    LowRankLinear,
+    PivotedLinear,
+    RoutedExperts,
+    put_module,
+)
 from bolaco.models.experts import experts_of, together, unfused
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
 from bolaco.models.observe import observed
+from bolaco.models.structure import all_experts
 from bolaco.report.tables import experts_table
 from bolaco.statistics.backward import gradient_walk
 from bolaco.statistics.fisher import FISHER
@@ -22,6 +33,7 @@ from bolaco.statistics.forward import collect, input_walk
 from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.magnitude import MAGNITUDE
 from bolaco.statistics.moments import MOMENTS, PooledMoments, pooled_moments
+from bolaco.statistics.symmetric import BlockDiagonal
 from bolaco.storage.block import linear, low_rank_linear
 from bolaco.storage.storage import STORAGES
 from tests.models import compress_tiny, save_tiny, slow
@@ -257,6 +269,29 @@ def test_statistics_of_llama_4_leave_out_tokens_that_are_not_an_expert_s():
     assert {sum(found) for found in counts.values() if found} == {chosen * tokens.numel()}
 
 
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_metric_of_blocks_is_that_of_the_whole(rows):
+    """For tall stacks, and for wide ones."""
+    draw = torch.Generator().manual_seed(0)
+    halves = [torch.randn(rows, rows, dtype=torch.float64, generator=draw) for _ in range(3)]
+    blocks = [half @ half.T for half in halves]
+    weight = torch.randn(3 * rows, 24, dtype=torch.float64, generator=draw)
+    inputs = InputMetric(torch.diag(torch.rand(24, dtype=torch.float64, generator=draw) + 0.1))
+    one = low_rank(weight, inputs, 6, output=OutputMetric(torch.block_diag(*blocks), 0.1))
+    other = low_rank(weight, inputs, 6, output=OutputMetric(BlockDiagonal(tuple(blocks)), 0.1))
+    torch.testing.assert_close(one.spectrum, other.spectrum)
+    torch.testing.assert_close(one.product(6), other.product(6))
+
+
+def test_the_gradients_of_many_stacked_matrices_stay_blocks(monkeypatch):
+    blocks = [torch.eye(3, dtype=torch.float64) * i for i in range(4)]
+    assert torch.equal(GRADIENT.stack(blocks), torch.block_diag(*blocks))
+    monkeypatch.setattr("bolaco.statistics.gradient._LARGE", 11)
+    stacked = GRADIENT.stack(blocks)
+    assert isinstance(stacked, BlockDiagonal)
+    assert torch.equal(stacked.dense(), torch.block_diag(*blocks))
+
+
 # --- runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +332,65 @@ def test_an_expert_without_tokens_is_compressed_and_named(lonely):
     assert all(torch.isfinite(p).all() for p in loaded.parameters())
     table = experts_table(tokens)
     assert list(table.columns[-1].cells) == ["1"] * table.row_count
+
+
+def test_an_expert_without_tokens_has_the_statistics_of_all(lonely):
+    """Of their inputs together before its first matrix, of their mean square before the second."""
+    working = unfused(lonely.original)
+    structure = observed(working, inspect_structure(working))
+    walk = input_walk(working, structure, tokens_for(lonely.original, 4, 20), 2)
+    found, seen = {}, 0
+    while walk.layer < structure.num_layers:
+        for values in collect(walk, [MOMENTS], 1):
+            found.update({(seen, name): value for name, value in values.items()})
+            seen += 1
+    last = [site for site in structure.sites if site.expert == 3]
+    assert {site.type for site in last} == {"experts.gate_up", "experts.down"}
+    for site in last:
+        value = found[site.layer, site.input_group]
+        assert value.tokens == 0
+        second = value[MOMENTS].second_moment
+        plain = torch.eye(len(second), dtype=second.dtype) * second.diagonal().mean()
+        if site.type == "experts.down":
+            torch.testing.assert_close(second, plain)
+        else:
+            assert float((second - plain).norm()) > 0.3 * float(second.norm())
+            pooled = found[site.layer, all_experts(site.type)][MOMENTS].second_moment
+            torch.testing.assert_close(second, pooled)
+
+
+@pytest.mark.parametrize("family", ["mixtral", slow("gpt_oss"), slow("nemotron_h")])
+def test_one_input_factor_for_all_experts(family, tmp_path: Path):
+    model = of_type(family)
+    options = {**QUICK, "search.dense_types": ["q", "k", "v", "o"]}
+    run = compress_tiny(
+        model,
+        tmp_path / "out",
+        preset="default",
+        method="svd-llm",
+        storage="shared",
+        search="spectral",
+        options=options,
+    )
+    loaded = load_model(str(run.path))
+    experts = [module for module in loaded.modules() if isinstance(module, EachExpert)]
+    factored = [module for module in experts if isinstance(module[0], LeadLinear)]
+    assert factored
+    for module in factored:
+        assert all(isinstance(layer, FollowerLinear) and layer.lead is module[0] for layer in list(module)[1:])
+    assert run.info.parameters == sum(p.numel() for p in loaded.parameters())
+    assert run.info.parameters_linears <= 0.7 * run.info.parameters_linears_dense
+    idle = sum(
+        p.numel() * (1 - model.config.num_experts_per_tok / len(module))
+        for module in experts
+        for name, p in module.named_parameters()
+        if not name.endswith("bias") and "reduce" not in name
+    )
+    # What the second matrices have of their own, and whatever stayed dense.
+    for module in (module for module in loaded.modules() if isinstance(module, GroupedExperts)):
+        share = 1 - model.config.num_experts_per_tok / module.experts
+        idle += sum(p.numel() * share for name, p in module.named_parameters() if not name.endswith("bias"))
+    assert run.info.parameters_active == pytest.approx(run.info.parameters - idle, abs=2)
 
 
 def test_active_parameters(lonely):

@@ -91,8 +91,8 @@ def factorize(
 def _tokens(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) -> dict[str, int]:
     """Tokens that each expert of a block was sent, by site name."""
     found = {}
-    for site in job.subject.structure.of_layer(layer):
-        count = inputs[site.input_group].tokens
+    for site in (member for unit in job.subject.structure.of_layer(layer) for member in unit.members):
+        count = inputs[site.input_group].tokens if site.input_group in inputs else None
         if site.expert is not None and count is not None:
             found[site.name] = count
     return found

@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from bolaco.statistics.symmetric import BlockDiagonal
+
 # Eigenvalues of C below this share of their mean are lifted to it in C^(1/2): directions the calibration text never
 # visits then still get an order, by their weight, so that full rank gives back W itself.
 _FLOOR = 1e-10
@@ -58,20 +60,24 @@ class OutputMetric:
     ``OutputMetric(None)`` is the identity.
     """
 
-    def __init__(self, matrix: Tensor | None, shrinkage: float = 0.0) -> None:
-        self.matrix: Tensor | None = None
+    def __init__(self, matrix: Tensor | BlockDiagonal | None, shrinkage: float = 0.0) -> None:
+        self.matrix: Tensor | BlockDiagonal | None = None
         if matrix is None:
             return
-        self.matrix = (1 - shrinkage) * matrix.double()
         # A matrix that the loss never reaches has no gradient at all: every output counts alike then.
         self._mean = float(matrix.diagonal().double().mean()) or 1.0
+        if isinstance(matrix, BlockDiagonal):
+            self.matrix = matrix.double().scaled(1 - shrinkage, (shrinkage + _FLOOR) * self._mean)
+            return
+        self.matrix = (1 - shrinkage) * matrix.double()
         self.matrix.diagonal().add_((shrinkage + _FLOOR) * self._mean)
 
     @cached_property
     def roots(self) -> tuple[Tensor, Tensor]:
         """G^(1/2) and its inverse, ``[out, out]``, symmetric."""
         assert self.matrix is not None
-        values, vectors = torch.linalg.eigh(self.matrix)
+        whole = self.matrix.dense() if isinstance(self.matrix, BlockDiagonal) else self.matrix
+        values, vectors = torch.linalg.eigh(whole)
         values = values.clamp(min=_FLOOR * self._mean).sqrt()
         return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
@@ -158,7 +164,9 @@ def low_rank(
     )
 
 
-def _tall(w: Tensor, metric: InputMetric, curvature: Tensor | None, max_rank: int) -> tuple[Tensor, Tensor]:
+def _tall(
+    w: Tensor, metric: InputMetric, curvature: Tensor | BlockDiagonal | None, max_rank: int
+) -> tuple[Tensor, Tensor]:
     """Ascending squared singular values, and the leading output basis, from the smaller side of a tall matrix.
 
     No root of the output metric is taken: the basis is made orthonormal in it by a Cholesky factor, which keeps the
@@ -170,7 +178,9 @@ def _tall(w: Tensor, metric: InputMetric, curvature: Tensor | None, max_rank: in
     basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
     basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
     if curvature is not None:
-        lower = torch.linalg.cholesky(_symmetric(basis.T @ curvature @ basis))
+        whole = isinstance(curvature, Tensor)
+        inner = basis.T @ curvature @ basis if whole else basis.T @ (curvature @ basis)
+        lower = torch.linalg.cholesky(_symmetric(inner))
         basis = torch.linalg.solve_triangular(lower, basis.T, upper=False).T
     return values, basis
 

@@ -83,13 +83,19 @@ class Stack(Site):
 
     @property
     def input_group(self) -> str:
-        """Key of the input its matrices share."""
-        return self.stacked[0].input_group
+        """Key of the input its matrices share; of experts, of what all of them are sent."""
+        first = self.stacked[0]
+        return first.input_group if first.expert is None else all_experts(first.type)
 
     @property
     def members(self) -> tuple[Site, ...]:
         """The matrices, top to bottom."""
         return self.stacked
+
+
+def all_experts(kind: str) -> str:
+    """Key of the inputs of all experts of a block together, from the type of their first matrix."""
+    return f"{kind} of all experts"
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,16 @@ class Structure:
     def idle(self, sizes: Mapping[str, int]) -> int:
         """Parameters of experts that a token is not sent to, from the sizes of the matrices by name."""
         shares = dict(enumerate(self.active))
-        return round(sum(sizes[s.name] * (1 - shares.get(s.layer, 1.0)) for s in self.sites if s.expert is not None))
+        idle = 0.0
+        for site in self.sites:
+            if site.members[0].expert is None:
+                continue
+            size = float(sizes[site.name])
+            if site.expert is None and size < site.size:
+                # An input factor that all experts have in common is used by every token.
+                size *= site.out_features / (site.out_features + site.in_features)
+            idle += size * (1 - shares.get(site.layer, 1.0))
+        return round(idle)
 
     @property
     def num_layers(self) -> int:
@@ -256,7 +271,8 @@ def positions_of(config: Any) -> int | None:
 def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
     """The same decoder with the groups of ``STACKS`` as one site each, where all of a group may be factored.
 
-    Matrices that were seen to have different inputs are not stacked.
+    Matrices that were seen to have different inputs are not stacked. The first matrices of a block's experts are: what
+    they are sent is of one space.
     """
     dense = set(dense_types)
     sites: list[Site] = []
@@ -268,9 +284,15 @@ def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
                 members = tuple(of_type[t] for t in types)
                 if len({(site.input_group, site.in_features) for site in members}) == 1:
                     stacks |= dict.fromkeys(types, _stack(kind, members))
-        sites += dict.fromkeys(
-            site if site.expert is not None else stacks.get(site.type, site) for site in structure.of_layer(layer)
-        )
+        experts = [site for site in structure.of_layer(layer) if site.expert is not None]
+        first = [site for site in experts if site.tie == experts[0].tie]
+        pooled = _stack(first[0].type, tuple(first)) if len(first) > 1 and first[0].type not in dense else None
+        for site in structure.of_layer(layer):
+            if site.expert is None:
+                sites.append(stacks.get(site.type, site))
+            else:
+                sites.append(pooled if pooled is not None and site in first else site)
+        sites = list(dict.fromkeys(sites))
     return replace(structure, sites=tuple(sites))
 
 

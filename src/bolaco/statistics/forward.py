@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
 from bolaco.evaluation.objective import final_hidden
-from bolaco.models.structure import Site, Structure
+from bolaco.models.structure import Site, Structure, all_experts
 from bolaco.models.walk import BlockRunner, by_sequence
 from bolaco.statistics.moments import group_runs
 from bolaco.statistics.statistic import InputAccumulator, InputStatistic, SiteStatistics
@@ -198,10 +198,7 @@ def collect(
     """
     first, wanted = walk.layer, tuple(statistics)
     groups = min(groups, walk.sequences)
-    dims = {
-        layer: {site.input_group: site for site in reversed(walk.structure.of_layer(layer))}
-        for layer in range(first, walk.structure.num_layers)
-    }
+    dims = {layer: _by_group(walk.structure, layer) for layer in range(first, walk.structure.num_layers)}
 
     def numbers(layer: int) -> int:
         sizes = [site.in_features for site in dims[layer].values()]
@@ -229,6 +226,14 @@ def collect(
     return [_finished(dims[layer], layer, wanted, found, counts) for layer in layers]
 
 
+def _by_group(structure: Structure, layer: int) -> dict[str, Site]:
+    """The first matrix of every input group of a block, in order of execution."""
+    found: dict[str, Site] = {}
+    for site in (member for unit in structure.of_layer(layer) for member in unit.members):
+        found.setdefault(site.input_group, site)
+    return found
+
+
 def _finished(
     sites: dict[str, Site],
     layer: int,
@@ -244,6 +249,7 @@ def _finished(
             experts.setdefault(site.tie, []).append(name)
         elif (layer, name) in found:
             done[name] = SiteStatistics({kind: item.finalize() for kind, item in found[layer, name].items()})
+    together: dict[InputStatistic[Any], Any] = {}
     for position, names in enumerate(experts.values()):
         seen = [counts.get((layer, name), 0) for name in names]
         values: dict[InputStatistic[Any], list[Any]] = {}
@@ -251,8 +257,13 @@ def _finished(
             own = [_or_none(found.get((layer, name), {}).get(kind)) for name in names]
             # What enters an expert is one space for all of them; behind its first matrix each has its own.
             values[kind] = kind.of_experts(own, seen, position == 0, sites[names[0]].in_features)
+            if position == 0:
+                known = [(value, count) for value, count in zip(own, seen, strict=True) if value is not None]
+                together[kind] = kind.pooled(*(list(part) for part in zip(*known, strict=True)))
         for index, name in enumerate(names):
             done[name] = SiteStatistics({kind: values[kind][index] for kind in wanted}, seen[index])
+        if position == 0:
+            done[all_experts(sites[names[0]].type)] = SiteStatistics(together)
     return done
 
 

@@ -8,6 +8,7 @@ unit of output). Labels are sampled from the model itself, so this is the Fisher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from torch import Tensor
 from bolaco.models.structure import Site
 from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.statistic import GradientStatistic
-from bolaco.statistics.symmetric import fold, folded_size, unfold
+from bolaco.statistics.symmetric import BlockDiagonal, fold, folded_size, unfold
+
+# Rows from which on a block-diagonal matrix is kept as its blocks.
+_LARGE = 16384
 
 
 class _OutputMoment:
@@ -66,7 +70,12 @@ class _Gradient(GradientStatistic):
         return found
 
     def stack(self, values: Sequence[Tensor]) -> Tensor:
-        """Block-diagonal: outputs of different matrices count as uncorrelated."""
+        """Block-diagonal: outputs of different matrices count as uncorrelated.
+
+        Of many matrices, such as those of experts, the whole would be far larger than its blocks; those alone it is.
+        """
+        if sum(map(len, values)) > _LARGE:
+            return cast(Tensor, BlockDiagonal(tuple(values)))
         stacked: Tensor = torch.block_diag(*values)
         return stacked
 

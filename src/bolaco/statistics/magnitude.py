@@ -58,6 +58,10 @@ class _Magnitude(InputStatistic[Tensor]):
     def accumulator(self, dim: int, groups: int, device: torch.device) -> Magnitudes:
         return Magnitudes(dim, device)
 
+    def pooled(self, values: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+        total = sum(counts)
+        return torch.stack([v * (n / total) for v, n in zip(values, counts, strict=True)]).sum(dim=0)
+
     def of_experts(
         self, values: Sequence[Tensor | None], counts: Sequence[int], common: bool, dim: int
     ) -> list[Tensor]:
@@ -65,8 +69,7 @@ class _Magnitude(InputStatistic[Tensor]):
         known = [(value, count) for value, count in zip(values, counts, strict=True) if value is not None]
         if not known:
             raise ValueError("no expert has seen a token")
-        tokens = sum(count for _, count in known)
-        mean = torch.stack([value * (count / tokens) for value, count in known]).sum(dim=0)
+        mean = self.pooled(*zip(*known, strict=True))
         mean = mean if common else torch.full_like(mean, float(mean.mean()))
         return [mean if v is None else (v * n + mean) / (n + 1) for v, n in zip(values, counts, strict=True)]
 

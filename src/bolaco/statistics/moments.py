@@ -194,6 +194,9 @@ class _Moments(InputStatistic[Moments]):
     def numbers(self, dim: int) -> int:
         return 2 * dim * dim
 
+    def pooled(self, values: Sequence[Moments], counts: Sequence[int]) -> Moments:
+        return pooled_moments(values)
+
     def of_experts(
         self, values: Sequence[Moments | None], counts: Sequence[int], common: bool, dim: int
     ) -> list[Moments]:

@@ -59,6 +59,10 @@ class InputStatistic(Statistic[V]):
         """How many float64 numbers an accumulator holds, about."""
         return dim
 
+    def pooled(self, values: Sequence[V], counts: Sequence[int]) -> V:
+        """The statistic of several sets of vectors together, from that of each and their numbers; there is one."""
+        return values[0]
+
     def of_experts(self, values: Sequence[V | None], counts: Sequence[int], common: bool, dim: int) -> list[V]:
         """The statistics of the inputs of a block's experts, where some have seen few tokens.
 

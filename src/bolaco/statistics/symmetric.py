@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -44,3 +46,39 @@ def unfold(folded: Tensor) -> Tensor:
     matrix[half:, half:] = block[:rest, 1:].triu().T
     matrix[half:, :half] = corner
     return matrix + matrix.tril(-1).T
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """A symmetric matrix with these blocks on its diagonal and zeros elsewhere, of which only the blocks exist."""
+
+    blocks: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    def double(self) -> BlockDiagonal:
+        """In float64."""
+        return BlockDiagonal(tuple(block.double() for block in self.blocks))
+
+    def diagonal(self) -> Tensor:
+        """``[n]``."""
+        return torch.cat([block.diagonal() for block in self.blocks])
+
+    def scaled(self, factor: float, shift: float) -> BlockDiagonal:
+        """``factor`` times it, plus ``shift`` times the identity."""
+        blocks = []
+        for block in self.blocks:
+            changed = factor * block
+            changed.diagonal().add_(shift)
+            blocks.append(changed)
+        return BlockDiagonal(tuple(blocks))
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        sizes = [len(block) for block in self.blocks]
+        return torch.cat([block @ part for block, part in zip(self.blocks, other.split(sizes), strict=True)])
+
+    def dense(self) -> Tensor:
+        """The whole matrix."""
+        whole: Tensor = torch.block_diag(*self.blocks)
+        return whole
