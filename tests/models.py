@@ -11,7 +11,7 @@ import functools
 import hashlib
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,6 +295,17 @@ TINY: dict[str, Any] = {
 def slow(*values: Any, id: str | None = None) -> Any:
     """A row of a table of parameters whose code the other rows run as well: it is left to ``make test-slow``."""
     return pytest.param(*values, marks=pytest.mark.slow, id=id)
+
+
+# Plain, norms of query and key, windows and caps, kinds of layers, fused projections, Conv1D, norms after and biases.
+QUICK_FAMILIES = ("llama", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt_post_norm")
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Rows of one value each: all but the ``quick`` ones are :func:`slow`."""
+    rows = list(values)
+    assert set(quick) <= set(rows), quick
+    return [value if value in quick else slow(value) for value in rows]
 
 
 @functools.cache

@@ -6,6 +6,7 @@ All imports count, those inside functions and those for type checkers too.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import tokenize
 from collections.abc import Iterator
@@ -142,8 +143,13 @@ NAMES = {
 PRESETS = "recipe/presets.py"
 
 
-def literals(path: Path) -> Iterator[str]:
+@functools.cache
+def literals(path: Path) -> frozenset[str]:
     """String literals of a file."""
+    return frozenset(_literals(path))
+
+
+def _literals(path: Path) -> Iterator[str]:
     with path.open("rb") as file:
         for token in tokenize.tokenize(io.BytesIO(file.read()).readline):
             if token.type == tokenize.STRING:

@@ -23,7 +23,7 @@ from bolaco.runs import measure
 from bolaco.statistics.backward import BlockGradientWalk
 from bolaco.transform import prune as pruning
 from tests.command import compress, furnish, ok, what_counts
-from tests.models import english, save_tiny, slow, tiny_llama
+from tests.models import english, mostly_slow, save_tiny, slow, tiny_llama
 
 # Recipes by name: words, and settings. Each has stages that another has not.
 BASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -156,11 +156,27 @@ COMPARED = {
 }
 
 
+# At least one that begins at each of the stages; the others in the slow tests.
+QUICK = {
+    "default": {
+        *("keep", "refinement.fit", "calibration.gradient_sequences", "storage, other units", "method.name, others"),
+        *("search.rank_multiple, higher ranks", "validation.candidates", "evaluation.windows", "text", "weights"),
+    },
+    "5x1": {
+        *("keep", "search.trials", "search.rank_multiple, higher ranks", "no search", "refinement.steps"),
+        *("validation.source", "weights"),
+    },
+    "lpaf": {"method.steps", "storage, higher ranks", "evaluation.windows"},
+    "chop": {"keep", "weights"},
+}
+
+
 def rows() -> Iterator[Any]:
     """Each change once, and again in the slow tests where its result is compared there only."""
     for base, name, *values in AGAIN:
         compared = name in COMPARED[base]
-        yield pytest.param(base, *values, compared, id=f"{base}: {name}")
+        row = pytest.param if name in QUICK[base] else slow
+        yield row(base, *values, compared, id=f"{base}: {name}")
         if not compared:
             yield slow(base, *values, True, id=f"{base}: {name}, compared")
 
@@ -267,7 +283,7 @@ def test_what_depends_on_a_change_runs_again(
     assert what_counts("out") == what_counts("fresh")
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", mostly_slow(BASES, "default", "5x1"))
 def test_there_and_back_again_runs_nothing(
     base: str, shared: Path, begin: Callable[[str], None], ran: Callable[..., set[str]]
 ) -> None:

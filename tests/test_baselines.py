@@ -19,15 +19,24 @@ from bolaco.models.subject import Subject
 from bolaco.progress import Reporter
 from bolaco.statistics import stored
 from bolaco.statistics.stored import StatisticStore, estimate_gradients, site_statistics
-from tests.models import FAMILIES, compress_tiny, text_file, tiny_llama, token_blocks
+from tests.models import FAMILIES, compress_tiny, slow, text_file, tiny_llama, token_blocks
 from tests.test_resume import counted
 
 CPU = torch.device("cpu")
 ONE_SHOT = {"asvd": "asvd", "fwsvd": "fwsvd", "svd-llm": "svd-llm"}
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
-@pytest.mark.parametrize("preset", ONE_SHOT)
+QUICK = (("asvd", "llama"), ("asvd", "opt"), ("fwsvd", "phi3"), ("svd-llm", "gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "family"),
+    [
+        (preset, family) if (preset, family) in QUICK else slow(preset, family)
+        for preset in ONE_SHOT
+        for family in ("llama", "phi3", "gpt2", "opt")
+    ],
+)
 def test_one_ratio_two_factors_and_no_bias(preset: str, family: str, tmp_path: Path) -> None:
     run = compress_tiny(FAMILIES[family](), tmp_path / "out", preset=preset, search=None, keep=0.6)
     assert run.info.method == ONE_SHOT[preset]

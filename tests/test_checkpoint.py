@@ -29,18 +29,29 @@ from bolaco.models.load import load_model, load_tokenizer
 from bolaco.recipe.recipe import load_recipe, make_recipe, read_recipe
 from tests.models import (
     FAMILIES,
+    QUICK_FAMILIES,
     Compressed,
     build,
     compress_tiny,
     compressed,
+    mostly_slow,
     save_tiny,
+    slow,
     tiny_llama,
     tiny_tokenizer,
     token_blocks,
 )
 from tests.processes import environment_of, without_bolaco
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", mostly_slow(FAMILIES, *QUICK_FAMILIES))
+# Loaded one after the other in one process.
+together = pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(QUICK_FAMILIES, id="some"),
+        slow(tuple(family for family in FAMILIES if family not in QUICK_FAMILIES), id="the others"),
+    ],
+)
 AUTO = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
 
 
@@ -112,7 +123,8 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Compressed:
 # --- loading -----------------------------------------------------------------------------------------------------
 
 
-def test_plain_load_when_the_auto_classes_came_first(tokens: Path, tmp_path: Path) -> None:
+@together
+def test_plain_load_when_the_auto_classes_came_first(names: tuple[str, ...], tokens: Path, tmp_path: Path) -> None:
     """Every family, without trust_remote_code."""
     code = f"""
 {MEASURE}
@@ -124,7 +136,7 @@ for folder in map(Path, sys.argv[3:]):
     assert AutoTokenizer.from_pretrained(folder)("the river").input_ids
     measure(model, Path(sys.argv[2]) / folder.name)
 """
-    runs = [compressed(family) for family in FAMILIES]
+    runs = [compressed(family) for family in names]
     must(without_bolaco(code, tmp_path, tokens, tmp_path, *[run.path for run in runs]))
     for run in runs:
         assert torch.equal(load_file(tmp_path / run.path.name)["value"], logits(load_model(str(run.path)))), (
@@ -146,33 +158,26 @@ import bolaco
 }
 
 
-def test_plain_load_in_another_order(tokens: Path, tmp_path: Path) -> None:
-    """Each order in a process of its own, forked before transformers is imported."""
+@pytest.mark.parametrize("name", mostly_slow(STARTS, "configuration first"))
+def test_plain_load_in_another_order(name: str, tokens: Path, tmp_path: Path) -> None:
+    """Each order in a process of its own, where transformers is not imported before."""
     code = f"""
 {MEASURE}
-import json, os
-folder, starts = sys.argv[2], json.loads(sys.argv[3])
-for name, start in starts.items():
-    assert not [module for module in sys.modules if module.partition(".")[0] in ("bolaco", "transformers")]
-    child = os.fork()
-    if child == 0:
-        exec(start)
-        from transformers import AutoModel
-        measure(AutoModel.from_pretrained(folder), f"{{name}} hidden")
-        from transformers import AutoModelForCausalLM
-        measure(AutoModelForCausalLM.from_pretrained(folder), f"{{name}} logits")
-        break
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"{{name}} failed")
+folder = sys.argv[2]
+assert not [module for module in sys.modules if module.partition(".")[0] in ("bolaco", "transformers")]
+{STARTS[name]}
+from transformers import AutoModel
+measure(AutoModel.from_pretrained(folder), "hidden")
+from transformers import AutoModelForCausalLM
+measure(AutoModelForCausalLM.from_pretrained(folder), "logits")
 """
     run = compressed("gpt2")
-    must(python(code, tmp_path, tokens, run.path, json.dumps(STARTS)))
+    must(python(code, tmp_path, tokens, run.path))
     model = load_model(str(run.path))
     with torch.no_grad():
         hidden = model.base_model(input_ids=token_blocks(2, 24, seed=5)).last_hidden_state
-    for name in STARTS:
-        assert torch.equal(load_file(tmp_path / f"{name} logits")["value"], logits(model)), name
-        assert torch.equal(load_file(tmp_path / f"{name} hidden")["value"], hidden), name
+    assert torch.equal(load_file(tmp_path / "logits")["value"], logits(model))
+    assert torch.equal(load_file(tmp_path / "hidden")["value"], hidden)
 
 
 def test_import_bolaco_costs_no_transformers(tmp_path: Path) -> None:
@@ -180,7 +185,10 @@ def test_import_bolaco_costs_no_transformers(tmp_path: Path) -> None:
     must(python(code, tmp_path))
 
 
-def test_remote_code_where_bolaco_is_not_installed(tokens: Path, odd: Compressed, tmp_path: Path) -> None:
+@together
+def test_remote_code_where_bolaco_is_not_installed(
+    names: tuple[str, ...], tokens: Path, odd: Compressed, tmp_path: Path
+) -> None:
     """All families by their own code, saved again and loaded again; nothing of bolaco can be imported."""
     code = f"""
 {MEASURE}
@@ -202,7 +210,7 @@ for folder in map(Path, sys.argv[3:]):
     measure(AutoModelForCausalLM.from_pretrained(out / f"{{folder.name}}-again", **trusted), out / f"{{folder.name}}-2")
 assert not [name for name in sys.modules if name.startswith("bolaco.")]
 """
-    runs = [*[compressed(family) for family in FAMILIES], odd]
+    runs = [*[compressed(family) for family in names], odd]
     # A folder that a user saved again from the registered classes must be as good as ours.
     resaved = tmp_path / "resaved"
     AutoModelForCausalLM.from_pretrained(runs[0].path).save_pretrained(resaved)
@@ -518,8 +526,10 @@ def export(run: Compressed, out: Path, **words: Any) -> PreTrainedModel:
 
 
 EXPORTS = [
-    *[(family, "afm") for family in ("llama", "llama_biased", "granite", "smollm3", "gpt2", "opt", "opt_post_norm")],
-    *[(family, "svd-llm") for family in ("llama", "mistral", "qwen2", "phi3", "gemma2", "gpt2")],
+    *[(family, "afm") for family in ("llama", "llama_biased", "gpt2", "opt_post_norm")],
+    *[(family, "svd-llm") for family in ("llama", "qwen2", "phi3")],
+    *[slow(family, "afm") for family in ("granite", "smollm3", "opt")],
+    *[slow(family, "svd-llm") for family in ("mistral", "gemma2", "gpt2")],
 ]
 
 

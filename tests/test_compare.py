@@ -38,7 +38,7 @@ from bolaco.storage.budget import Budget
 from bolaco.storage.storage import STORAGES
 from bolaco.work.folder import Clock, WorkFolder
 from tests.command import SMALL, bolaco, furnish, info, ok, snapshot
-from tests.models import tiny_llama, tiny_tokenizer, token_blocks
+from tests.models import mostly_slow, slow, tiny_llama, tiny_tokenizer, token_blocks
 from tests.processes import killed
 from tests.test_resume import counted
 
@@ -161,7 +161,7 @@ def test_rows(shared: Path) -> None:
     assert record["dense"]["tasks"]["questions.jsonl"]["examples"] == 3
 
 
-@pytest.mark.parametrize("name", ["default-0.6", "bolaco-5x1-0.8", "fwsvd-0.8", "svd-0.6"])
+@pytest.mark.parametrize("name", ["default-0.6", "bolaco-5x1-0.8", slow("fwsvd-0.8"), slow("svd-0.6")])
 def test_a_row_is_what_a_single_run_gives(name: str, shared: Path, place: Path) -> None:
     """Also where the shared factors reach further, and are of more matrices, than the run's own."""
     ok("run", str(shared / f"out/recipes/{name}.yaml"), "-o", "single")
@@ -499,7 +499,7 @@ def undisturbed(shared: Path) -> Path:
     return shared / "undisturbed"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", mostly_slow(MOMENTS, "in the pass over the text", "before a row is recorded"))
 def test_killed(moment: str, undisturbed: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = words("out", "default,svd", "0.7")
     done = killed(*MOMENTS[moment], given)

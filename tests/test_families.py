@@ -22,12 +22,27 @@ from bolaco.models.lowrank import FORMAT, config_class, model_classes
 from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.storage.block import compressed_block
-from tests.models import FAMILIES, Compressed, compress_tiny, compressed, slow, tiny_llama, token_blocks
+from tests.models import (
+    FAMILIES,
+    QUICK_FAMILIES,
+    Compressed,
+    compress_tiny,
+    compressed,
+    mostly_slow,
+    slow,
+    tiny_llama,
+    token_blocks,
+)
 
 # A run that searches, beside the ones that take the hand allocation.
-RUNS = [(family, "hand") for family in FAMILIES] + [(family, "5x1") for family in ("llama", "gemma2", "gpt2")]
+RUNS = [
+    *((family, "hand") if family in QUICK_FAMILIES else slow(family, "hand") for family in FAMILIES),
+    ("llama", "5x1"),
+    slow("gemma2", "5x1"),
+    ("gpt2", "5x1"),
+]
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", mostly_slow(FAMILIES, *QUICK_FAMILIES))
 runs = pytest.mark.parametrize(("family", "search"), RUNS)
 
 
@@ -60,13 +75,13 @@ def test_keep_one_is_exact(family: str) -> None:
     assert torch.equal(logits(reload(run)), logits(run.original))
 
 
-FEW = ("llama", "gpt2", "phi3", "opt_post_norm")
+FEW = ("llama", "phi3")
 
 
 @pytest.mark.parametrize(
     ("family", "keep"),
     [
-        *((family, 0.7) for family in FAMILIES),
+        *((family, 0.7) if family in QUICK_FAMILIES else slow(family, 0.7) for family in FAMILIES),
         *((family, keep) for family in FEW for keep in (0.9, 0.5)),
         *(slow(family, keep) for family in FAMILIES if family not in FEW for keep in (0.9, 0.5)),
     ],
@@ -75,7 +90,7 @@ def test_budget_in_the_reloaded_model(family: str, keep: float) -> None:
     check_budget(compressed(family, keep=keep), keep)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", slow("gemma2"), "gpt2"])
 def test_budget_after_a_search(family: str) -> None:
     run = compressed(family, search="5x1")
     check_budget(run, 0.7)
@@ -199,9 +214,10 @@ def test_generation_with_and_without_cache(family: str, search: str) -> None:
 @pytest.mark.parametrize(
     ("family", "search"),
     [
-        *((family, "hand") for family in ("llama", "phi3", "gpt2", "opt")),
+        *((family, "hand") for family in ("llama", "phi3", "gpt2")),
         ("llama", "5x1"),
-        ("gpt2", "5x1"),
+        slow("opt", "hand"),
+        slow("gpt2", "5x1"),
         slow("phi3", "5x1"),
         slow("opt", "5x1"),
     ],

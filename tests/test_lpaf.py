@@ -37,7 +37,7 @@ from bolaco.transform.prune import (
     sparsity_at,
     with_weights,
 )
-from tests.models import FAMILIES, compress_tiny, compressed_once, tiny_llama, token_blocks
+from tests.models import FAMILIES, compress_tiny, compressed_once, slow, tiny_llama, token_blocks
 
 SHORT = PruningOptions(steps=6, batch=2, learning_rate=1e-3)
 
@@ -158,7 +158,7 @@ def test_less_weighted_error_than_plain_svd_of_the_same_weights(rank: int) -> No
     assert error(factors.product(rank)) == pytest.approx(float(exact), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("family", [slow("llama"), "phi3", "gpt2"])
 def test_a_run(family: str) -> None:
     """Factors are those of the sparse weights; the sparse matrices lie beside the checkpoint."""
     options = {"method.steps": 6, "method.keep_sparse": True, "method.sparsity": 0.25}

@@ -12,7 +12,7 @@ from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
 from bolaco.models.subject import Subject
 from bolaco.storage.pivot import pivot
-from tests.models import FAMILIES, compress_tiny, token_blocks
+from tests.models import FAMILIES, compress_tiny, slow, token_blocks
 
 
 def _product(out, inside, rank, seed=0, decay=0.0):
@@ -69,7 +69,7 @@ def test_half_precision_is_that_of_the_factors(shape):
     assert float((layer(x).double() - exact).norm()) <= 0.02 * float(exact.norm())
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt", "gemma2"])
+@pytest.mark.parametrize("family", [slow("llama"), "phi3", "gpt2", slow("opt"), slow("gemma2")])
 def test_checkpoint(family, tmp_path):
     """Two-sided factors, closed-form ranks, pivoted storage, through the whole pipeline and back."""
     values = {"keep": 0.7, "search": "spectral", "method": "kfac", "storage": "pivoted"}

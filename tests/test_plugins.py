@@ -27,7 +27,7 @@ from bolaco.storage.storage import STORAGES
 from bolaco.testing import MethodConformance
 from bolaco.tune.mode import MODES
 from tests.command import bolaco, compress, furnish, info, ok
-from tests.models import save_tiny, tiny_llama, token_blocks
+from tests.models import save_tiny, slow, tiny_llama, token_blocks
 from tests.processes import without_bolaco
 from tests.test_checkpoint import MEASURE, logits, must
 
@@ -326,8 +326,10 @@ STORAGE = Scaled()
 
 @pytest.mark.parametrize(
     ("source", "method"),
-    [(KINDS["storage"].source, "kfac"), (AROUND, "svd-llm")],  # with a bias and without
-    ids=["of the docs", "with more around"],
+    [  # with a bias and without
+        pytest.param(KINDS["storage"].source, "kfac", id="of the docs"),
+        slow(AROUND, "svd-llm", id="with more around"),
+    ],
 )
 def test_a_package_s_storage_loads_with_the_package_and_without(
     source: str, method: str, site: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -424,20 +426,33 @@ def test_a_typo_in_a_package_s_name_gets_a_hint(kind: Kind, site: Path) -> None:
         kind.registry.get("bandwith")
 
 
-@kinds
+BROKEN = {
+    "a name of ours": (
+        {"name": "{ours}"},
+        "{kind} '{ours}' of other-package 1.2 is refused: bolaco has one of that name",
+    ),
+    "no import": (
+        {"source": "import nothing_of_that_name"},
+        "ModuleNotFoundError: No module named 'nothing_of_that_n",
+    ),
+    "error": ({"source": "raise ValueError('two\\nlines')"}, "ValueError: two lines"),
+    "exit": ({"source": "raise SystemExit(3)"}, "SystemExit: 3"),
+    "absent": ({"attribute": "ABSENT"}, "AttributeError: module"),
+    "another thing": ({"attribute": "NOTHING_OF_THE_KIND"}, "NOTHING_OF_THE_KIND is a int, not a bolaco {of}"),
+    "another name": ({}, "{kind} 'other' of other-package 1.2 calls itself '{name}'"),
+    "no attribute": ({"attribute": "a b:c!!"}, "cannot be loaded from"),
+}
+# Of every kind what its registry and its class decide; the rest is the same for all.
+OF_ALL_KINDS = ("a name of ours", "another thing")
+
+
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("kind", "what", "said"),
     [
-        ({"name": "{ours}"}, "{kind} '{ours}' of other-package 1.2 is refused: bolaco has one of that name"),
-        ({"source": "import nothing_of_that_name"}, "ModuleNotFoundError: No module named 'nothing_of_that_n"),
-        ({"source": "raise ValueError('two\\nlines')"}, "ValueError: two lines"),
-        ({"source": "raise SystemExit(3)"}, "SystemExit: 3"),
-        ({"attribute": "ABSENT"}, "AttributeError: module"),
-        ({"attribute": "NOTHING_OF_THE_KIND"}, "NOTHING_OF_THE_KIND is a int, not a bolaco {of}"),
-        ({}, "{kind} 'other' of other-package 1.2 calls itself '{name}'"),
-        ({"attribute": "a b:c!!"}, "cannot be loaded from"),
+        (pytest.param if name == "method" or case in OF_ALL_KINDS else slow)(kind, *row, id=f"{name}-{case}")
+        for name, kind in KINDS.items()
+        for case, row in BROKEN.items()
     ],
-    ids=["a name of ours", "no import", "error", "exit", "absent", "another thing", "another name", "no attribute"],
 )
 def test_one_that_cannot_be_used_is_named_and_harms_no_other(
     kind: Kind, what: dict[str, str], said: str, site: Path

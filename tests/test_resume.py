@@ -16,7 +16,7 @@ from bolaco.factorize import run
 from bolaco.runs import compress as runs
 from bolaco.work.blockstore import BlockStore
 from tests.command import PROGRESS, bolaco, compress, digest, furnish, info, ok, what_counts
-from tests.models import slow
+from tests.models import mostly_slow, slow
 from tests.processes import killed
 
 TRIALS = "4"
@@ -98,7 +98,12 @@ def factor_times() -> dict[str, int]:
 
 
 # The others end within the same stages.
-LEFT_OUT = ("before the checkpoint's weights", "before the last evaluation")
+LEFT_OUT = (
+    "between two blocks",  # test_killed_again_and_again begins with it
+    "during the selection",
+    "before the checkpoint's weights",
+    "before the last evaluation",
+)
 
 
 @pytest.mark.parametrize("moment", [slow(moment) if moment in LEFT_OUT else moment for moment in MOMENTS])
@@ -155,7 +160,10 @@ def default(shared: Path) -> Path:
     return shared / "default"
 
 
-@pytest.mark.parametrize("moment", DEFAULT_MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    mostly_slow(DEFAULT_MOMENTS, "between two blocks of gradients", "while a refined block is written"),
+)
 def test_the_default_method_killed(moment: str, place: Path, default: Path) -> None:
     kill(moment, default_words("out"))
     refined = list(Path("out.work").glob("refined-*/*.safetensors"))

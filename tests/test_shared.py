@@ -29,7 +29,16 @@ from bolaco.statistics.stored import StatisticStore, site_statistics
 from bolaco.storage.budget import Budget
 from bolaco.storage.storage import STORAGES
 from tests.command import furnish, ok
-from tests.models import FAMILIES, Compressed, compress_tiny, compressed_once, slow, tiny_llama, token_blocks
+from tests.models import (
+    FAMILIES,
+    Compressed,
+    compress_tiny,
+    compressed_once,
+    mostly_slow,
+    slow,
+    tiny_llama,
+    token_blocks,
+)
 
 SHARED = STORAGES.get("shared")
 
@@ -201,7 +210,9 @@ def _layer(model: torch.nn.Module, site: object) -> torch.nn.Module:
     return module.parts[site.part] if isinstance(module, SplitLinear) else module
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", mostly_slow(FAMILIES, "llama_biased", "gemma3_text", "phi3", "gpt2", "opt_post_norm")
+)
 def test_every_family(family: str, tmp_path: Path) -> None:
     """Loaded weights are the optimum of each stack; one product for both; dense export computes the same."""
     run = _joint(family)
@@ -270,12 +281,12 @@ def test_the_evaluation_text_does_not_depend_on_what_is_read(tmp_path: Path) -> 
     ("family", "method"),
     [
         ("llama", "afm"),
-        ("phi3", "afm"),
-        ("llama_biased", "kfac"),
         ("phi3", "kfac"),
-        ("gpt2", "kfac"),
         ("llama_biased", "fwsvd"),
         ("gpt2", "fwsvd"),
+        slow("phi3", "afm"),
+        slow("llama_biased", "kfac"),
+        slow("gpt2", "kfac"),
         slow("llama_biased", "afm"),
         slow("gpt2", "afm"),
         slow("llama", "kfac"),

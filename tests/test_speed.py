@@ -16,7 +16,7 @@ from bolaco.evaluation.speed import linear_macs, measure, median_seconds
 from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
-from tests.models import compressed, save_tiny, tiny_llama
+from tests.models import compressed, save_tiny, slow, tiny_llama
 from tests.processes import with_bolaco
 
 
@@ -73,10 +73,11 @@ def forked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return start
 
 
+@pytest.mark.parametrize("new", [0, slow(1)])  # the first process is a new one
 def test_side_by_side_from_the_command_line(
-    forked: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    new: int, forked: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forked(1)  # the first process is a new one
+    forked(new)
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "model")
     small = compressed("llama").path

@@ -29,16 +29,7 @@ from bolaco.tune.resolve import resolve
 from bolaco.tune.settings import make_settings
 from bolaco.tune.trainer import TuneTrainer, _Watch
 from tests.command import digest, ok
-from tests.models import (
-    FAMILIES,
-    Compressed,
-    compress_tiny,
-    save_tiny,
-    scratch,
-    slow,
-    text_file,
-    token_blocks,
-)
+from tests.models import FAMILIES, Compressed, compress_tiny, save_tiny, scratch, slow, text_file, token_blocks
 from tests.processes import without_bolaco
 from tests.test_checkpoint import must
 
@@ -108,8 +99,16 @@ def ranks(model: Any) -> dict[str, int]:
 # --- every mode -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("name", MODES.built_in)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "phi3") for name in MODES.built_in),
+        ("factors", "llama"),
+        ("continued", "gpt2"),
+        *(slow(name, "llama") for name in MODES.built_in if name != "factors"),
+        *(slow(name, "gpt2") for name in MODES.built_in if name != "continued"),
+    ],
+)
 def test_nothing_is_changed_before_the_first_step(name: str, family: str) -> None:
     mode, source = MODES.get(name), folder_of(family)
     model = load_model(str(source.path))
@@ -205,8 +204,9 @@ def undisturbed(name: str) -> Result:
     [
         ("factors", 1, False),
         ("factors", 4, True),
-        ("factors", 7, True),
-        *((name, 5, False) for name in ("factors", "diagonal", "lora", "mixed-rank")),
+        *((name, 5, False) for name in ("lora", "mixed-rank")),
+        slow("factors", 7, True),
+        *(slow(name, 5, False) for name in ("factors", "diagonal")),
         *(
             slow(name, *moment)
             for moment in ((1, False), (4, True), (7, True))
@@ -355,9 +355,10 @@ def test_default_learning_rate_of_distillation(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, "auto") for name in MODES.built_in),
-        ("factors", "float32"),
+        *((name, "auto") for name in ("factors", "lora", "mixed-rank")),
         ("sketch", "float32"),
+        *(slow(name, "auto") for name in MODES.built_in if name not in ("factors", "lora", "mixed-rank")),
+        slow("factors", "float32"),
         *(slow(name, "float32") for name in MODES.built_in if name not in ("factors", "sketch")),
     ],
 )
@@ -529,7 +530,7 @@ save_file({"logits": logits}, sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("name", ["factors", "sketch"])
+@pytest.mark.parametrize("name", [slow("factors"), "sketch"])
 def test_a_result_loads_where_bolaco_is_not(name: str, tmp_path: Path) -> None:
     result = tune(folder_of("phi3").path, tmp_path / "out", name)
     must(without_bolaco(LOAD, tmp_path, result.path, tmp_path / "logits"))

@@ -121,7 +121,7 @@ def sparse_weights(original: Any) -> dict[str, Tensor]:
     return {name: weight * (weight.abs() > weight.abs().median()) for name, weight in weights.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+@pytest.mark.parametrize("family", [slow("llama"), slow("gpt2"), "phi3"])
 def test_pruned_weights_beside_the_model_are_what_is_mixed_in(family: str, tmp_path: Path) -> None:
     source = compress_tiny(FAMILIES[family](), tmp_path / "small", method="svd")
     weights = sparse_weights(source.original)

@@ -246,12 +246,14 @@ def factored(model: Any) -> dict[str, FactoredLinear]:
 @pytest.mark.parametrize(
     ("name", "family", "storage"),
     [
-        *((name, "llama", "toy-scaled") for name in MODES.built_in),
+        ("lora", "llama", "toy-scaled"),
+        ("tt-lora", "llama", "toy-scaled"),
         ("factors", "phi3", "toy-scaled"),
         ("mixed-rank", "llama", "toy-ordered"),
         ("sketch", "llama", "toy-ordered"),
+        *(slow(name, "llama", "toy-scaled") for name in MODES.built_in if name not in ("lora", "tt-lora")),
         *(slow(name, "phi3", "toy-scaled") for name in MODES.built_in if name != "factors"),
-        *(slow(name, "llama", "toy-ordered") for name in PACKING if name != "mixed-rank"),
+        *(slow(name, "llama", "toy-ordered") for name in PACKING if name not in ("mixed-rank", "sketch")),
     ],
 )
 def test_every_mode_tunes_what_a_package_has_stored(

@@ -189,8 +189,8 @@ def test_without_correlation_the_nearest_entry_is_taken() -> None:
     ("family", "dense"),
     [
         ("gpt2", False),
-        ("phi3", False),
         ("llama", True),
+        slow("phi3", False),
         slow("llama", False),
         slow("gpt2", True),
         slow("phi3", True),
@@ -237,7 +237,7 @@ def test_coding_is_sequential_and_near(tmp_path: Path) -> None:
     assert loss[4] < 0.2 * loss[2]
 
 
-@pytest.mark.parametrize("bits", [3, 4, slow(2)])
+@pytest.mark.parametrize("bits", [3, slow(4), slow(2)])
 def test_the_file_is_small(bits: int, tmp_path: Path) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
     model = tiny_llama(**sizes).bfloat16()

@@ -20,7 +20,7 @@ from bolaco.tune import run
 from bolaco.tune.settings import TuneSettings
 from bolaco.tune.trainer import TuneTrainer, _Watch
 from tests.command import digest
-from tests.models import compressed, english, save_tiny, write_english
+from tests.models import compressed, english, mostly_slow, save_tiny, write_english
 
 OPTIONS = {"evaluation.windows": 3, "training.autocast": False, "training.warmup": 0, "data.sequences": 8}
 WORDS = {"data": "text.txt", "evaluation": "other.txt", "max_steps": 3, "batch": 4, "seq_len": 16}
@@ -200,7 +200,10 @@ def test_what_depends_on_a_change_runs_again(
     assert (seen.before, seen.trained) == (before, trained)
 
 
-@pytest.mark.parametrize("change", COMPARED)
+@pytest.mark.parametrize(
+    "change",
+    mostly_slow(COMPARED, "evaluation.source", "mode", "training.learning_rate", "distillation", "weights"),
+)
 def test_the_result_is_that_of_a_fresh_run(change: str, place: Path, seen: Seen) -> None:
     words, before, trained = CHANGES[change]
     words = dict(words)

@@ -15,7 +15,7 @@ from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.storage.budget import Budget
 from bolaco.storage.storage import STORAGES
-from tests.models import FAMILIES, compress_tiny
+from tests.models import FAMILIES, compress_tiny, slow
 
 MODEST = settings(deadline=None, max_examples=80, derandomize=True)
 shapes = st.lists(st.tuples(st.integers(3, 16), st.integers(3, 16)), min_size=1, max_size=4)
@@ -145,7 +145,7 @@ def test_all_of_the_budget_leaves_all_dense_and_too_little_is_refused():
         welore_ranks(sites, spectra, Budget(sites, 0.1, TWO_FACTOR), 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("family", [slow("llama"), "phi3", "gpt2", slow("opt")])
 def test_preset(family, tmp_path):
     run = compress_tiny(FAMILIES[family](), tmp_path / "out", preset="welore", search=None, keep=0.6)
     assert (run.info.method, run.info.storage) == ("svd", "two-factor")
