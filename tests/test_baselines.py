@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from bolaco.data.settings import Calibration
 from bolaco.errors import ResumeError
@@ -123,8 +122,7 @@ def test_both_kinds_of_gradients_for_a_method_that_asks_for_both(tmp_path: Path)
         assert found[site.name][GRADIENT].shape == (site.out_features,) * 2
         assert found[site.name][FISHER].shape == (site.in_features,)
     # As a version before the first wrote it.
-    file = stores[0].path(1)
-    save_file({name: values[GRADIENT] for name, values in found.items()}, file)
+    stores[0].write(1, {name: values[GRADIENT] for name, values in found.items()})
     with pytest.raises(ResumeError, match=r"block-00001.*no folded symmetric matrix.*delete this file"):
         site_statistics(1, sites, stores, CPU)
     assert all(found.values == {} for found in site_statistics(1, sites, (), CPU).values())

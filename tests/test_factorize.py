@@ -393,7 +393,7 @@ def test_a_failed_save_leaves_no_finished_file(tmp_path: Path, monkeypatch: pyte
     store = FactorStore(tmp_path)
     item = factors("svd", noise(6, 8), inputs(8), 3)
 
-    def interrupted(tensors: dict[str, Tensor], path: Path) -> None:
+    def interrupted(tensors: dict[str, Tensor], path: Path, metadata: object = None) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 

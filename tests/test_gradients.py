@@ -156,9 +156,9 @@ def test_disk_space_is_foreseen(family, cache, statistics, monkeypatch, tmp_path
     tokens = torch.randint(5, model.config.vocab_size - 1, (6, 64), generator=torch.Generator().manual_seed(1))
     largest = 0
 
-    def save_and_look(tensors, path):
+    def save_and_look(tensors, path, metadata=None):
         nonlocal largest
-        safetensors.torch.save_file(tensors, path)
+        safetensors.torch.save_file(tensors, path, metadata=metadata)
         largest = max(largest, sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
 
     monkeypatch.setattr("bolaco.work.blockstore.save_file", save_and_look)

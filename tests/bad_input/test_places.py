@@ -250,10 +250,10 @@ def test_the_cache_on_disk_counts_too(place: Path, monkeypatch: pytest.MonkeyPat
 def test_full_disk_while_writing_factors(place: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     calls = []
 
-    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
         calls.append(path)
         if len(calls) < 2:
-            save_file(tensors, path)
+            save_file(tensors, path, metadata=metadata)
             return
         path.write_bytes(b"half")
         if kind == "OSError":

@@ -27,7 +27,14 @@ M = TypeVar("M", bound="Record")
 class Record(BaseModel):
     """A part of a file. What a later version adds is passed over."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # JSON has no number that is not finite; written as a string it is read again as one.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+
+    def __getitem__(self, name: str) -> Any:
+        """A value by its name in the file."""
+        if name not in type(self).model_fields:
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 class Perplexities(Record):
@@ -210,7 +217,7 @@ def versions(*more: str) -> dict[str, str]:
 
 def write_info(folder: Path, info: Info) -> None:
     """Writes ``bolaco.json``."""
-    values = info.model_dump(mode="json")
+    values = json.loads(info.model_dump_json())
     for record in (values, values.get("tuning") or {}):
         for name in ("tuning", "earlier"):
             if record.get(name, 0) is None:
@@ -252,7 +259,7 @@ def read_any_info(folder: str | Path) -> CompressedInfo | TunedInfo:
 
 def write_curves(folder: Path, curves: Curves) -> None:
     """Writes ``curves.json``."""
-    values = curves.model_dump(mode="json", exclude_none=True)
+    values = json.loads(curves.model_dump_json(exclude_none=True))
     (folder / CURVES_FILE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 

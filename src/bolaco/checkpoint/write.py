@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.errors import NonFiniteError
+from bolaco.errors import NonFiniteError, UnsupportedModelError
 from bolaco.layers import (
     EachExpert,
     Entry,
@@ -22,7 +23,7 @@ from bolaco.layers import (
     put_module,
 )
 from bolaco.models.experts import experts_of, together
-from bolaco.models.lowrank import compressed_skeleton
+from bolaco.models.lowrank import compressed_config, compressed_skeleton
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Site, Structure, prefix_of
 from bolaco.storage.storage import Storage
@@ -102,6 +103,25 @@ def _packed(block: nn.Module, site: Site, name: str, storage: Storage, growth: d
     if grows is not None:
         growth[site.name] = grows
     return packed.entry()
+
+
+def check_savable(model: PreTrainedModel) -> None:
+    """Stops if a model of this configuration could not be saved in the end; nothing is computed.
+
+    Raises:
+        UnsupportedModelError: what transformers refuses to write, and why.
+    """
+    try:
+        with quiet(), TemporaryDirectory() as folder:
+            config = compressed_config(model, {})
+            # What a model makes of it, and what some values do not go with.
+            config._attn_implementation = model.config._attn_implementation
+            config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+    except Exception as error:
+        why = " ".join(str(error).split())[:300]
+        raise UnsupportedModelError(f"a model of this configuration cannot be saved: {why}") from error
 
 
 def write_model(folder: Path, model: PreTrainedModel, state: CompressedState) -> None:

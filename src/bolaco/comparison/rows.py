@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> d
         seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
         tasks = _accuracies(common, compressed) if with_tasks else {}
     before = [text.perplexity for _, text in dense.texts]
-    values = info.model_dump(mode="json")
+    values = json.loads(info.model_dump_json())
     kept = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
     return {
         **{field: values[field] for field in (*kept, "versions")},

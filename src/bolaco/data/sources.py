@@ -11,11 +11,11 @@ evaluation) with disjoint blocks.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from bolaco.errors import DataError
 
-_BUILDERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$", re.DOTALL)
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}$")
 
 
 def _is_path(name: str) -> bool:
     return bool(name) and (
-        Path(name).expanduser().exists() or Path(name).suffix in _BUILDERS or name.startswith((".", "/", "~"))
+        Path(name).expanduser().exists() or Path(name).suffix in _SUFFIXES or name.startswith((".", "/", "~"))
     )
 
 
@@ -58,9 +58,13 @@ def _all_documents(name: str) -> Iterator[str]:
     if name == "pydoc" and not Path(name).exists():
         yield from _pydoc()
     elif _is_path(name):
-        for file in _files(Path(name).expanduser()):
+        path = Path(name).expanduser()
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            yield from _saved(path)
+            return
+        for file in _files(path):
             if file.stat().st_size:
-                yield from _read(str(file), _BUILDERS[file.suffix], {"data_files": glob.escape(str(file))})
+                yield from _texts_of(file)
     elif _HUB_ID.match(name):
         dataset, config, split = (*name.split(":"), "", "")[:3]
         # C4 asks for a configuration; English is what the field calibrates on.
@@ -72,15 +76,111 @@ def _all_documents(name: str) -> Iterator[str]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in _BUILDERS and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix in _READERS and file.is_file())
         if not files:
-            raise DataError(f"{path}: the folder holds no {', '.join(_BUILDERS)} file")
+            raise DataError(f"{path}: the folder holds no {', '.join(_READERS)} file")
         return files
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if path.suffix not in _BUILDERS:
-        raise DataError(f"{path}: unknown kind of file; known are {', '.join(_BUILDERS)}")
+    if path.suffix not in _READERS:
+        raise DataError(f"{path}: unknown kind of file; known are {', '.join(_READERS)}")
     return [path]
+
+
+def _texts_of(file: Path) -> Iterator[str]:
+    """The texts of a local file; of its rows nothing but the text is looked at."""
+    try:
+        for row in _READERS[file.suffix](file):
+            if row.get("text", "") is None:
+                continue  # a row without text is none
+            yield _text(row, file)
+    except DataError:
+        raise
+    except Exception as error:  # a file can hold anything
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{file}: cannot be read: {reason[0]}") from error
+
+
+def _text(row: Mapping[str, Any], name: object) -> str:
+    text = row.get("text")
+    if isinstance(text, str):
+        return text
+    found = f"text is {type(text).__name__}" if "text" in row else f"they have {', '.join(map(str, row))}"
+    raise DataError(f"{name}: rows have no 'text' string ({found})")
+
+
+# Files that begin with a byte order mark are read without it.
+_ENCODING = "utf-8-sig"
+
+
+def _plain(file: Path) -> Iterator[dict[str, Any]]:
+    yield {"text": file.read_text(encoding=_ENCODING)}
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding=_ENCODING) as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{file}: cannot be read: line {number} is no JSON ({error})") from None
+                yield _row(row, f"{file}, line {number}")
+
+
+def _json(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding=_ENCODING) as start:
+        is_list = start.read(1024).lstrip().startswith("[")
+    if is_list:
+        yield from (_row(row, file) for row in json.loads(file.read_text(encoding=_ENCODING)))
+    else:
+        yield from _lines(file)
+
+
+def _row(value: Any, where: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: a row is {type(value).__name__}, not an object with a 'text' string")
+    return value
+
+
+def _parquet(file: Path) -> Iterator[dict[str, Any]]:
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(file)
+    names = table.schema_arrow.names
+    if "text" not in names:
+        raise DataError(f"{file}: rows have no 'text' string (they have {', '.join(names)})")
+    for batch in table.iter_batches(columns=["text"]):
+        yield from ({"text": text} for text in batch.column(0).to_pylist())
+
+
+_READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".txt": _plain,
+    ".jsonl": _lines,
+    ".json": _json,
+    ".parquet": _parquet,
+}
+
+
+def _saved(path: Path) -> Iterator[str]:
+    """The texts of what ``datasets.save_to_disk`` wrote; of several splits the training one, or else the first."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(path))
+        rows = found
+        if isinstance(found, DatasetDict):
+            rows = found["train"] if "train" in found else next(iter(found.values()))
+        if "text" in rows.column_names:
+            rows = rows.select_columns(["text"])
+        for row in rows:
+            if row.get("text", "") is not None:
+                yield _text(row, path)
+    except DataError:
+        raise
+    except Exception as error:  # a folder can hold anything
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{path}: cannot be read: {reason[0]}") from error
 
 
 def _read(name: str, builder: str, arguments: dict[str, Any]) -> Iterator[str]:
@@ -91,16 +191,11 @@ def _read(name: str, builder: str, arguments: dict[str, Any]) -> Iterator[str]:
     set_verbosity(CRITICAL)  # what is wrong is raised, too
     config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a request for every file read, local ones included
     arguments = {"split": "train", **arguments}
-    if builder == "text":
-        arguments["sample_by"] = "document"
     try:
         # Streaming: nothing is copied into a cache, and only what is needed is read.
         for row in load_dataset(builder, streaming=True, **arguments):
-            text = row.get("text")
-            if not isinstance(text, str):
-                found = f"text is {type(text).__name__}" if "text" in row else f"they have {', '.join(map(str, row))}"
-                raise DataError(f"{name}: rows have no 'text' string ({found})")
-            yield text
+            if row.get("text", "") is not None:
+                yield _text(row, name)
     except DataError:
         raise
     except Exception as error:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bolaco.errors import NonFiniteError, UnsupportedModelError
+from bolaco.errors import DataError, NonFiniteError, UnsupportedModelError
 from bolaco.models.structure import trunk
+from bolaco.models.structure import vocabulary as vocabulary_of
 
 # Bytes of one chunk of logits.
 SLAB = 24 * 2**20
@@ -106,6 +107,20 @@ def final_hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return states
 
 
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Stops if there is a token that the model has no embedding for.
+
+    Raises:
+        DataError: it names the token.
+    """
+    size = vocabulary_of(model)
+    if tokens.numel() and int(tokens.max()) >= size:
+        raise DataError(
+            f"the text holds token {int(tokens.max())}, but the model has embeddings of {size} tokens only; "
+            "the tokenizer is another model's"
+        )
+
+
 def hidden_states(
     model: PreTrainedModel, blocks: Tensor, batch: int, tick: Callable[[int], Any] | None = None
 ) -> Tensor:
@@ -180,6 +195,7 @@ def score(
     Raises:
         NonFiniteError: a NaN among the losses; names the sequence.
     """
+    check_tokens(model, blocks)
     vocabulary = head.linear.weight.shape[0]
     chunk = max(1, slab // (4 * vocabulary))
     losses, divergences = [], []

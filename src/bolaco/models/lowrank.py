@@ -87,6 +87,24 @@ def config_class(model_type: str) -> Any:
     )
 
 
+def __getattr__(name: str) -> Any:
+    # The classes of compressed types, so that what was pickled with one is found again.
+    if name.startswith("LowRank"):
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        # Several types can have one class: the one that it is named after comes first.
+        for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=lambda known: known not in name.lower()):
+            if name == f"LowRank{CONFIG_MAPPING_NAMES.get(model_type)}":
+                return config_class(model_type)
+            stem = class_stem(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+            if name.startswith(stem):
+                for cls in model_classes(model_type):
+                    if cls is not None and cls.__name__ == name:
+                        return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def stock_config_class(model_type: str) -> Any:
     """transformers' own configuration class of ``model_type``."""
     return config_class(model_type).__mro__[1]
@@ -232,10 +250,8 @@ def auto_map(model_type: str) -> dict[str, str]:
     return {auto: f"{MODELLING_FILE}.{cls.__name__}" for auto, cls in classes.items()}
 
 
-def compressed_skeleton(model: Any, matrices: dict[str, Entry]) -> Any:
-    """The compressed model made of ``model``, whose layers ``matrices`` describes, on the meta device: no memory."""
-    import torch
-
+def compressed_config(model: Any, matrices: dict[str, Entry]) -> Any:
+    """The configuration of the compressed model made of ``model``, whose layers ``matrices`` describes."""
     model_type = model.config.model_type
     values = model.config.to_dict()
     values.pop("quantization_config", None)
@@ -244,8 +260,15 @@ def compressed_skeleton(model: Any, matrices: dict[str, Entry]) -> Any:
         auto_map=auto_map(model_type),
         lowrank={"format": FORMAT, "matrices": matrices},
     )
+    return config_class(model_type).from_dict(values)
+
+
+def compressed_skeleton(model: Any, matrices: dict[str, Entry]) -> Any:
+    """The compressed model made of ``model``, whose layers ``matrices`` describes, on the meta device: no memory."""
+    import torch
+
     with torch.device("meta"):
-        skeleton = model_classes(model_type)[1](config_class(model_type).from_dict(values))
+        skeleton = model_classes(model.config.model_type)[1](compressed_config(model, matrices))
     skeleton.generation_config = model.generation_config
     return skeleton
 

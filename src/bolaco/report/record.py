@@ -157,7 +157,7 @@ class ComparisonRecord(Record):
 
 def write_record(path: Path, record: ComparisonRecord) -> None:
     """Writes ``results.json``."""
-    path.write_text(json.dumps(record.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(json.loads(record.model_dump_json()), indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(path: str | Path) -> ComparisonRecord:

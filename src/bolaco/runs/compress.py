@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from bolaco.allocate.allocator import ALLOCATORS, Allocation, AllocationTask, Trials
 from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, versions
 from bolaco.checkpoint.result import Result
-from bolaco.checkpoint.write import CompressedState, compressed_state, write_model
+from bolaco.checkpoint.write import CompressedState, check_savable, compressed_state, write_model
 from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
+from bolaco.evaluation.objective import check_tokens
 from bolaco.factorize.method import METHODS
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import resolve_device
@@ -82,6 +83,9 @@ def compress_loaded(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
+    for tokens in (texts.calibration, texts.evaluation):
+        check_tokens(loaded.model, tokens)
+    check_savable(loaded.model)
     made = subject_artefact(recipe, loaded, texts, session)
     preview = preview_task(recipe, loaded.structure)
     units, budget = preview.structure, preview.budget

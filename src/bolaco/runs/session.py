@@ -13,6 +13,7 @@ from bolaco.models.experts import unfused
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, weights_fingerprint
 from bolaco.models.lowrank import refuse_compressed
+from bolaco.models.match import check_rebuildable
 from bolaco.models.observe import observed
 from bolaco.models.structure import Structure
 from bolaco.progress import Reporter
@@ -78,8 +79,11 @@ def open_source(name: str, model: PreTrainedModel | None, tokenizer: Any) -> Sou
     """Reads configuration and tokenizer, unless they are given.
 
     Raises:
-        UnsupportedModelError: they cannot be read, or the model is compressed already.
+        UnsupportedModelError: they cannot be read, the model is compressed already, or a model that is given is not
+            what its configuration makes.
     """
+    if model is not None:
+        check_rebuildable(model)
     config = model.config if model is not None else load_config(name)
     refuse_compressed(config)
     return Source(name, model, config, tokenizer if tokenizer is not None else load_tokenizer(name))

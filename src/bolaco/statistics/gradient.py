@@ -7,6 +7,7 @@ unit of output). Labels are sampled from the model itself, so this is the Fisher
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,6 +19,10 @@ from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.statistic import GradientStatistic
 from bolaco.statistics.symmetric import BlockDiagonal, fold, folded_size, unfold
 
+# Of numbers whose largest is below this, too many would not be numbers in float32 any more.
+_SMALL = 1e-25
+# Factors beyond this leave the range of float32 and of half precision.
+_LIMIT = 2.0**64
 # Rows from which on a block-diagonal matrix is kept as its blocks.
 _LARGE = 16384
 
@@ -27,17 +32,28 @@ class _OutputMoment:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self._pooled = PooledMoments(site.out_features, device=device)
+        self._scale = 1.0
         self._seen = 0
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
+        largest = float(gradient.abs().max()) if gradient.numel() else 0.0
+        if self._seen == 0 and 0 < largest < math.inf:
+            # Squares of small gradients underflow. A power of two changes nothing else.
+            self._scale = 2.0 ** -round(math.log2(largest))
         self._seen += 1
-        self._pooled.update(gradient)
+        exact = (
+            gradient.double()
+            if self._scale > _LIMIT
+            else gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        )
+        self._pooled.update(exact * self._scale if self._scale != 1 else gradient)
 
     def result(self) -> Tensor:
         if self._seen == 0:
-            # The loss does not reach it, as it does not reach what picks the keys of sparse attention.
-            return torch.zeros(self._pooled.dim, self._pooled.dim, dtype=torch.float64, device=self._pooled.sums.device)
-        return self._pooled.finalize().second_moment
+            # No gradient comes here, as none comes to what picks the keys of sparse attention, though the loss depends
+            # on it. A whole nat for each output keeps it dense.
+            return torch.eye(self._pooled.dim, dtype=torch.float64, device=self._pooled.sums.device)
+        return self._pooled.finalize().second_moment / self._scale**2
 
 
 class _Gradient(GradientStatistic):
@@ -83,8 +99,9 @@ class _Gradient(GradientStatistic):
         return folded_size(site.out_features)
 
     def encode(self, value: Tensor) -> Tensor:
-        """One triangle: half of what a run of a wide model has on disk."""
-        return fold(value)
+        """One triangle: half of what a run of a wide model has on disk. In float32, if that has the range."""
+        largest = float(value.abs().max())
+        return fold(value if 0 < largest < _SMALL else value.float())
 
     def decode(self, stored: Tensor) -> Tensor:
         return unfold(stored)

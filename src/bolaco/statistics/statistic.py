@@ -89,8 +89,8 @@ class StoredStatistic(Statistic[Tensor]):
         """How many float32 numbers are stored for a matrix."""
 
     def encode(self, value: Tensor) -> Tensor:
-        """What is stored."""
-        return value
+        """What is stored: float32, if a statistic does not say otherwise."""
+        return value.float()
 
     def decode(self, stored: Tensor) -> Tensor:
         """The value again; ValueError if this cannot be what was stored."""

@@ -27,8 +27,8 @@ class StatisticStore(BlockStore):
         self.statistic = statistic
 
     def put(self, layer: int, values: Mapping[str, Tensor]) -> None:
-        """Writes the values of one block's matrices, by site name; they are stored in float32."""
-        self.write(layer, {name: self.statistic.encode(value.float()) for name, value in values.items()})
+        """Writes the values of one block's matrices, by site name."""
+        self.write(layer, {name: self.statistic.encode(value) for name, value in values.items()})
 
     def get(self, layer: int, device: torch.device) -> dict[str, Tensor]:
         """Reads them.

@@ -86,7 +86,12 @@ def _coefficients(tall: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.nd
     shape = tall @ lower
     triangle, order = scipy.linalg.qr(shape.T, mode="r", pivoting=True)
     triangle = triangle[:rank]
-    others = scipy.linalg.solve_triangular(triangle[:, :rank], triangle[:, rank:]).T
+    # A product can have a lower rank than it has components; what depends on nothing new needs no further pivot.
+    sizes = np.abs(triangle.diagonal())
+    independent = int((sizes > sizes.max(initial=0.0) * rank * np.finfo(np.float64).eps).sum())
+    others = np.zeros((len(tall) - rank, rank))
+    leading = triangle[:independent, :independent]
+    others[:, :independent] = scipy.linalg.solve_triangular(leading, triangle[:independent, rank:]).T
     return order, others, float(np.abs(others).max(initial=0.0))
 
 

@@ -40,7 +40,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 def refuse_existing(out: Path) -> None:
     """Raises OutputExistsError if ``out`` is there already."""
-    if out.exists():
+    if out.exists() or out.is_symlink():  # a link that leads nowhere too
         raise OutputExistsError(f"{out}: exists already and is not overwritten; choose another name or remove it first")
 
 
