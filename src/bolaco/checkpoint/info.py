@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import version
+from functools import cache
+from importlib.metadata import version as _version_of
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -208,6 +209,9 @@ class Curves(Record):
     format: int = 1
     matrices: dict[str, MatrixCurve]
     refinement: dict[str, list[float]]
+
+
+version = cache(_version_of)  # reads files
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
@@ -82,7 +83,7 @@ class _Code:
     def need(self, module: str, name: str) -> None:
         """Includes what a module calls ``name``, and whatever that refers to."""
         if module not in self._trees:
-            self._trees[module] = ast.parse(inspect.getsource(sys.modules[module]))
+            self._trees[module] = _parsed(_source(module))
         for node in self._trees[module].body:
             if name in _bound(node) and node not in self._needed.get(module, ()):
                 self._include(module, node, name)
@@ -121,12 +122,21 @@ class _Code:
         """The definitions, in the order of their modules and in them."""
         parts = []
         for module in self._order():
-            lines = inspect.getsource(sys.modules[module]).splitlines()
+            lines = _source(module).splitlines()
             for node in sorted(self._needed.get(module, ()), key=lambda node: node.lineno):
                 decorators = getattr(node, "decorator_list", ())
                 first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
                 parts.append("\n".join(lines[first - 1 : node.end_lineno]))
         return "\n\n\n".join(parts)
+
+
+def _source(module: str) -> str:
+    return inspect.getsource(sys.modules[module])
+
+
+@functools.cache
+def _parsed(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def _bound(node: ast.stmt) -> set[str]:
