@@ -473,6 +473,10 @@ def test_a_defect_is_not_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
         patch.setattr(compress, "perplexities_of", defect)
         with pytest.raises(KeyError):
             bolaco(*words("out", "svd", "0.8"))
+        exhausted = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
+        patch.setattr(compress, "perplexities_of", lambda *_: (_ for _ in ()).throw(exhausted))
+        assert "memory" in bolaco(*words("out", "svd", "0.8")).err
+        assert not Path("out").exists()
         full = OSError(28, "No space left on device", "disk")
         patch.setattr(compress, "perplexities_of", lambda *_: (_ for _ in ()).throw(full))
         assert "no space left on the disk" in bolaco(*words("out", "svd", "0.8")).err

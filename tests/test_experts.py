@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from bolaco.api import compare
 from bolaco.checkpoint.export import export_dense
 from bolaco.factorize import InputMetric, OutputMetric, low_rank
 from bolaco.layers import (
@@ -36,7 +37,7 @@ from bolaco.statistics.moments import MOMENTS, PooledMoments, pooled_moments
 from bolaco.statistics.symmetric import BlockDiagonal
 from bolaco.storage.block import linear, low_rank_linear
 from bolaco.storage.storage import STORAGES
-from tests.models import compress_tiny, save_tiny, slow
+from tests.models import TINY, compress_tiny, save_tiny, slow, text_file, tiny_tokenizer
 from tests.types import of_type, tokens_for
 
 # Fused in both orientations, with and without biases and gates, dense and sorted dispatch, experts without matrices.
@@ -357,6 +358,21 @@ def test_an_expert_without_tokens_has_the_statistics_of_all(lonely):
             assert float((second - plain).norm()) > 0.3 * float(second.norm())
             pooled = found[site.layer, all_experts(site.type)][MOMENTS].second_moment
             torch.testing.assert_close(second, pooled)
+
+
+def test_methods_side_by_side(tmp_path: Path):
+    options = {k: v for k, v in TINY.items() if k.startswith("calibration.")} | {"evaluation.windows": 2}
+    found = compare(
+        of_type("mixtral"),
+        ["svd", "afm"],
+        [0.7],
+        tmp_path / "out",
+        tokenizer=tiny_tokenizer(),
+        calibration=str(text_file()),
+        options=options | {"search.rank_multiple": 4},
+    )
+    assert len(found.record.rows) == 2
+    assert all(row.keep_linears <= 0.7 for row in found.record.rows)
 
 
 @pytest.mark.parametrize("family", ["mixtral", slow("gpt_oss"), slow("nemotron_h")])

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from bolaco.errors import BolacoError, RecipeError, no_space
+from bolaco.errors import BolacoError, RecipeError, no_memory, no_space
 from bolaco.parser import command_parser
 from bolaco.recipe.words import COMPARED, WORDS
 
@@ -288,6 +288,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if no_space(error):
             errors.print("bolaco: error: no space left on the disk; free some and give the same command again")
+            return 1
+        if no_memory(error):
+            errors.print(
+                "bolaco: error: not enough memory; the same command continues where this one was, and takes less with "
+                "--set calibration.batch=1, --set calibration.cache=disk or a shorter --seq-len"
+            )
             return 1
         if isinstance(error, OSError) and error.filename is not None:
             errors.print(f"bolaco: error: {error.filename}: {error.strerror}")

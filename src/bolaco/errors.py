@@ -55,3 +55,11 @@ def no_space(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def no_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted: at another time, or on another machine, the same may work."""
+    if isinstance(error, MemoryError):
+        return True
+    # torch is not imported for this; its own error for a GPU is a RuntimeError too.
+    return isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error))

@@ -17,7 +17,7 @@ from bolaco.checkpoint.info import CompressedInfo, read_curves, read_info
 from bolaco.comparison.plan import Comparison, row_name
 from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
-from bolaco.errors import BolacoError, ResumeError, no_space
+from bolaco.errors import BolacoError, ResumeError, no_memory, no_space
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskSet, evaluate_tasks
 from bolaco.models.load import load_model
@@ -100,8 +100,10 @@ def one_line(error: BaseException) -> str:
 
 
 def expected_failure(error: BaseException) -> bool:
-    """Whether a failure is a row's own; a full disk or a damaged work folder is not."""
-    return isinstance(error, _FAILURES) and not isinstance(error, ResumeError) and not no_space(error)
+    """Whether a failure is a row's own; a full disk, a full memory or a damaged work folder is not."""
+    if isinstance(error, ResumeError) or no_space(error) or no_memory(error):
+        return False
+    return isinstance(error, _FAILURES)
 
 
 def finite(value: float) -> float | None:
