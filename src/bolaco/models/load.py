@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def _gguf_in(folder: Path, model: str) -> Source:
 def _first_line(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it brings code of its own, which is not run; only what transformers itself has can be compressed"
-    if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in str(error):
+    if type(error).__name__ == "UnpicklingError" or "PytorchStreamReader" in str(error):
         return "damaged weights in pytorch_model.bin (a pointer of git-lfs, or a file that is cut off)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__

@@ -8,6 +8,7 @@ memory of its graph for one batch.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,7 +128,7 @@ class _Gathered:
         return found * (self._updates[site.name] / sequences) if self._statistic.per_sequence else found
 
 
-class GradientWalk:
+class GradientWalk(ABC):
     """Gradient statistics of a model, block by block from the last to the first.
 
     Args:
@@ -163,6 +164,7 @@ class GradientWalk:
         self._seed, self._folder = seed, folder
         self.gradient = torch.empty(0)
 
+    @abstractmethod
     def run(
         self, tick: Callable[[int], Any] | None = None, earlier: tuple[int, Tensor] | None = None
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -174,9 +176,8 @@ class GradientWalk:
         Raises:
             NonFiniteError: a gradient with NaN or infinity; names the matrix.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - there may be nothing to free
         """Frees what was recorded."""
 
     def _generator(self) -> torch.Generator:
@@ -357,15 +358,7 @@ class WholeGradientWalk(GradientWalk):
             handle.remove()
 
 
-def gradient_walk(
-    model: PreTrainedModel,
-    structure: Structure,
-    tokens: Tensor,
-    batch: int,
-    statistic: GradientStatistic,
-    seed: int = 0,
-    folder: Path | None = None,
-) -> GradientWalk:
-    """The walk that is right for a model."""
+def gradient_walk(model: PreTrainedModel, structure: Structure, *args: Any, **kwargs: Any) -> GradientWalk:
+    """The walk that is right for a model; arguments as of :class:`GradientWalk`."""
     kind = WholeGradientWalk if structure.walk.hooks else BlockGradientWalk
-    return kind(model, structure, tokens, batch, statistic, seed, folder)
+    return kind(model, structure, *args, **kwargs)

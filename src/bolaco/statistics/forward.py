@@ -11,6 +11,7 @@ statistics of as many blocks at a time as a share of the memory holds.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ Observer = Callable[[int, str, Tensor, int], None]
 _SHARE = 0.25
 
 
-class InputWalk:
+class InputWalk(ABC):
     """Goes through the decoder once, a block at a time.
 
     Args:
@@ -58,19 +59,19 @@ class InputWalk:
         self.layer = 0
         self._cache_file = cache_file
 
+    @abstractmethod
     def layers_at_once(self, numbers: Callable[[int], int]) -> int:
         """How many blocks from the next one on are observed together; ``numbers`` of each is what it takes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def advance(self, layers: int, observe: Observer | None = None, tick: Callable[[int], Any] | None = None) -> None:
         """Runs the next blocks on every sequence; ``observe`` sees each shared input of theirs once per batch.
 
         Raises:
             NonFiniteError: a block's output holds NaN or infinity.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - there may be nothing to free
         """Frees the cache."""
 
     @contextmanager
@@ -105,17 +106,10 @@ class InputWalk:
 class BlockWalk(InputWalk):
     """The hidden states of all sequences, carried through the decoder one block at a time."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        structure: Structure,
-        tokens: Tensor,
-        batch: int,
-        cache_file: Path | None = None,
-    ) -> None:
-        super().__init__(model, structure, tokens, batch, cache_file)
-        self.runner = BlockRunner(model, structure, tokens, batch)
-        self.hidden = self.runner.embed(cache_file)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.runner = BlockRunner(self.model, self.structure, self.tokens, self.batch)
+        self.hidden = self.runner.embed(self._cache_file)
 
     def layers_at_once(self, numbers: Callable[[int], int]) -> int:
         """One."""
