@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -46,14 +46,36 @@ def unflatten(flat: Mapping[str, Any]) -> Values:
     return values
 
 
-def problems(error: ValidationError, whole: str = "recipe", prefix: str = "") -> str:
-    """What is wrong, in one line: the dotted name of each field and the value it got."""
+NO_FIELD = "there is no such field"
+
+
+def problems(
+    error: ValidationError, whole: str = "recipe", prefix: str = "", section: type[BaseModel] | None = None
+) -> str:
+    """What is wrong, in one line: the dotted name of each field and the value it got.
+
+    For fields that there are not, ``section`` knows what was probably meant.
+    """
     found = []
     for item in error.errors():
         name = prefix + ".".join(str(part) for part in item["loc"]) if item["loc"] else whole
+        if item["type"] == "extra_forbidden":
+            owner = _section_at(section, item["loc"][:-1])
+            hint = "" if owner is None else meant(str(item["loc"][-1]), owner.model_fields)
+            found.append(f"{name}: {NO_FIELD}{hint}")
+            continue
         given = "" if item["type"] in ("missing", "value_error") else f" (got {item['input']!r})"
         found.append(f"{name}: {item['msg'].removeprefix('Value error, ')}{given}")
     return "; ".join(found)
+
+
+def _section_at(section: type[BaseModel] | None, place: Sequence[str | int]) -> type[BaseModel] | None:
+    """The section that is a field of a section, of that, and so on; None if one of them is none."""
+    for name in place:
+        field = None if section is None else section.model_fields.get(str(name))
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return section
 
 
 def meant(name: str, known: Iterable[str], limit: int = 20) -> str:

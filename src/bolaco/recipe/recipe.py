@@ -19,7 +19,7 @@ from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import renamed, upgraded
 from bolaco.recipe.words import flat_values
 from bolaco.refine.settings import Refinement
-from bolaco.settings import Section, Values, meant, merge, problems, unflatten
+from bolaco.settings import NO_FIELD, Section, Values, meant, merge, problems, unflatten
 from bolaco.storage.storage import STORAGES, Storage
 from bolaco.transform.base import TRANSFORMS, Transform
 
@@ -280,7 +280,7 @@ def _made(values: Values) -> Recipe:
     try:
         recipe = kind.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("; ".join([problems(error), *found])) from None
+        raise RecipeError("; ".join([problems(error, section=kind), *found])) from None
     if found:
         raise RecipeError("; ".join(found))
     if isinstance(recipe, LowRankRecipe):
@@ -298,7 +298,7 @@ def _option_problems(error: ValidationError, section: str, name: str, options: t
     others = [item for item in error.errors() if item["type"] != "extra_forbidden"]
     if others:
         lines = problems(error, section, f"{section}.").split("; ")
-        found += [line for line in lines if "Extra inputs are not permitted" not in line]
+        found += [line for line in lines if NO_FIELD not in line]
     return found
 
 
