@@ -16,7 +16,9 @@ class Refinement(Section):
     sequences: int = Field(32, gt=0, description="of the calibration sequences, how many these two see")
     steps: int = Field(20, ge=0, description="AdamW steps of each block towards the original block's output")
     learning_rate: float = Field(3e-4, gt=0)
-    autocast: bool = Field(True, description="bfloat16 products in these steps; parameters stay as they are")
+    autocast: bool = Field(
+        True, description="bfloat16 products in these steps where the machine has them; parameters stay as they are"
+    )
     weight_decay: float = Field(0.01, ge=0)
 
     @property

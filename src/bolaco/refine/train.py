@@ -61,7 +61,7 @@ def train_block(
     )
     generator = torch.Generator().manual_seed(seed * 100_003 + layer)
     size = runner.slices[0].stop
-    losses, autocast = [], settings.autocast
+    losses, autocast = [], settings.autocast and fast_bfloat16(runner.model.device)
     order = torch.empty(0, dtype=torch.int64)
     with torch.enable_grad():
         for _ in range(steps):
@@ -93,6 +93,16 @@ def train_block(
         parameter.grad = None
     block.to(dtype)
     return losses
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are no slower than in float32: a CPU without instructions for them takes longer."""
+    if device.type != "cpu":
+        return True
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_device_supported())
+    except (AttributeError, RuntimeError):  # torch without oneDNN
+        return False
 
 
 def balance(block: nn.Module) -> None:
