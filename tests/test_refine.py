@@ -23,7 +23,7 @@ from bolaco.progress import Reporter
 from bolaco.refine.fit import BlockFit
 from bolaco.refine.run import Refiner
 from bolaco.refine.settings import Refinement
-from bolaco.refine.train import balance, train_block
+from bolaco.refine.train import balance, fast_bfloat16, train_block
 from bolaco.statistics.drift import DriftMoments
 from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.stored import site_statistics
@@ -325,3 +325,11 @@ def test_half_precision_models_are_refined(tmp_path) -> None:
     run = compress_tiny(model, tmp_path / "out", preset="default", search="spectral", options=OPTIONS)
     assert load_model(str(run.path)).dtype == torch.bfloat16
     assert run.info.perplexity.compressed < 2 * run.info.perplexity.dense
+
+
+def test_bfloat16_only_where_it_is_no_slower(monkeypatch):
+    cpu = torch.device("cpu")
+    for found, expected in (({"avx2": True, "avx512_bf16": False}, False), ({"amx_bf16": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert fast_bfloat16(cpu) is expected
+        assert fast_bfloat16(torch.device("cuda"))

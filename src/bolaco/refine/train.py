@@ -97,12 +97,10 @@ def train_block(
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are no slower than in float32: a CPU without instructions for them takes longer."""
-    if device.type != "cpu":
+    known = getattr(torch.cpu, "get_capabilities", None)  # not in older versions of torch
+    if device.type != "cpu" or known is None:
         return True
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_device_supported())
-    except (AttributeError, RuntimeError):  # torch without oneDNN
-        return False
+    return any(value for name, value in known().items() if name.endswith("bf16"))
 
 
 def balance(block: nn.Module) -> None:
