@@ -29,10 +29,6 @@ class EachExpert(nn.ModuleList):
         parts = [_entry_of(layer) for layer in self]
         return {"kind": self.kind, "in": _in_features(self[0]), "parts": parts}
 
-    def linears(self) -> list[nn.Module]:
-        """The layers."""
-        return list(self)
-
 
 class GroupedExperts(nn.Module):
     """The layers of all experts in one: every tensor has one more dimension, the expert's number.
@@ -179,7 +175,6 @@ def rule_of(module: nn.Module) -> nn.Module:
     """A copy of an experts module without its matrices; everything else is shared."""
     rule = copy.copy(module)
     rule._parameters = {name: p for name, p in module._parameters.items() if p is None or p.ndim < 2}
-    rule._parameters = {name: p for name, p in rule._parameters.items() if not name.endswith("_proj_bias")}
     return rule
 
 
