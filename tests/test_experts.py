@@ -472,3 +472,61 @@ def test_the_dense_folder_compresses_like_the_model(tmp_path: Path):
     here = compress_tiny(model, tmp_path / "a", preset="default", method="svd", options=QUICK)
     there = compress_tiny(load_model(str(folder)), tmp_path / "b", preset="default", method="svd", options=QUICK)
     assert (here.path / "model.safetensors").read_bytes() == (there.path / "model.safetensors").read_bytes()
+
+
+# --- one input factor for all experts, priced beside one for each -------------------------------------------------
+
+
+def one_row_space(model, own: float):
+    """The first matrices of every block's experts in one space of 6 inputs, with ``own`` times as much outside it."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("experts.gate_up_proj"):
+                experts, out, width = tensor.shape
+                common = torch.randn(experts, out, 6) @ torch.randn(6, width)
+                tensor.copy_(common / common.std() + own * torch.randn(tensor.shape)).mul_(0.05)
+    return model
+
+
+@pytest.mark.parametrize("storage", ["pivoted", "two-factor"])
+def test_the_closed_form_takes_one_input_factor_where_experts_have_one_input_space(storage, tmp_path: Path):
+    model, runs = one_row_space(of_type("mixtral"), 0.01), {}
+    for shared in (True, False):
+        options = QUICK | {"search.shared_experts": shared}
+        out = tmp_path / str(shared)
+        runs[shared] = compress_tiny(
+            model, out, preset="default", search="spectral", storage=storage, keep=0.5, options=options
+        )
+    assert not runs[False].info.stacks
+    info, loaded = runs[True].info, load_model(str(runs[True].path))
+    experts = [module for module in loaded.modules() if isinstance(module, EachExpert)]
+    assert len(info.stacks) == len(experts) == 2
+    for module, stack in zip(experts, info.stacks, strict=True):
+        assert isinstance(module[0], LeadLinear)
+        assert {info.ranks[name] for name in stack} == {module[0].rank}
+        assert all(layer.lead is module[0] for layer in list(module)[1:])
+    assert info.parameters == sum(p.numel() for p in loaded.parameters())
+    budget = int(0.5 * info.parameters_linears_dense)
+    assert budget * 0.98 < info.parameters_linears <= budget
+    # The outputs of the experts are nearer: what was saved is spent elsewhere.
+    tokens = tokens_for(model)
+    expected = logits(model, tokens)
+    errors = {shared: (logits(load_model(str(run.path)), tokens) - expected).norm() for shared, run in runs.items()}
+    assert errors[True] < errors[False]
+
+
+def test_experts_of_their_own_have_factors_of_their_own(tmp_path: Path):
+    model = of_type("mixtral")
+    run = compress_tiny(model, tmp_path / "out", preset="default", search="spectral", keep=0.9, options=QUICK)
+    assert not run.info.stacks
+
+
+def test_a_warm_start_from_experts_with_one_input_factor(tmp_path: Path):
+    model = one_row_space(of_type("mixtral"), 0.01)
+    default = {"preset": "default", "search": "spectral"}
+    first = compress_tiny(model, tmp_path / "first", keep=0.5, options=QUICK, **default)
+    assert first.info.stacks
+    warm = QUICK | {"search.warm_start": str(first.path)}
+    again = compress_tiny(model, tmp_path / "again", keep=0.6, options=warm, **default)
+    assert 0.59 < again.info.keep_linears <= 0.6

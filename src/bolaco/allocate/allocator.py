@@ -104,6 +104,10 @@ class AllocationTask:
     trials: Trials | None = None
 
 
+def _never(options: Section) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Allocator:
     """A way to find ranks.
@@ -121,6 +125,7 @@ class Allocator:
         searches: whether it evaluates allocations on the validation text.
         warms: whether it takes ``search.warm_start``.
         stacks: whether it can give a rank to a stack of matrices.
+        offers: from its options, whether it looks at the stacks that are offered in the place of matrices.
     """
 
     name: str
@@ -134,6 +139,7 @@ class Allocator:
     searches: bool = False
     warms: bool = False
     stacks: bool = True
+    offers: Callable[[Any], bool] = _never
 
 
 ALLOCATORS = Registry(

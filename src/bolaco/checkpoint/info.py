@@ -146,6 +146,7 @@ class CompressedInfo(Info):
         dtype: of the weights.
         layers, layers_dense: the decoder blocks that are there, and how many the original has.
         ranks: of every matrix by name; None is dense.
+        stacks: names of matrices that have one input factor.
         pivot_growth: of matrices whose stored form lets rounding errors grow, the factor.
         parameters_active, parameters_active_dense: of those, what one token uses; less where there are experts.
         kept: what of the decoder blocks is dense by nature.
@@ -177,6 +178,7 @@ class CompressedInfo(Info):
     layers: list[int]
     layers_dense: int
     ranks: Ranks
+    stacks: list[list[str]] = []
     pivot_growth: dict[str, float] = {}
     kept: list[KeptRecord] = []
     walk: str = ""

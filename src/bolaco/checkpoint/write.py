@@ -96,7 +96,7 @@ def _packed(block: nn.Module, site: Site, name: str, storage: Storage, growth: d
         raise NonFiniteError(f"{site.name}: its compressed form holds NaN or infinity")
     if not isinstance(module, FactoredLinear):
         return {"kind": "dense", "out": site.out_features, "bias": module.bias is not None}
-    packed = storage.pack(module)
+    packed = storage.packed(module)
     if packed is not module:
         put_module(block, name, packed)
     grows = packed.growth()

@@ -198,7 +198,17 @@ def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> d
         tasks = _accuracies(common, compressed) if with_tasks else {}
     before = [text.perplexity for _, text in dense.texts]
     values = json.loads(info.model_dump_json())
-    kept = ("keep_linears", "keep_model", "parameters", "parameters_linears", "bytes", "storage", "ranks", "trials")
+    kept = (
+        "keep_linears",
+        "keep_model",
+        "parameters",
+        "parameters_linears",
+        "bytes",
+        "storage",
+        "ranks",
+        "stacks",
+        "trials",
+    )
     return {
         **{field: values[field] for field in (*kept, "versions")},
         "perplexity": [finite(value) for value in results],

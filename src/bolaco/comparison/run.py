@@ -185,7 +185,7 @@ def _common_plan(common: Common, name: str, recipe: Recipe) -> FactorPlan | None
     """What a row needs of factors that others can use: not where its method changes the model before."""
     if not isinstance(recipe, LowRankRecipe) or recipe.chosen.method.subject is not None:
         return None
-    subject = Subject(common.loaded.working, recipe.form.units(common.loaded.structure, recipe.dense_types))
+    subject = Subject(common.loaded.working, recipe.units(common.loaded.structure))
     return plan_factors(recipe, common.loaded, common.texts[name], common.session, subject)
 
 

@@ -102,7 +102,7 @@ def _of_block(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) 
     """Factors of the matrices of one block; ``inputs`` has the statistics of each input group."""
     subject = job.subject
     device: torch.device = subject.model.device
-    sites = [site for site in subject.structure.of_layer(layer) if job.top.get(site.name, 0) > 0]
+    sites = [site for site in subject.structure.units if site.layer == layer and job.top.get(site.name, 0) > 0]
     stored = site_statistics(layer, sites, job.statistics, device)
     metrics: dict[str, InputMetric] = {}
     factors: dict[str, Factors] = {}

@@ -145,6 +145,7 @@ class Structure:
         size: parameters of all blocks.
         walk: how blocks are run.
         active: of each block, the share of its experts that a token is sent to; empty if nobody has looked.
+        offered: stacks of some of the sites that an allocation can take in their place.
     """
 
     blocks: tuple[str, ...]
@@ -153,6 +154,7 @@ class Structure:
     size: int = 0
     walk: Walk = Walk()
     active: tuple[float, ...] = ()
+    offered: tuple[Stack, ...] = ()
 
     def idle(self, sizes: Mapping[str, int]) -> int:
         """Parameters of experts that a token is not sent to, from the sizes of the matrices by name."""
@@ -181,6 +183,17 @@ class Structure:
     def of_layer(self, layer: int) -> list[Site]:
         """Sites of one decoder block."""
         return [site for site in self.sites if site.layer == layer]
+
+    @property
+    def units(self) -> tuple[Site, ...]:
+        """Everything that is factored: the sites, and what is offered in the place of some."""
+        return (*self.sites, *self.offered)
+
+    def taken(self, ranks: Mapping[str, int | None]) -> Structure:
+        """The structure with those of the offered stacks that have a rank in the place of their matrices."""
+        stacks = {member: stack for stack in self.offered if stack.name in ranks for member in stack.members}
+        sites = dict.fromkeys(stacks.get(site, site) for site in self.sites)
+        return replace(self, sites=tuple(sites), offered=())
 
     def modules(self, layer: int) -> dict[str, list[Site]]:
         """The model's matrices of one decoder block by the name of their module; a fused module holds several."""
@@ -283,20 +296,33 @@ def stacked(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
             if of_type.keys() >= set(types) and not dense & set(types):
                 members = tuple(of_type[t] for t in types)
                 if len({(site.input_group, site.in_features) for site in members}) == 1:
-                    stacks |= dict.fromkeys(types, _stack(kind, members))
-        experts = [site for site in structure.of_layer(layer) if site.expert is not None]
-        first = [site for site in experts if site.tie == experts[0].tie]
-        pooled = _stack(first[0].type, tuple(first)) if len(first) > 1 and first[0].type not in dense else None
+                    stacks |= dict.fromkeys(types, stack_of(kind, members))
+        pooled = _first_of_experts(structure, layer, dense)
         for site in structure.of_layer(layer):
             if site.expert is None:
                 sites.append(stacks.get(site.type, site))
             else:
-                sites.append(pooled if pooled is not None and site in first else site)
+                sites.append(pooled if pooled is not None and site in pooled.members else site)
         sites = list(dict.fromkeys(sites))
     return replace(structure, sites=tuple(sites))
 
 
-def _stack(kind: str, members: tuple[Site, ...]) -> Stack:
+def with_offers(structure: Structure, dense_types: Iterable[str] = ()) -> Structure:
+    """The same decoder with the first matrices of each block's experts on offer as one stack."""
+    dense = set(dense_types)
+    stacks = [_first_of_experts(structure, layer, dense) for layer in range(structure.num_layers)]
+    return replace(structure, offered=tuple(stack for stack in stacks if stack is not None))
+
+
+def _first_of_experts(structure: Structure, layer: int, dense: set[str]) -> Stack | None:
+    """The first matrices of a block's experts as one; None where there are not several, or they stay dense."""
+    experts = [site for site in structure.of_layer(layer) if site.expert is not None]
+    first = [site for site in experts if site.tie == experts[0].tie]
+    return stack_of(first[0].type, tuple(first)) if len(first) > 1 and first[0].type not in dense else None
+
+
+def stack_of(kind: str, members: tuple[Site, ...]) -> Stack:
+    """Matrices on one input as one."""
     first, out = members[0], sum(site.out_features for site in members)
     endings = "+".join(site.name.rpartition(".")[2] for site in members[1:])
     return Stack(

@@ -15,6 +15,7 @@ from bolaco.allocate.allocator import ALLOCATORS, Allocator
 from bolaco.data.settings import Calibration, Evaluation, Validation
 from bolaco.errors import RecipeError
 from bolaco.factorize.method import METHODS, ChosenMethod
+from bolaco.models.structure import Structure, with_offers
 from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import renamed, upgraded
 from bolaco.recipe.words import flat_values
@@ -143,6 +144,14 @@ class LowRankRecipe(_Run):
     def allocator_options(self) -> Section:
         """Its options."""
         return self.search.options_of(self.allocator)
+
+    def units(self, structure: Structure) -> Structure:
+        """The decoder as the storage divides it, with what the allocator may take instead."""
+        units = self.form.units(structure, self.dense_types)
+        # Errors that are relative to a matrix say nothing of a stack beside its matrices.
+        if self.form.stacks or not self.chosen.method.comparable or not self.allocator.offers(self.allocator_options):
+            return units
+        return with_offers(units, self.dense_types)
 
     @property
     def dense_types(self) -> tuple[str, ...]:

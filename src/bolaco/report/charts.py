@@ -6,14 +6,14 @@ Each takes ``ident``, what the ids inside the chart begin with; it must be uniqu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from markupsafe import Markup
 
 from bolaco.checkpoint.info import CurvePoint, Curves, TrialRecord
 from bolaco.errors import RecipeError
 from bolaco.models.labels import layer_of, ordered, type_of
-from bolaco.models.structure import Site
+from bolaco.models.structure import Site, Stack
 from bolaco.report.record import Row, RowResult
 from bolaco.report.svg import Series, band, chart, heat_map
 from bolaco.storage.budget import Ranks
@@ -25,7 +25,9 @@ def types_of(ranks: Ranks) -> list[str]:
     return ordered(set(map(type_of, ranks)))
 
 
-def rank_map(ident: str, ranks: Ranks, storage: str | None, curves: Curves) -> Markup | None:
+def rank_map(
+    ident: str, ranks: Ranks, storage: str | None, curves: Curves, stacks: Sequence[Sequence[str]] = ()
+) -> Markup | None:
     """A cell for each matrix, layer by type: the share of its parameters that is kept; None where there are no ranks.
 
     Where that share cannot be computed, something close to it is drawn and named as what it is: see :func:`_shares`.
@@ -34,12 +36,13 @@ def rank_map(ident: str, ranks: Ranks, storage: str | None, curves: Curves) -> M
         ident: what the ids inside the chart begin with; unique in the page.
         ranks: of every matrix, by name; None is dense.
         storage: name of the storage of the factored matrices; None where nothing is factored.
+        stacks: names of matrices that have one input factor.
         curves: the shapes of the matrices; may be empty.
     """
     if not ranks:
         return None
     rows = types_of(ranks)
-    shares, what, note = _shares(ranks, storage, curves)
+    shares, what, note = _shares(ranks, storage, curves, {name for stack in stacks for name in stack})
     cells: dict[tuple[int, int], tuple[float | None, str]] = {}
     for name, rank in ranks.items():
         share = shares.get(name)
@@ -53,7 +56,9 @@ def rank_map(ident: str, ranks: Ranks, storage: str | None, curves: Curves) -> M
     return heat_map(ident, "Rank of every matrix", text, rows, columns, cells, "layer", what)
 
 
-def _shares(ranks: Ranks, storage: str | None, curves: Curves) -> tuple[dict[str, float], str, list[str]]:
+def _shares(
+    ranks: Ranks, storage: str | None, curves: Curves, stacked: Collection[str]
+) -> tuple[dict[str, float], str, list[str]]:
     """What the rank map draws of every factored matrix, by name.
 
     Returns:
@@ -75,8 +80,8 @@ def _shares(ranks: Ranks, storage: str | None, curves: Curves) -> tuple[dict[str
         where = f"in {storage or 'its'} storage"
         note = f"What a rank costs {where} is not known here; ranks are relative to the smaller side."
         return sides, "rank, of the matrix's smaller side", [note]
-    sites = {name: _site(name, curves.matrices[name].shape) for name in factored}
-    kept = {name: form.cost(sites[name], rank) / sites[name].size for name, rank in factored.items()}
+    sites = {name: _site(name, curves.matrices[name].shape, name in stacked) for name in factored}
+    kept = {name: form.parameters(sites[name], rank) / sites[name].size for name, rank in factored.items()}
     return kept, "share of the matrix's parameters kept", []
 
 
@@ -88,14 +93,15 @@ def _storage(name: str | None) -> Storage | None:
         return None
 
 
-def _site(name: str, shape: tuple[int, int]) -> Site:
+def _site(name: str, shape: tuple[int, int], stacked: bool) -> Site:
     """A matrix of this name and shape ``[out, in]``, to ask a storage what it costs.
 
     The matrices of a stack are recorded with the shape and the rank of the stack, so the answer is that of the stack.
     """
     rows, columns = shape
     kind = type_of(name)
-    return Site(name, name, layer_of(name), kind, None, (0, rows), rows, columns, bias=False)
+    values = (name, name, layer_of(name), kind, None, (0, rows), rows, columns, False)
+    return Stack(*values, stacked=()) if stacked else Site(*values)
 
 
 def _range(cells: Mapping[tuple[int, int], tuple[float | None, str]], row: int) -> str:

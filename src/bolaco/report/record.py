@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import ValidationError, field_serializer, field_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator
 
 from bolaco.checkpoint.info import Curves, Record, TrialRecord
 from bolaco.errors import CheckpointError
@@ -63,6 +63,7 @@ class RowResult(RowRecord):
         bytes: of the weights on disk.
         storage: of the factored matrices; None where nothing is factored.
         ranks: of every matrix by name; None is dense.
+        stacks: names of matrices that have one input factor.
         trials: of the search, in order; empty without a search.
         versions: of the packages that the row ran with.
         perplexity: on each text; None where it is not finite.
@@ -83,6 +84,7 @@ class RowResult(RowRecord):
     bytes: int
     storage: str | None
     ranks: Ranks
+    stacks: list[list[str]] = Field(default_factory=list)
     trials: list[TrialRecord]
     versions: dict[str, str]
     perplexity: list[float | None]

@@ -88,7 +88,7 @@ def compress_loaded(
     check_savable(loaded.model)
     made = subject_artefact(recipe, loaded, texts, session)
     preview = preview_task(recipe, loaded.structure)
-    units, budget = preview.structure, preview.budget
+    budget = preview.budget
     # Called for what it raises: a budget that cannot be met shows before anything that takes long.
     recipe.allocator.preview(preview, recipe.allocator_options)
     warm = warm_ranks(recipe, budget)
@@ -100,6 +100,9 @@ def compress_loaded(
     with session.clock.timed("dense evaluation"):
         dense = dense_perplexity(loaded, texts, recipe.validation.batch, session)
     allocation = _allocate(recipe, plan, factors, budget, warm, texts, session)
+    plan = plan.taking(allocation.ranks)
+    subject, units = plan.subject, plan.subject.structure
+    budget = Budget(units.sites, recipe.keep, recipe.form)
     refined = _refined(recipe, plan, allocation.ranks, session)
     if recipe.refinement.active and refined is None:
         session.reporter.say(f"blocks are not refined, they cannot be run alone: {subject.structure.walk.hooks}")
@@ -134,6 +137,11 @@ def compress_loaded(
                 "parameters_linears_dense": budget.total,
                 "layers": list(range(units.num_layers)),
                 "ranks": {member.name: ranks[site.name] for site in units.sites for member in site.members},
+                "stacks": [
+                    [member.name for member in site.members]
+                    for site in units.sites
+                    if len(site.members) > 1 and ranks[site.name] is not None
+                ],
                 "kept": [{"name": kept.name, "parameters": kept.size, "reason": kept.reason} for kept in units.kept],
                 "walk": units.walk.hooks,
                 "tokens_per_expert": factors.tokens(units.num_layers),

@@ -24,7 +24,7 @@ def _no_spectra() -> Mapping[str, Tensor]:
 
 def preview_task(recipe: LowRankRecipe, structure: Structure) -> AllocationTask:
     """What an allocator gets to know before any weight is looked at."""
-    units = recipe.form.units(structure, recipe.dense_types)
+    units = recipe.units(structure)
     budget = Budget(units.sites, recipe.keep, recipe.form)
     return AllocationTask(units, budget, recipe.search.rank_multiple, recipe.dense_types, _no_spectra)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.runs.session import Loaded, Session
 from bolaco.statistics.statistic import GradientStatistic, StoredStatistic
 from bolaco.statistics.stored import StatisticStore, estimate_gradients, stored_bytes
+from bolaco.storage.budget import Ranks
 from bolaco.transform.subject import SubjectTask
 from bolaco.work.files import write_text
 from bolaco.work.folder import TOP_FILE, Artefact, digest
@@ -65,6 +66,11 @@ class FactorPlan:
     statistics: Mapping[StoredStatistic, Place]
     artefact: Artefact
 
+    def taking(self, ranks: Ranks) -> FactorPlan:
+        """The plan with the stacks that an allocation took in the place of their matrices."""
+        subject = self.subject
+        return replace(self, subject=replace(subject, structure=subject.structure.taken(ranks)))
+
     @property
     def pass_key(self) -> str:
         """The same for plans that one pass over the text can serve."""
@@ -79,7 +85,7 @@ class FactorPlan:
 def top_ranks(recipe: LowRankRecipe, sites: Sequence[Site]) -> dict[str, int]:
     """Largest rank a recipe can give each matrix that it may factor, by site name."""
     storage, multiple, dense = recipe.form, recipe.search.rank_multiple, recipe.dense_types
-    return {site.name: storage.max_rank(site, multiple) for site in sites if site.type not in dense}
+    return {site.name: storage.top(site, multiple) for site in sites if site.type not in dense}
 
 
 def subject_artefact(recipe: LowRankRecipe, loaded: Loaded, texts: Texts, session: Session) -> Artefact | None:
@@ -102,7 +108,7 @@ def make_subject(
     recipe: LowRankRecipe, loaded: Loaded, texts: Texts, session: Session, artefact: Artefact | None
 ) -> Subject:
     """What the recipe factors: the matrices of the model, in units of its storage, or what its method makes of them."""
-    subject = Subject(loaded.working, recipe.form.units(loaded.structure, recipe.dense_types))
+    subject = Subject(loaded.working, recipe.units(loaded.structure))
     chosen = recipe.chosen
     if chosen.method.subject is None or artefact is None:
         return subject
@@ -144,11 +150,11 @@ def plan_factors(
         **model,
         method=chosen.method.name,
         options=chosen.options,
-        units=[site.name for site in subject.structure.sites],
+        units=[site.name for site in subject.structure.units],
         statistics=[statistics[kind].key for kind in chosen.method.stored],
         inputs=inputs if chosen.method.inputs else None,
     )
-    top = top_ranks(recipe, subject.structure.sites)
+    top = top_ranks(recipe, subject.structure.units)
     return FactorPlan(chosen, subject, tokens, settings, recipe.seed, top, statistics, artefact)
 
 
@@ -227,7 +233,7 @@ def factor_bytes(plans: Sequence[FactorPlan], session: Session) -> int:
         store = factor_store(plan, session)
         if store.complete(structure.num_layers):
             continue
-        for site in structure.sites:
+        for site in structure.units:
             size += plan.top.get(site.name, 0) * (site.out_features + site.in_features) * itemsize
         for kind, place in plan.statistics.items():
             if place.key + kind.name not in counted:

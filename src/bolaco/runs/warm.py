@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import RecipeError
+from bolaco.models.structure import stack_of
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.storage import pair_cost
 
 
 def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
@@ -18,12 +20,19 @@ def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
     start = recipe.search.warm_start
     if start is None:
         return None
-    ranks = read_info(start).ranks
+    info = read_info(start)
+    ranks = dict(info.ranks)
     sites = budget.sites
     # In their order, which that of a set is not.
     for name in [*(name for name in sites if name not in ranks), *(name for name in ranks if name not in sites)]:
         has = "that result has no rank for" if name in sites else "this model has no matrix"
         raise RecipeError(f"search.warm_start: {has} {name}; it is of another architecture")
+    for stack in info.stacks:
+        # Ranks of a stack say little of its matrices apart: those of the share that the stack has.
+        members = tuple(sites[name] for name in stack)
+        whole, multiple = stack_of(members[0].type, members), recipe.search.rank_multiple
+        paid = pair_cost(whole, ranks[stack[0]] or 0) / whole.size
+        ranks |= {site.name: budget.storage.rank_for(site, paid, multiple) for site in members}
     for site in sites.values():
         rank = ranks[site.name]
         allowed = budget.storage.max_rank(site, recipe.search.rank_multiple)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import torch
 
-from bolaco.layers import FactoredLinear
-from bolaco.models.structure import Site, Structure
+from bolaco.layers import FactoredLinear, FollowerLinear, LeadLinear
+from bolaco.models.structure import Site, Stack, Structure
 from bolaco.plugins import Registry, in_folder
 
 
@@ -20,7 +20,8 @@ class Storage(ABC):
         name: what ``--storage`` takes.
         paper: where it is from.
         summary: one line for ``bolaco methods``.
-        stacks: whether its units are stacks of several matrices; not every allocation and fit can do with those.
+        stacks: whether its units are stacks of several matrices; not every allocation and fit can do with those. A
+            stack that is offered beside the units of another storage is stored as two factors.
         dense_types: matrix types it leaves dense unless the recipe names others; None leaves that to the allocation.
     """
 
@@ -57,7 +58,21 @@ class Storage(ABC):
 
     def parameters(self, site: Site, rank: int | None) -> int:
         """Parameters of a site at a rank; of the dense matrix for None."""
-        return site.size if rank is None else self.cost(site, rank)
+        if rank is None:
+            return site.size
+        return pair_cost(site, rank) if self._offered(site) else self.cost(site, rank)
+
+    def top(self, site: Site, multiple: int) -> int:
+        """:meth:`max_rank` of a unit of this storage, or of a stack that is offered beside them."""
+        return pair_max_rank(site, multiple) if self._offered(site) else self.max_rank(site, multiple)
+
+    def packed(self, layer: FactoredLinear) -> FactoredLinear:
+        """:meth:`pack`; what shares its input factor, and is no unit of this storage, stays as it is trained."""
+        shares = isinstance(layer, LeadLinear | FollowerLinear)
+        return layer if shares and not self.stacks else self.pack(layer)
+
+    def _offered(self, site: Site) -> bool:
+        return isinstance(site, Stack) and not self.stacks
 
     def rank_for(self, site: Site, keep: float, multiple: int) -> int | None:
         """The largest multiple stored in a share ``keep`` of the matrix, but at least one multiple.
@@ -71,6 +86,16 @@ class Storage(ABC):
         allowed = keep * site.size + 1e-5
         steps = range(multiple, top + 1, multiple)
         return multiple * max(bisect_right(steps, allowed, key=lambda rank: self.cost(site, rank)), 1)
+
+
+def pair_cost(site: Site, rank: int) -> int:
+    """Parameters of two factors, ``[out, rank]`` and ``[rank, in]``."""
+    return rank * (site.out_features + site.in_features)
+
+
+def pair_max_rank(site: Site, multiple: int) -> int:
+    """The largest multiple below ``out in / (out + in)``."""
+    return (site.size - 1) // (site.out_features + site.in_features) // multiple * multiple
 
 
 STORAGES: Registry[Storage] = Registry(

@@ -4,7 +4,8 @@ Each matrix has a menu, every multiple of the rank step and "stay dense", with a
 off its spectrum. For a price ``p`` per parameter each matrix takes the entry of least ``error + p x cost`` on its
 own; the lowest price that meets the budget is found by bisection, and what rounding leaves is spent on the best
 affordable steps. Costs need not be convex in the rank (pivoted storage is concave, dense is a jump): the menu is
-searched whole, not walked greedily.
+searched whole, not walked greedily. The menu of the first matrices of a block's experts has two forms in it, a pair of
+factors for each and one input factor for all.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
 from bolaco.allocate.space import uniform_preview
-from bolaco.factorize.method import NoOptions
-from bolaco.models.structure import Site
+from bolaco.models.structure import Site, Stack
+from bolaco.settings import Section
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import Storage
 
@@ -28,11 +30,18 @@ _ADVICE = "raise --keep, or let more types be factored (search.dense_types)"
 
 @dataclass(frozen=True)
 class Menu:
-    """What one matrix can be: ascending ranks, dense (None) last, with their costs and errors."""
+    """What one matrix, or several together, can be.
+
+    Attributes:
+        ranks: ascending, dense (None) last; of several forms one after the other.
+        costs, errors: of each entry.
+        units: of each entry, the names of the sites that get its rank.
+    """
 
     ranks: tuple[int | None, ...]
     costs: np.ndarray
     errors: np.ndarray
+    units: tuple[tuple[str, ...], ...]
 
     def choose(self, price: float) -> int:
         """Index of least ``error + price x cost``; the cheaper one of equals."""
@@ -47,14 +56,19 @@ def make_menu(
     ``relative`` divides by the whole, for methods whose errors are not comparable between matrices. ``earlier`` is the
     rank that an earlier result gives it, which need not be a multiple.
     """
-    top = min(storage.max_rank(site, multiple), len(spectrum))
+    top = min(storage.top(site, multiple), len(spectrum))
     ranks: list[int | None] = [*sorted({*range(multiple, top + 1, multiple), *([earlier] if earlier else [])})]
     energy = spectrum.double().numpy()
     tails = np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
     errors = [float(tails[rank]) for rank in ranks if rank is not None]
     scale = float(tails[0]) if relative and tails[0] > 0 else 1.0
     costs = [storage.parameters(site, rank) for rank in ranks]
-    return Menu((*ranks, None), np.array([*costs, site.size], dtype=np.int64), np.array([*errors, 0.0]) / scale)
+    return Menu(
+        (*ranks, None),
+        np.array([*costs, site.size], dtype=np.int64),
+        np.array([*errors, 0.0]) / scale,
+        ((site.name,),) * (len(ranks) + 1),
+    )
 
 
 def spectral_ranks(
@@ -64,6 +78,7 @@ def spectral_ranks(
     multiple: int,
     relative: bool = False,
     warm: Ranks | None = None,
+    offered: Sequence[Stack] = (),
 ) -> Ranks:
     """Ranks of least estimated error within the budget; sites without a spectrum stay dense.
 
@@ -74,6 +89,10 @@ def spectral_ranks(
         multiple: rank step.
         relative: errors count relative to each matrix's own.
         warm: ranks to start from: where they cost too much none is raised, where they leave something none is lowered.
+        offered: stacks that can take the place of tied sites.
+
+    Returns:
+        Of every site its rank; where a stack is taken, the stack's in the place of its matrices'.
 
     Raises:
         BudgetError: not even the lowest ranks fit.
@@ -85,6 +104,11 @@ def spectral_ranks(
         return make_menu(budget.sites[name], spectra[name], multiple, budget.storage, relative, start.get(name))
 
     menus = [_sum([menu_of(name) for name in names]) for names in groups]
+    stacks = {tuple(member.name for member in stack.members): stack for stack in offered if stack.name in spectra}
+    for i, names in enumerate(groups):
+        stack = stacks.get(tuple(names))
+        if stack is not None:
+            menus[i] = _either(menus[i], make_menu(stack, spectra[stack.name], multiple, budget.storage, relative))
     if warm is not None:
         over = budget.cost(warm) > budget.limit
         costs = [sum(budget.storage.parameters(budget.sites[n], warm[n]) for n in names) for names in groups]
@@ -111,7 +135,9 @@ def spectral_ranks(
     _spend(menus, choice, budget.limit - cost(choice))
     ranks: Ranks = dict.fromkeys(budget.sites)
     for names, menu, i in zip(groups, menus, choice, strict=True):
-        ranks.update(dict.fromkeys(names, menu.ranks[i]))
+        for name in names:
+            del ranks[name]
+        ranks.update(dict.fromkeys(menu.units[i], menu.ranks[i]))
     return ranks
 
 
@@ -132,13 +158,30 @@ def _sum(menus: Sequence[Menu]) -> Menu:
     at = [[menu.ranks.index(rank) for rank in common] for menu in menus]
     costs = sum(menu.costs[i] for menu, i in zip(menus, at, strict=True))
     errors = sum(menu.errors[i] for menu, i in zip(menus, at, strict=True))
-    return Menu(tuple(common), np.asarray(costs), np.asarray(errors))
+    units = tuple(name for menu in menus for name in menu.units[0])
+    return Menu(tuple(common), np.asarray(costs), np.asarray(errors), (units,) * len(common))
+
+
+def _either(apart: Menu, stack: Menu) -> Menu:
+    """The menu of matrices that are factored apart or as one stack; dense is an entry of the first."""
+    factored = [i for i, rank in enumerate(stack.ranks) if rank is not None]
+    return Menu(
+        (*apart.ranks, *(stack.ranks[i] for i in factored)),
+        np.concatenate([apart.costs, stack.costs[factored]]),
+        np.concatenate([apart.errors, stack.errors[factored]]),
+        (*apart.units, *(stack.units[i] for i in factored)),
+    )
 
 
 def _from(menu: Menu, cost: int, over: bool) -> Menu:
     """The entries that cost no more than ``cost`` where the budget is overdrawn, no less where something is left."""
     allowed = np.flatnonzero(menu.costs <= cost if over else menu.costs >= cost)
-    return Menu(tuple(menu.ranks[i] for i in allowed), menu.costs[allowed], menu.errors[allowed])
+    return Menu(
+        tuple(menu.ranks[i] for i in allowed),
+        menu.costs[allowed],
+        menu.errors[allowed],
+        tuple(menu.units[i] for i in allowed),
+    )
 
 
 def _price_of_everything(menus: Sequence[Menu]) -> float:
@@ -165,14 +208,30 @@ def _spend(menus: Sequence[Menu], choice: list[int], left: int) -> None:
         left -= price
 
 
-def allocate(task: AllocationTask, options: NoOptions) -> Allocation:
+class SpectralOptions(Section):
+    """Options of the closed form."""
+
+    shared_experts: bool = Field(
+        True, description="let the experts of a block have one input factor where that is the cheaper form"
+    )
+
+
+def allocate(task: AllocationTask, options: SpectralOptions) -> Allocation:
     """The closed form."""
-    sites = task.structure.sites
-    found = spectral_ranks(sites, task.spectra(), task.budget, task.multiple, not task.comparable, task.warm)
+    structure = task.structure
+    found = spectral_ranks(
+        structure.sites,
+        task.spectra(),
+        task.budget,
+        task.multiple,
+        not task.comparable,
+        task.warm,
+        structure.offered,
+    )
     return Allocation(found)
 
 
-def preview(task: AllocationTask, options: NoOptions) -> Ranks:
+def preview(task: AllocationTask, options: SpectralOptions) -> Ranks:
     """One ratio for all; raises BudgetError where the lowest ranks do not fit."""
     storage, budget = task.budget.storage, task.budget
     least = 0
@@ -191,6 +250,7 @@ ALLOCATOR = Allocator(
     allocate=allocate,
     preview=preview,
     shows="uniform",
-    options=NoOptions,
+    options=SpectralOptions,
+    offers=lambda options: options.shared_experts,
     warms=True,
 )

@@ -6,7 +6,7 @@ The same product as two factors in r^2 fewer parameters, and never more than the
 import torch
 
 from bolaco.layers import FactoredLinear, PivotedLinear
-from bolaco.models.structure import Site
+from bolaco.models.structure import Site, Stack
 from bolaco.storage.pivot import pivot
 from bolaco.storage.storage import Storage
 
@@ -28,7 +28,7 @@ class PivotedStorage(Storage):
 
     def bits(self, site: Site, rank: int | None, dtype: torch.dtype) -> int:
         """With the index, 32 bits for each element of the pivoted side (the smaller one, as a rule)."""
-        index = 0 if rank is None else 32 * min(site.out_features, site.in_features)
+        index = 0 if rank is None or isinstance(site, Stack) else 32 * min(site.out_features, site.in_features)
         return super().bits(site, rank, dtype) + index
 
     def pack(self, layer: FactoredLinear) -> FactoredLinear:

@@ -2,7 +2,7 @@
 
 from bolaco.layers import FactoredLinear, LowRankLinear
 from bolaco.models.structure import Site
-from bolaco.storage.storage import Storage
+from bolaco.storage.storage import Storage, pair_cost, pair_max_rank
 
 
 class TwoFactor(Storage):
@@ -14,11 +14,11 @@ class TwoFactor(Storage):
 
     def cost(self, site: Site, rank: int) -> int:
         """Both factors."""
-        return rank * (site.out_features + site.in_features)
+        return pair_cost(site, rank)
 
     def max_rank(self, site: Site, multiple: int) -> int:
         """Below ``out in / (out + in)``."""
-        return (site.size - 1) // (site.out_features + site.in_features) // multiple * multiple
+        return pair_max_rank(site, multiple)
 
     def pack(self, layer: FactoredLinear) -> FactoredLinear:
         """The layer itself."""
