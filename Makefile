@@ -6,7 +6,7 @@ DEMO_STEPS ?= 20
 DEMO_OUT ?= demo-output
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test test-slow lint clean
+.PHONY: setup demo test test-slow lint wheel test-wheel clean
 
 setup: $(VENV)/.installed
 
@@ -41,5 +41,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+# What is installed from the wheel, without this folder and the packages of development.
+test-wheel: wheel
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q -c constraints.txt torch
+	.venv-wheel/bin/python -m pip install -q -c constraints.txt dist/bolaco-*.whl
+	cd tests && ../.venv-wheel/bin/python -I installed.py
+
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) $(DEMO_OUT).work .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel dist build $(DEMO_OUT) $(DEMO_OUT).work .pytest_cache .mypy_cache .ruff_cache .hypothesis
