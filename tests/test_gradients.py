@@ -10,12 +10,13 @@ from bolaco.data.settings import Calibration
 from bolaco.errors import NonFiniteError
 from bolaco.evaluation.objective import Head
 from bolaco.models.find import inspect_structure
+from bolaco.models.walk import state_in
 from bolaco.progress import Reporter
 from bolaco.statistics.backward import BlockGradientWalk
 from bolaco.statistics.fisher import FISHER
 from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.importance import INPUT_IMPORTANCE, OUTPUT_IMPORTANCE
-from bolaco.statistics.statistic import GradientStatistic
+from bolaco.statistics.statistic import BLOCK, GradientStatistic
 from bolaco.statistics.stored import StatisticStore, estimate_gradients, stored_bytes
 from bolaco.statistics.symmetric import fold, folded_size, unfold
 from tests.models import FAMILIES
@@ -32,6 +33,14 @@ def _reference(model, structure, tokens, labels):
             outputs[site.name] = output
 
         handles.append(model.base_model.get_submodule(site.module).register_forward_hook(keep))
+    for layer, block in enumerate(structure.block_modules(model)):
+
+        def keep_block(_, __, output, layer=layer):
+            state = state_in(output)
+            state.retain_grad()
+            outputs[f"{BLOCK} {layer}"] = state
+
+        handles.append(block.register_forward_hook(keep_block))
     logits = model(input_ids=tokens, use_cache=False).logits
     F.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum").backward()
     for handle in handles:
@@ -40,6 +49,9 @@ def _reference(model, structure, tokens, labels):
     for site in structure.sites:
         gradient = outputs[site.name].grad.reshape(tokens.numel(), -1)[:, slice(*site.rows)].double()
         result[site.name] = gradient.T @ gradient / len(gradient)
+    for name in outputs.keys() - result.keys():
+        gradient = outputs[name].grad.reshape(tokens.numel(), -1).double()
+        result[name] = gradient.T @ gradient / len(gradient)
     return result
 
 
@@ -54,8 +66,8 @@ def test_equals_autograd_through_the_whole_model(family, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "searchsorted", lambda c, u: torch.stack([next(drawn) for _ in u])[:, None])
     walk = BlockGradientWalk(model, structure, tokens, batch=2, statistic=GRADIENT, folder=tmp_path)
     found = {}
-    for _, blocks in walk.run():
-        found.update(blocks)
+    for layer, blocks in walk.run():
+        found.update({f"{BLOCK} {layer}" if name == BLOCK else name: value for name, value in blocks.items()})
     expected = _reference(model, structure, tokens, labels)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

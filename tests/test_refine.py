@@ -21,9 +21,10 @@ from bolaco.models.subject import Subject
 from bolaco.models.walk import BlockRunner
 from bolaco.progress import Reporter
 from bolaco.refine.fit import BlockFit
+from bolaco.refine.loss import OutputLoss
 from bolaco.refine.run import Refiner
 from bolaco.refine.settings import Refinement
-from bolaco.refine.train import balance, fast_bfloat16, train_block
+from bolaco.refine.train import BlockTrainer, Stretch, balance, fast_bfloat16
 from bolaco.statistics.drift import DriftMoments
 from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.stored import site_statistics
@@ -240,9 +241,8 @@ def test_training_brings_a_block_nearer_and_leaves_the_model_alone(family: str) 
         target = torch.cat([runner.run(0, hidden[rows]) for rows in runner.slices])
     block = compressed_block(subject, 0, store.load(0), run.info.ranks)
     block = trainable_copy(subject, 0, block)
-    losses = train_block(
-        runner, 0, block, hidden, target, Refinement(steps=40, learning_rate=3e-3, autocast=False), seed=0
-    )
+    trainer = BlockTrainer(runner, Refinement(learning_rate=3e-3, autocast=False), seed=0)
+    losses = trainer.train(Stretch(0, [block], hidden, target), OutputLoss(), 40).losses
     assert len(losses) == 40
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert all(torch.equal(value, before[name]) for name, value in run.original.state_dict().items())

@@ -250,6 +250,10 @@ class BlockRunner:
         """Hidden states as they are kept: sequences first."""
         return state.movedim(self._dim, 0) if self._dim else state
 
+    def placed(self, state: Tensor) -> Tensor:
+        """Hidden states as the model has them, from those that are kept."""
+        return state.movedim(0, self._dim) if self._dim else state
+
     def run(
         self, layer: int, state: Tensor, block: nn.Module | None = None, rows: slice | Tensor | None = None
     ) -> Tensor:
@@ -270,7 +274,7 @@ class BlockRunner:
         dtype = next(block.parameters()).dtype
         args, kwargs = _cast((args, kwargs), dtype)
         entering = state.to(self.model.device, dtype, copy=True)  # some families change it in place
-        output = block(entering.movedim(0, self._dim) if self._dim else entering, *args, **kwargs)
+        output = block(self.placed(entering), *args, **kwargs)
         return self.kept(state_in(output))
 
     def advance(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bolaco.data.settings import Calibration
@@ -14,9 +15,12 @@ from bolaco.factorize.store import FactorStore
 from bolaco.models.subject import Subject
 from bolaco.models.walk import BlockRunner, cache_tensor
 from bolaco.progress import Reporter
+from bolaco.refine.ending import Ending
 from bolaco.refine.fit import BlockFit
+from bolaco.refine.loss import OutputLoss
 from bolaco.refine.settings import Refinement
-from bolaco.refine.train import train_block
+from bolaco.refine.train import BlockTrainer, Stretch, Training
+from bolaco.statistics.statistic import BLOCK
 from bolaco.statistics.stored import StatisticStore, site_statistics
 from bolaco.storage.block import compressed_block, restored_block, trainable_copy
 from bolaco.storage.budget import Ranks
@@ -26,6 +30,8 @@ from bolaco.work.blockstore import BlockStore
 class Refiner:
     """Carries the hidden states of the original and of the compressed model side by side through the decoder.
 
+    The original's are ahead, at the end of the window of blocks that is trained.
+
     Args:
         subject: what was factored; its model is the original, which is not changed.
         factors: factors of every matrix that has a rank.
@@ -34,7 +40,7 @@ class Refiner:
         method: the method that made the factors.
         settings: what is done.
         calibration: batch and groups; whether the two sets of hidden states are held in memory or beside the result.
-        statistics: what the method needs that is on disk; only used for fitting.
+        statistics: what the method needs that is on disk; used for fitting, and for the metric of the training.
         seed: of the order of the sequences.
     """
 
@@ -53,62 +59,154 @@ class Refiner:
         self.subject, self.factors, self.ranks = subject, factors, ranks
         self.settings, self.calibration, self.statistics, self.seed = settings, calibration, statistics, seed
         structure = subject.structure
+        self.layers = structure.num_layers
         self.runner = BlockRunner(subject.model, structure, tokens[: settings.sequences], calibration.batch)
         self.fit = BlockFit(self.runner, subject, method, ranks, calibration.groups, settings.drift, settings.damping)
 
     def run(
-        self, store: BlockStore, reporter: Reporter, on_block: Callable[[int, list[float]], Any] | None = None
+        self, store: BlockStore, reporter: Reporter, on_block: Callable[[int, Training], Any] | None = None
     ) -> None:
         """Refines every block that ``store`` does not hold yet, and puts it there as a state dict.
 
-        ``on_block`` is called with the layer and the losses of its training steps, before the block is stored.
+        ``on_block`` is called with the layer and what came of its training, before the block is stored; with the
+        number of layers for the training on logits.
 
         Raises:
             NonFiniteError: a block's output or loss with NaN or infinity.
             ResumeError: a stored block is damaged.
         """
-        layers = range(self.subject.structure.num_layers)
-        if store.complete(len(layers)):
+        ending = BlockStore(store.folder / "logits")
+        if store.complete(self.layers) and (not self.settings.logits or ending.has(self.layers + 1)):
             return
         on_disk = self.calibration.cache == "disk"
         files = [store.folder / f"{name}.cache" if on_disk else None for name in ("original", "compressed")]
         original = self.runner.embed(files[0])
         compressed = cache_tensor(tuple(original.shape), original.dtype, files[1]).copy_(original)
-        settings = self.settings
-        per_block = 4 * len(original) * settings.fit + settings.steps + 2 * len(original)
         try:
-            with reporter.stage("refine blocks", per_block * len(layers)) as tick:
-                for layer in layers:
-                    if store.has(layer):
-                        block = stored_block(store, self.subject, layer)
-                        self.runner.advance(layer, original)
-                        tick(per_block - len(original))
-                    else:
-                        block, losses = self._refined(layer, original, compressed, tick)
-                        if on_block and losses:
-                            on_block(layer, losses)
-                        store.write(layer, block.state_dict())
-                    self.runner.advance(layer, compressed, block, tick=tick)
+            entering = self._all_blocks(store, reporter, original, compressed, on_block)
+            if self.settings.logits:
+                self._on_logits(store, ending, reporter, original, entering, on_block)
         finally:
             for file in files:
                 _remove(file)
 
-    def _refined(
-        self, layer: int, original: Tensor, compressed: Tensor, tick: Callable[[int], Any]
-    ) -> tuple[nn.Module, list[float]]:
-        """The block as it will be, and the losses of its training; ``original`` is moved past it."""
+    def _all_blocks(
+        self,
+        store: BlockStore,
+        reporter: Reporter,
+        original: Tensor,
+        compressed: Tensor,
+        on_block: Callable[[int, Training], Any] | None,
+    ) -> Tensor:
+        """Every block after the other; returns what enters the last ones that are trained on logits."""
+        settings = self.settings
+        ahead = BlockStore(store.folder / "ahead")
+        trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(store.folder / "partial"))
+        opened: dict[int, nn.Module] = {}
+        entering = compressed
+        front = 0  # blocks that the original's states are past
+        per_block = 4 * len(original) * settings.fit + settings.steps + 2 * len(original)
+        with reporter.stage("refine blocks", per_block * self.layers) as tick:
+            for layer in range(self.layers):
+                last = min(layer + settings.window, self.layers)
+                if layer == self.layers - settings.logits:
+                    entering = compressed.clone()
+                finished = store.has(layer)
+                if not finished and layer and settings.window > 1 and not opened:
+                    opened = self._read_ahead(ahead, layer, last)
+                while front < last:
+                    if not finished and front not in opened:
+                        opened[front] = self._block(front, original, compressed, tick)
+                    self.runner.advance(front, original, tick=tick)
+                    front += 1
+                if finished:
+                    block = stored_block(store, self.subject, layer)
+                    tick(per_block - 2 * len(original))
+                else:
+                    window = [opened[i] for i in range(layer, last)]
+                    stretch = Stretch(layer, window, compressed, original)
+                    found = self._trained(trainer, stretch, tick) if settings.steps else Training()
+                    block = opened.pop(layer)
+                    if on_block and found.losses:
+                        on_block(layer, found)
+                    self._write_ahead(ahead, layer, opened)
+                    store.write(layer, block.state_dict())
+                    _remove(ahead.path(layer - 1))
+                    _remove(trainer.partial.path(layer) if trainer.partial else None)
+                self.runner.advance(layer, compressed, block, tick=tick)
+        return entering
+
+    def _block(self, layer: int, original: Tensor, compressed: Tensor, tick: Callable[[int], Any]) -> nn.Module:
+        """A block at its ranks, and fitted if that is wanted."""
         factors = self.factors.load(layer) if self.factors.has(layer) else {}
         block = compressed_block(self.subject, layer, factors, self.ranks)
         block = trainable_copy(self.subject, layer, block)
-        settings, structure = self.settings, self.subject.structure
-        if settings.fit:
-            sites, device = structure.of_layer(layer), self.subject.model.device
+        if self.settings.fit:
+            sites, device = self.subject.structure.of_layer(layer), self.subject.model.device
             stored = site_statistics(layer, sites, self.statistics, device)
             self.fit.run(layer, block, original, compressed, stored, tick)
-        self.runner.advance(layer, original, tick=tick)
-        if not settings.steps:
-            return block, []
-        return block, train_block(self.runner, layer, block, compressed, original, settings, self.seed, tick)
+        return block
+
+    def _trained(self, trainer: BlockTrainer, stretch: Stretch, tick: Callable[[int], Any]) -> Training:
+        last = stretch.layer + len(stretch.blocks) - 1
+        curvature = None
+        if self.settings.curvature:
+            device = self.subject.model.device
+            found = [store.get(last, device).get(BLOCK) for store in self.statistics]
+            curvature = next((value for value in found if value is not None), None)
+        return trainer.train(stretch, OutputLoss(curvature, self.settings.curvature), self.settings.steps, tick)
+
+    def _read_ahead(self, ahead: BlockStore, layer: int, last: int) -> dict[int, nn.Module]:
+        """The blocks behind one that is finished, as they were trained together with it."""
+        state = ahead.read(layer - 1)
+        found = {}
+        for i in range(layer, last):
+            inside = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(f"{i}/")}
+            if inside:
+                block = restored_block(self.subject, i, inside)
+                found[i] = trainable_copy(self.subject, i, block)
+        return found
+
+    def _write_ahead(self, ahead: BlockStore, layer: int, opened: dict[int, nn.Module]) -> None:
+        if opened:
+            ahead.write(
+                layer, {f"{i}/{name}": v for i, block in opened.items() for name, v in block.state_dict().items()}
+            )
+
+    def _on_logits(
+        self,
+        store: BlockStore,
+        ending: BlockStore,
+        reporter: Reporter,
+        original: Tensor,
+        entering: Tensor,
+        on_block: Callable[[int, Training], Any] | None,
+    ) -> None:
+        """The last blocks once more, on the original's distribution of the next token."""
+        first, end = self.layers - self.settings.logits, Ending(self.runner)
+        if not end.right():
+            reporter.say("the last blocks are not trained on logits: what follows them cannot be run alone")
+            return
+        if not ending.has(self.layers):
+            blocks = [stored_block(store, self.subject, i) for i in range(first, self.layers)]
+            blocks = [trainable_copy(self.subject, i, block) for i, block in enumerate(blocks, first)]
+            trainer = BlockTrainer(self.runner, self.settings, self.seed, BlockStore(ending.folder / "partial"))
+            steps = self.settings.logit_steps
+
+            def divergence(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+                return end.divergence(output, target, self.runner.tokens[rows])
+
+            with reporter.stage("refine on logits", steps) as tick:
+                found = trainer.train(Stretch(first, blocks, entering, original), divergence, steps, tick)
+            if on_block:
+                on_block(self.layers, found)
+            for i, block in enumerate(blocks, first):
+                ending.write(i, block.state_dict())
+            # This says that all are there, and the next one that they are in the store.
+            ending.write(self.layers, {"losses": torch.tensor(found.losses)})
+        for i in range(first, self.layers):
+            store.write(i, ending.read(i))
+        ending.write(self.layers + 1, {"done": torch.ones(1)})
 
 
 def _remove(file: Path | None) -> None:

@@ -1,10 +1,12 @@
-"""Local training of one compressed block towards the original block's output (AA-SVD, arXiv 2604.02119, section on
-block refinement). It uses gradients, but no labels and nothing beyond the block."""
+"""Local training of compressed blocks towards what the original blocks give (AA-SVD, arXiv 2604.02119, section on block
+refinement). It uses gradients, but no labels and nothing beyond the blocks that are trained."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,87 +14,253 @@ from torch import Tensor, nn
 
 from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.models.walk import BlockRunner
+from bolaco.refine.loss import Loss, OutputLoss
 from bolaco.refine.settings import Refinement
+from bolaco.work.blockstore import BlockStore
+
+# Looks at the held-out sequences while a block is trained.
+LOOKS = 10
+# Seconds after which a training that is not finished is written down.
+_WRITTEN_EVERY = 60.0
 
 
-def train_block(
-    runner: BlockRunner,
-    layer: int,
-    block: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    settings: Refinement,
-    seed: int,
-    tick: Callable[[int], Any] | None = None,
-) -> list[float]:
-    """Trains all parameters of ``block`` (factors, norms, biases); returns the loss of every step.
+@dataclass
+class Training:
+    """What came of a training.
 
-    The loss is each token's squared error over the original output's squared norm, averaged: tokens with massive
-    activations count as much as the others.
+    Attributes:
+        losses: of every step.
+        held_out: the loss on the sequences that are held out, before the first step and at every look.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive blocks of the compressed model, and the hidden states at both ends.
+
+    Attributes:
+        layer: the first of them.
+        blocks: changed in place.
+        inputs: ``[sequences, length, d]``, its inputs in the compressed model.
+        targets: the original's outputs of the last of them.
+    """
+
+    layer: int
+    blocks: Sequence[nn.Module]
+    inputs: Tensor
+    targets: Tensor
+
+    def run(self, runner: BlockRunner, rows: Tensor) -> Tensor:
+        """Outputs on some of the sequences."""
+        state = self.inputs[rows]
+        for offset, block in enumerate(self.blocks):
+            state = runner.run(self.layer + offset, state, block, rows)
+        return state
+
+
+class BlockTrainer:
+    """Trains stretches of blocks of one model.
 
     Args:
         runner: calls blocks.
-        layer: which block.
-        block: the compressed block; changed in place, without gradients afterwards.
-        inputs: ``[sequences, length, d]``, its inputs in the compressed model.
-        targets: the original block's outputs.
-        settings: steps, batch, learning rate.
+        settings: steps, learning rate, what is held out.
         seed: of the order of the sequences.
-        tick: called with 1 after each step.
+        partial: where a training that takes long is written down, so that it goes on there; None: nowhere.
     """
-    dtype = next(block.parameters()).dtype
-    block.float()  # steps are too small for half precision
-    balance(block)
-    parameters = [p for p in block.parameters() if p.is_floating_point()]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    matrices = [p for p in parameters if p.ndim >= 2]
-    vectors = [p for p in parameters if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-    )
-    steps, warm = settings.steps, max(1, settings.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
-        ),
-    )
-    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
-    size = runner.slices[0].stop
-    losses, autocast = [], settings.autocast and fast_bfloat16(runner.model.device)
-    order = torch.empty(0, dtype=torch.int64)
-    with torch.enable_grad():
-        for _ in range(steps):
-            while len(order) < size:
-                order = torch.cat([order, torch.randperm(len(inputs), generator=generator)])
-            rows, order = order[:size], order[size:]
-            target = targets[rows].to(runner.model.device).float()
-            try:
-                with torch.autocast(target.device.type, torch.bfloat16, enabled=autocast):
-                    output = runner.run(layer, inputs[rows], block, rows)
-            except RuntimeError:
-                if not autocast:
-                    raise
-                # Some families put results of several precisions into one tensor.
-                autocast = False
-                output = runner.run(layer, inputs[rows], block, rows)
-            error = output.float() - target
-            loss = (error.square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
+
+    def __init__(self, runner: BlockRunner, settings: Refinement, seed: int, partial: BlockStore | None = None) -> None:
+        self.runner, self.settings, self.seed, self.partial = runner, settings, seed, partial
+        self.autocast = settings.autocast and fast_bfloat16(runner.model.device)
+
+    def train(
+        self,
+        stretch: Stretch,
+        loss: Loss,
+        steps: int,
+        tick: Callable[[int], Any] | None = None,
+    ) -> Training:
+        """Trains all parameters of the stretch's blocks (factors, norms, biases).
+
+        Args:
+            stretch: what is trained; without gradients afterwards.
+            loss: what is minimised.
+            steps: at most; fewer where the held-out sequences say that it gets no better.
+            tick: called with the steps that are done or left out, ``steps`` in all.
+
+        Returns:
+            Losses. Where sequences are held out the blocks are as they were at the best look at them.
+        """
+        blocks = nn.ModuleList(stretch.blocks)
+        dtype = next(blocks.parameters()).dtype
+        blocks.float()  # steps are too small for half precision
+        for block in blocks:
+            balance(block)
+        state = _State(blocks, self.settings, steps, self.seed * 100_003 + stretch.layer)
+        runner, held = self.runner, self.settings.held_out
+        known = len(stretch.inputs) - held
+        looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
+        if self.partial is not None and self.partial.has(stretch.layer):
+            state.restore(self.partial.read(stretch.layer))
+            if tick:
+                tick(state.step)
+        if isinstance(loss, OutputLoss):
+            self._begin(stretch, loss, state)
+        if held and not state.found.held_out:
+            state.look(self._held_out(stretch, loss, known))
+        size, written = runner.slices[0].stop, time.monotonic()
+        while state.step < steps and state.worse < self.settings.patience:
+            rows = state.rows(size, known)
+            target = stretch.targets[rows].to(runner.model.device)
+            with torch.enable_grad():
+                state.descend(loss(self._output(stretch, rows), target, rows))
+            if state.step in looks:
+                state.look(self._held_out(stretch, loss, known))
             if tick:
                 tick(1)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    block.to(dtype)
-    return losses
+            if self.partial is not None and time.monotonic() - written > _WRITTEN_EVERY:
+                self.partial.write(stretch.layer, state.saved())
+                written = time.monotonic()
+        if tick and state.step < steps:
+            tick(steps - state.step)
+        state.finish()
+        blocks.to(dtype)
+        return state.found
+
+    def _output(self, stretch: Stretch, rows: Tensor) -> Tensor:
+        try:
+            with torch.autocast(self.runner.model.device.type, torch.bfloat16, enabled=self.autocast):
+                return stretch.run(self.runner, rows)
+        except RuntimeError:
+            if not self.autocast:
+                raise
+            # Some families put results of several precisions into one tensor.
+            self.autocast = False
+            return stretch.run(self.runner, rows)
+
+    @torch.no_grad()
+    def _held_out(self, stretch: Stretch, loss: Loss, known: int) -> float:
+        """Mean loss of the sequences that are not trained on."""
+        size, total = self.runner.slices[0].stop, 0.0
+        for start in range(known, len(stretch.inputs), size):
+            stop = min(start + size, len(stretch.inputs))
+            # A batch is of the size that blocks were seen to be called with; what is not held out does not count.
+            rows, new = torch.arange(stop - size, stop), slice(size - (stop - start), size)
+            target = stretch.targets[rows].to(self.runner.model.device)
+            output = self._output(stretch, rows)
+            total += float(loss(output[new], target[new], rows[new])) * (stop - start)
+        return total / (len(stretch.inputs) - known)
+
+    @torch.no_grad()
+    def _begin(self, stretch: Stretch, loss: OutputLoss, state: _State) -> None:
+        """Tells a loss what it is before the first step, on the first batch."""
+        if state.begun is None:
+            rows = torch.arange(self.runner.slices[0].stop)
+            output = stretch.run(self.runner, rows)
+            state.begun = loss.begin(output, stretch.targets[rows].to(output.device))
+        else:
+            loss.scale = state.begun
+
+
+class _State:
+    """Where a training is: parameters, moments, what comes next, the best so far."""
+
+    def __init__(self, blocks: nn.Module, settings: Refinement, steps: int, seed: int) -> None:
+        self.parameters = [p for p in blocks.parameters() if p.is_floating_point()]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+        self.rate, self.steps, self.warm = settings.learning_rate, steps, max(1, steps // 10)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.step = 0
+        self.worse = 0  # looks since the best one
+        self.begun: tuple[float, float] | None = None
+        self.best: list[Tensor] | None = None
+        self.found = Training()
+
+    def rows(self, size: int, known: int) -> Tensor:
+        """The sequences of the next step; each comes once before any comes again."""
+        while len(self.order) < size:
+            self.order = torch.cat([self.order, torch.randperm(known, generator=self.generator)])
+        chosen, self.order = self.order[:size], self.order[size:]
+        return chosen
+
+    def descend(self, loss: Tensor) -> None:
+        """One step."""
+        done, left = self.step, max(1, self.steps - self.warm)
+        factor = min(1.0, (done + 1) / self.warm) * 0.5 * (1 + math.cos(math.pi * max(0, done - self.warm) / left))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.found.losses.append(float(loss.detach()))
+        self.step += 1
+
+    def look(self, held_out: float) -> None:
+        """Takes a loss on what is held out."""
+        known = self.found.held_out
+        better = not known or held_out < min(known)
+        known.append(held_out)
+        self.worse = 0 if better else self.worse + 1
+        if better:
+            self.best = [p.detach().clone() for p in self.parameters]
+
+    def finish(self) -> None:
+        """The parameters at their best, without gradients."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            if self.best is not None:
+                parameter.data.copy_(self.best[i])
+
+    def saved(self) -> dict[str, Tensor]:
+        """Everything, as tensors."""
+        values = {
+            "order": self.order,
+            "generator": self.generator.get_state(),
+            "counts": torch.tensor([self.step, self.worse]),
+            "losses": torch.tensor(self.found.losses, dtype=torch.float64),
+            "held_out": torch.tensor(self.found.held_out, dtype=torch.float64),
+        }
+        if self.begun is not None:
+            values["begun"] = torch.tensor(self.begun, dtype=torch.float64)
+        for i, parameter in enumerate(self.parameters):
+            values[f"{i}"] = parameter.detach()
+            for name, moment in self.optimizer.state.get(parameter, {}).items():
+                values[f"{i}.{name}"] = moment
+            if self.best is not None:
+                values[f"{i}.best"] = self.best[i]
+        return values
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """What :meth:`saved` gave."""
+        self.order = values["order"]
+        self.generator.set_state(values["generator"])
+        self.step, self.worse = values["counts"].tolist()
+        self.found = Training(values["losses"].tolist(), values["held_out"].tolist())
+        if "begun" in values:
+            first, second = values["begun"].tolist()
+            self.begun = first, second
+        for i, parameter in enumerate(self.parameters):
+            parameter.data.copy_(values[f"{i}"])
+            moments = {n.partition(".")[2]: v for n, v in values.items() if n.startswith(f"{i}.")}
+            best = moments.pop("best", None)
+            if best is not None:
+                self.best = [*(self.best or []), best.to(parameter.device)]
+            if moments:
+                self.optimizer.state[parameter] = {
+                    name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
+                    for name, value in moments.items()
+                }
 
 
 def fast_bfloat16(device: torch.device) -> bool:

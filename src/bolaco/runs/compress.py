@@ -27,6 +27,7 @@ from bolaco.models.load import resolve_device
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.refine.run import Refiner, stored_block
+from bolaco.refine.train import Training
 from bolaco.report.curves import matrix_curves, thinned
 from bolaco.runs.dry_run import preview_task
 from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
@@ -261,8 +262,8 @@ def _refine(
     )
     losses = artefact.read(dict[str, list[float]]) or {}
 
-    def on_block(layer: int, found: list[float]) -> None:
-        losses[str(layer)] = thinned(found)
+    def on_block(layer: int, found: Training) -> None:
+        losses[str(layer)] = thinned(found.losses)
         artefact.write(losses)
 
     refiner.run(BlockStore(artefact.path), session.reporter, on_block)

@@ -32,7 +32,7 @@ from bolaco.models.walk import (
     split_arguments,
     state_in,
 )
-from bolaco.statistics.statistic import GradientAccumulator, GradientStatistic
+from bolaco.statistics.statistic import BLOCK, GradientAccumulator, GradientStatistic
 
 _NO_LABEL = -100
 # Of the memory that is free, what the statistics of several blocks may take.
@@ -287,9 +287,13 @@ class BlockGradientWalk(GradientWalk):
         """Runs one block again with autograd; moves the gradient to its input."""
         device = self.model.device
         gathered = _Gathered(self.structure, range(layer, layer + 1), self.statistic, device)
+        make = self.statistic.of_outputs
+        whole = None if make is None else make(self.gradient.shape[-1], device)
         with gathered.observing(self.model.base_model):
             for rows in self.runner.slices:
                 gathered.sequences = rows.stop - rows.start
+                if whole is not None:
+                    whole.update(torch.empty(0), self.gradient[rows].to(device))
                 with torch.enable_grad():
                     state = self._inputs[layer][rows].to(device).requires_grad_()
                     output = self.runner.run(layer, state, rows=rows)
@@ -298,7 +302,8 @@ class BlockGradientWalk(GradientWalk):
                 if tick:
                     tick(rows.stop - rows.start)
         self._inputs[layer] = torch.empty(0)
-        return gathered.results(layer, self.tokens)
+        found = gathered.results(layer, self.tokens)
+        return found if whole is None else found | {BLOCK: whole.result()}
 
 
 class WholeGradientWalk(GradientWalk):

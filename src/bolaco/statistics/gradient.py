@@ -30,8 +30,8 @@ _LARGE = 16384
 class _OutputMoment:
     """``E[g g^T]`` at the output of one matrix, over all positions."""
 
-    def __init__(self, site: Site, device: torch.device) -> None:
-        self._pooled = PooledMoments(site.out_features, device=device)
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self._pooled = PooledMoments(dim, device=device)
         self._scale = 1.0
         self._seen = 0
 
@@ -59,9 +59,10 @@ class _OutputMoment:
 class _Gradient(GradientStatistic):
     name = "gradient"
     labels = "sampled"
+    of_outputs = _OutputMoment
 
     def accumulator(self, site: Site, device: torch.device) -> _OutputMoment:
-        return _OutputMoment(site, device)
+        return _OutputMoment(site.out_features, device)
 
     def of_experts(
         self, values: Sequence[Tensor | None], counts: Sequence[int], tokens: int, common: bool

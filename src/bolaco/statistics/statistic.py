@@ -8,7 +8,7 @@ makes the subject that is factored, such as pruning. The latter two are stored b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
@@ -97,6 +97,10 @@ class StoredStatistic(Statistic[Tensor]):
         return stored
 
 
+# What the statistic of a block's output is called among those of its matrices.
+BLOCK = "block"
+
+
 class GradientAccumulator(Protocol):
     """Takes inputs and output gradients of one matrix as they come."""
 
@@ -113,10 +117,13 @@ class GradientStatistic(StoredStatistic):
     Attributes:
         labels: whose loss it is: that of tokens sampled from the model itself, or that of the text's own.
         per_sequence: whether it needs to know which tokens are of one sequence.
+        of_outputs: estimates the same for the output of a whole block, ``[d]`` wide, under the name :data:`BLOCK`,
+            where blocks are run one by one; None if it does not.
     """
 
     labels: Literal["sampled", "text"]
     per_sequence: bool = False
+    of_outputs: Callable[[int, torch.device], GradientAccumulator] | None = None
 
     @abstractmethod
     def accumulator(self, site: Site, device: torch.device) -> GradientAccumulator:
