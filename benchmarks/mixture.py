@@ -143,7 +143,7 @@ def main() -> None:
         "search.rank_multiple": 4,
     }
     print(
-        "| K | ppl | gap (nats) | kept | active kept | blocks with one input factor | seconds |"
+        "| K | ppl | gap (nats) | kept | active kept | stacks on one input factor | seconds |"
         "\n|---|---:|---:|---:|---:|---:|---:|"
     )
     dense = None
