@@ -30,19 +30,20 @@ from bolaco.work.blockstore import BlockStore
 from common import Ledger, arguments, chosen, gap, prepare, print_table, protocol_texts, with_blocks
 
 _LONG = {"steps": 160, "sequences": 64, "held_out": 8}
+_HALF = _LONG | {"steps": 80}
 VARIANTS: dict[str, dict[str, float]] = {
     "not refined": {"steps": 0},
     "20 steps": {"steps": 20, "sequences": 32},
-    "80 steps": _LONG | {"steps": 80},
+    "80 steps": _HALF,
+    "80 steps, 32 sequences": _HALF | {"sequences": 32, "held_out": 4},
+    "80 steps, rate 1e-3": _HALF | {"learning_rate": 1e-3},
+    "80 steps, half of the loss in nats": _HALF | {"curvature": 0.5},
+    "80 steps, all of the loss in nats": _HALF | {"curvature": 1.0},
+    "80 steps, windows of two, 40 each": _HALF | {"steps": 40, "window": 2},
+    "80 steps, windows of two, 40 each, half in nats": _HALF | {"steps": 40, "window": 2, "curvature": 0.5},
     "160 steps": _LONG,
-    "160 steps, 32 sequences": _LONG | {"sequences": 32, "held_out": 4},
-    "160 steps, rate 1e-3": _LONG | {"learning_rate": 1e-3},
     "160 steps, half of the loss in nats": _LONG | {"curvature": 0.5},
-    "160 steps, all of the loss in nats": _LONG | {"curvature": 1.0},
-    "80 steps, windows of two": _LONG | {"steps": 80, "window": 2},
-    "80 steps, windows of two, half in nats": _LONG | {"steps": 80, "window": 2, "curvature": 0.5},
     "160 steps, last block on logits": _LONG | {"logits": 1},
-    "160 steps, last two blocks on logits": _LONG | {"logits": 2},
     "320 steps": _LONG | {"steps": 320},
     "640 steps": _LONG | {"steps": 640},
 }

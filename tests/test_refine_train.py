@@ -21,6 +21,7 @@ from bolaco.refine import train
 from bolaco.refine.ending import Ending
 from bolaco.refine.loss import OutputLoss, curved_error, relative_error
 from bolaco.refine.run import Refiner, stored_block
+from bolaco.refine.scales import scaled
 from bolaco.refine.settings import Refinement
 from bolaco.refine.train import BlockTrainer, Stretch
 from bolaco.storage.block import compressed_block, trainable_copy
@@ -196,6 +197,31 @@ def test_the_divergence_and_its_gradient_are_those_of_whole_logits(family: str) 
     assert not any("forward" in block.__dict__ for block in runner.blocks)
 
 
+# --- scales -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_scales_are_of_all_matrices_and_are_folded(family: str) -> None:
+    run = compressed(family)
+    subject = Subject(run.original, inspect_structure(run.original))
+    store, blocks = FactorStore(run.stage("factors")), []
+    for layer in range(subject.structure.num_layers):
+        block = compressed_block(subject, layer, store.load(layer), run.info.ranks)
+        blocks.append(trainable_copy(subject, layer, block))
+    names = [{n for n, _ in block.named_parameters()} for block in blocks]
+    matrices = {n: p.clone() for n, p in blocks[0].named_parameters() if p.ndim == 2}
+    count = sum(p.ndim == 2 for block in blocks for p in block.parameters())
+    with scaled(subject.structure, blocks) as parameters:
+        made = [p for p in parameters if p.ndim == 2]
+        assert len(made) == 2 * count
+        for p in made:
+            p.data.fill_(2.0)
+    assert [{n for n, _ in block.named_parameters()} for block in blocks] == names
+    after = dict(blocks[0].named_parameters())
+    assert all(torch.allclose(after[n], 4 * value) for n, value in matrices.items())
+    assert not any(p.requires_grad for block in blocks for p in block.parameters() if p.ndim == 2)
+
+
 # --- the whole ----------------------------------------------------------------------------------------------------
 
 LONG = {"calibration.sequences": 12, "refinement.sequences": 12, "refinement.held_out": 4, "refinement.steps": 8}
@@ -226,7 +252,12 @@ def compressed_deep(model):
 
 
 @pytest.mark.parametrize(
-    "values", [{"window": 2, "steps": 6}, {"window": 3, "steps": 6, "logits": 2, "logit_steps": 5}]
+    "values",
+    [
+        {"window": 2, "steps": 6},
+        {"window": 3, "steps": 6, "logits": 2, "logit_steps": 5},
+        {"steps": 2, "logits": 1, "logit_steps": 3, "scale_steps": 5},
+    ],
 )
 def test_goes_on_anywhere_to_the_same_bytes(values, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "_WRITTEN_EVERY", -1.0)
@@ -235,7 +266,7 @@ def test_goes_on_anywhere_to_the_same_bytes(values, tmp_path, monkeypatch) -> No
     writes = 0
     original = BlockStore.write
 
-    for stop in (2, 5, 9, 14, 20, 26, 31):
+    for stop in (3, 11, 24):
 
         def write(store, layer, tensors, stop=stop):
             nonlocal writes
@@ -256,10 +287,14 @@ def test_goes_on_anywhere_to_the_same_bytes(values, tmp_path, monkeypatch) -> No
             assert all(torch.equal(first[name], second[name]) for name in first), (stop, layer)
 
 
-def test_windows_and_logits_bring_the_model_nearer(tmp_path) -> None:
+def test_the_end_on_logits_brings_the_model_nearer_on_what_is_held_out(tmp_path) -> None:
     found = {}
     tokens = token_blocks(12, 24, seed=6)
-    cases = {"plain": {}, "window": {"window": 2}, "logits": {"window": 2, "logits": 2, "logit_steps": 60}}
+    cases = {
+        "window": {"window": 2},
+        "logits": {"window": 2, "logits": 2, "logit_steps": 60},
+        "scales": {"window": 2, "logits": 2, "logit_steps": 60, "scale_steps": 40},
+    }
     for name, values in cases.items():
         made, subject = refiner({"steps": 60} | values)
         store = BlockStore(tmp_path / name)
@@ -273,8 +308,9 @@ def test_windows_and_logits_bring_the_model_nearer(tmp_path) -> None:
         end = Ending(runner)
         assert end.right()
         with torch.no_grad():
-            found[name] = float(end.divergence(states["compressed"], states["original"], tokens))
-    assert found["logits"] < found["window"] < found["plain"]
+            held = {key: value[8:] for key, value in states.items()}
+            found[name] = float(end.divergence(held["compressed"], held["original"], tokens[8:]))
+    assert found["scales"] <= found["logits"] < found["window"]
 
 
 def test_of_the_default_on_a_tiny_model_too(tmp_path) -> None:

@@ -18,6 +18,7 @@ from bolaco.progress import Reporter
 from bolaco.refine.ending import Ending
 from bolaco.refine.fit import BlockFit
 from bolaco.refine.loss import OutputLoss
+from bolaco.refine.scales import scaled
 from bolaco.refine.settings import Refinement
 from bolaco.refine.train import BlockTrainer, Stretch, Training
 from bolaco.statistics.statistic import BLOCK
@@ -75,8 +76,10 @@ class Refiner:
             NonFiniteError: a block's output or loss with NaN or infinity.
             ResumeError: a stored block is damaged.
         """
-        ending = BlockStore(store.folder / "logits")
-        if store.complete(self.layers) and (not self.settings.logits or ending.has(self.layers + 1)):
+        settings = self.settings
+        ends = {"logits": settings.logits, "scales": settings.scale_steps}
+        waiting = [name for name, wanted in ends.items() if wanted and not self._done(store, name)]
+        if store.complete(self.layers) and not waiting:
             return
         on_disk = self.calibration.cache == "disk"
         files = [store.folder / f"{name}.cache" if on_disk else None for name in ("original", "compressed")]
@@ -84,11 +87,16 @@ class Refiner:
         compressed = cache_tensor(tuple(original.shape), original.dtype, files[1]).copy_(original)
         try:
             entering = self._all_blocks(store, reporter, original, compressed, on_block)
-            if self.settings.logits:
-                self._on_logits(store, ending, reporter, original, entering, on_block)
+            if "logits" in waiting:
+                self._on_tokens(store, "logits", reporter, entering, original, on_block)
+            if "scales" in waiting:
+                self._on_tokens(store, "scales", reporter, self.runner.embed(files[1]), original, on_block)
         finally:
             for file in files:
                 _remove(file)
+
+    def _done(self, store: BlockStore, name: str) -> bool:
+        return BlockStore(store.folder / name).has(self.layers + 1)
 
     def _all_blocks(
         self,
@@ -163,8 +171,7 @@ class Refiner:
         for i in range(layer, last):
             inside = {name.partition("/")[2]: value for name, value in state.items() if name.startswith(f"{i}/")}
             if inside:
-                block = restored_block(self.subject, i, inside)
-                found[i] = trainable_copy(self.subject, i, block)
+                found[i] = restored_block(self.subject, i, inside)
         return found
 
     def _write_ahead(self, ahead: BlockStore, layer: int, opened: dict[int, nn.Module]) -> None:
@@ -173,40 +180,58 @@ class Refiner:
                 layer, {f"{i}/{name}": v for i, block in opened.items() for name, v in block.state_dict().items()}
             )
 
-    def _on_logits(
+    def _on_tokens(
         self,
         store: BlockStore,
-        ending: BlockStore,
+        name: str,
         reporter: Reporter,
-        original: Tensor,
-        entering: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
         on_block: Callable[[int, Training], Any] | None,
     ) -> None:
-        """The last blocks once more, on the original's distribution of the next token."""
-        first, end = self.layers - self.settings.logits, Ending(self.runner)
+        """Training towards the original's distribution of the next token: of the last blocks, or of all scales.
+
+        Args:
+            store: the blocks so far, and as they are afterwards.
+            name: ``logits`` or ``scales``.
+            reporter: where progress goes.
+            inputs: what enters the first block that is trained, in the compressed model.
+            outputs: of the original's last block.
+            on_block: told what came of it.
+        """
+        made, end, settings = BlockStore(store.folder / name), Ending(self.runner), self.settings
         if not end.right():
-            reporter.say("the last blocks are not trained on logits: what follows them cannot be run alone")
+            reporter.say(f"nothing is trained on {name}: what follows the last block cannot be run alone")
             return
-        if not ending.has(self.layers):
+        first = self.layers - settings.logits if name == "logits" else 0
+        steps = settings.logit_steps if name == "logits" else settings.scale_steps
+        if not made.has(self.layers):
             blocks = [stored_block(store, self.subject, i) for i in range(first, self.layers)]
-            blocks = [trainable_copy(self.subject, i, block) for i, block in enumerate(blocks, first)]
-            trainer = BlockTrainer(self.runner, self.settings, self.seed, BlockStore(ending.folder / "partial"))
-            steps = self.settings.logit_steps
+            trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(made.folder / "partial"))
+            stretch = Stretch(first, blocks, inputs, outputs)
 
             def divergence(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
                 return end.divergence(output, target, self.runner.tokens[rows])
 
-            with reporter.stage("refine on logits", steps) as tick:
-                found = trainer.train(Stretch(first, blocks, entering, original), divergence, steps, tick)
+            with reporter.stage(f"refine on {name}", steps) as tick:
+                if name == "logits":
+                    found = trainer.train(stretch, divergence, steps, tick)
+                else:
+                    for block in blocks:
+                        block.float()
+                    with scaled(self.subject.structure, blocks) as parameters:
+                        found = trainer.train(stretch, divergence, steps, tick, parameters)
+                    for block in blocks:
+                        block.to(self.subject.model.dtype)
             if on_block:
                 on_block(self.layers, found)
             for i, block in enumerate(blocks, first):
-                ending.write(i, block.state_dict())
+                made.write(i, block.state_dict())
             # This says that all are there, and the next one that they are in the store.
-            ending.write(self.layers, {"losses": torch.tensor(found.losses)})
+            made.write(self.layers, {"losses": torch.tensor(found.losses)})
         for i in range(first, self.layers):
-            store.write(i, ending.read(i))
-        ending.write(self.layers + 1, {"done": torch.ones(1)})
+            store.write(i, made.read(i))
+        made.write(self.layers + 1, {"done": torch.ones(1)})
 
 
 def _remove(file: Path | None) -> None:

@@ -32,6 +32,9 @@ class Refinement(Section):
         0, ge=0, description="last blocks that are trained once more, towards the original's next-token distribution"
     )
     logit_steps: int = Field(100, gt=0, description="steps of that, at most")
+    scale_steps: int = Field(
+        0, ge=0, description="steps, at most, of the scales of all rows and columns towards the same, in the end"
+    )
 
     @property
     def active(self) -> bool:
@@ -44,6 +47,6 @@ class Refinement(Section):
             raise ValueError(f"held_out ({self.held_out}) must be less than sequences ({self.sequences})")
         if self.fit and self.window > 1:
             raise ValueError("fit is of one block at a time; it does not go with a window of several")
-        if self.logits and not self.steps:
-            raise ValueError("logits needs steps above 0")
+        if (self.logits or self.scale_steps) and not self.steps:
+            raise ValueError("logits and scale_steps need steps above 0")
         return self

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.models.walk import BlockRunner
@@ -22,6 +23,8 @@ from bolaco.work.blockstore import BlockStore
 LOOKS = 10
 # Seconds after which a training that is not finished is written down.
 _WRITTEN_EVERY = 60.0
+# Blocks whose activations are kept for the gradients.
+_KEPT = 4
 
 
 @dataclass
@@ -56,8 +59,13 @@ class Stretch:
     def run(self, runner: BlockRunner, rows: Tensor) -> Tensor:
         """Outputs on some of the sequences."""
         state = self.inputs[rows]
+        # Of many blocks only what goes from one to the next is kept; the rest is computed again for the gradients.
+        sparing = torch.is_grad_enabled() and len(self.blocks) > _KEPT
         for offset, block in enumerate(self.blocks):
-            state = runner.run(self.layer + offset, state, block, rows)
+            if sparing:
+                state = checkpoint(runner.run, self.layer + offset, state, block, rows, use_reentrant=False)
+            else:
+                state = runner.run(self.layer + offset, state, block, rows)
         return state
 
 
@@ -81,24 +89,28 @@ class BlockTrainer:
         loss: Loss,
         steps: int,
         tick: Callable[[int], Any] | None = None,
+        parameters: Sequence[nn.Parameter] | None = None,
     ) -> Training:
-        """Trains all parameters of the stretch's blocks (factors, norms, biases).
+        """Trains the parameters of the stretch's blocks (factors, norms, biases).
 
         Args:
             stretch: what is trained; without gradients afterwards.
             loss: what is minimised.
             steps: at most; fewer where the held-out sequences say that it gets no better.
             tick: called with the steps that are done or left out, ``steps`` in all.
+            parameters: those that are trained, float32; all by default.
 
         Returns:
             Losses. Where sequences are held out the blocks are as they were at the best look at them.
         """
         blocks = nn.ModuleList(stretch.blocks)
         dtype = next(blocks.parameters()).dtype
-        blocks.float()  # steps are too small for half precision
-        for block in blocks:
-            balance(block)
-        state = _State(blocks, self.settings, steps, self.seed * 100_003 + stretch.layer)
+        if parameters is None:
+            blocks.float()  # steps are too small for half precision
+            for block in blocks:
+                balance(block)
+            parameters = [p for p in blocks.parameters() if p.is_floating_point()]
+        state = _State(parameters, self.settings, steps, self.seed * 100_003 + stretch.layer)
         runner, held = self.runner, self.settings.held_out
         known = len(stretch.inputs) - held
         looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
@@ -167,8 +179,8 @@ class BlockTrainer:
 class _State:
     """Where a training is: parameters, moments, what comes next, the best so far."""
 
-    def __init__(self, blocks: nn.Module, settings: Refinement, steps: int, seed: int) -> None:
-        self.parameters = [p for p in blocks.parameters() if p.is_floating_point()]
+    def __init__(self, parameters: Sequence[nn.Parameter], settings: Refinement, steps: int, seed: int) -> None:
+        self.parameters = list(parameters)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         groups = [
