@@ -128,7 +128,7 @@ class Prepared:
 @contextmanager
 def with_blocks(model: PreTrainedModel, structure: Structure, blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """The model has these decoder blocks while this lasts, and its own again afterwards."""
-    stack = structure.block_modules(model)
+    stack = model.base_model.get_submodule(structure.stack)
     own = list(stack)
     try:
         for layer, block in enumerate(blocks):
