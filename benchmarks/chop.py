@@ -64,7 +64,7 @@ def main() -> None:
     chopped, fresh = args.cache / f"chopped-{name}-{args.pattern}", args.cache / f"chopped-{name}-random"
     if not chopped.exists():
         options = {"evaluation.windows": 4, "method.pattern": args.pattern}
-        words = {"evaluation": texts.wikitext, "options": options}
+        words = {"evaluation": texts.wikitext, "options": options, "dtype": "float32"}
         api.compress(args.model, keep=args.keep, out=chopped, preset="chop", reporter=Reporter(), **words)
     if not fresh.exists():
         torch.manual_seed(0)

@@ -11,7 +11,7 @@ shift
 methods=${METHODS:-default,bolaco,kfac-svd,svd-llm,afm,asvd,fwsvd,svd,welore,joint,lpaf,chop,aa-svd,mpifa}
 # As many steps as the default has; the paper's are 200.
 case ",$methods," in *,aa-svd,*) set -- --set aa-svd:refinement.steps=20 "$@" ;; esac
-bolaco compare smollm2-135m \
+bolaco compare smollm2-135m --dtype float32 \
   --methods "$methods" --keep "${KEEP:-0.9,0.8,0.7}" --seq-len 512 \
   --calibration "$DATA/c4_sample.jsonl[:1000]" --validation "$DATA/c4_sample.jsonl[1000:1300]" \
   --eval "$DATA/wikitext2_raw_test.txt,$DATA/c4_sample.jsonl[1300:]" \

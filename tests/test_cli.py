@@ -679,7 +679,9 @@ def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
     """Importing a subpackage sets an attribute of its name; none may be that of a public function."""
     package = importlib.import_module("bolaco")
     folder = Path(str(package.__file__)).parent
-    assert not {name for name in package.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()}
+    # A folder called `tune` can be called (tests/test_notebook.py).
+    hidden = {name for name in package.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()}
+    assert hidden == {"tune"}
 
 
 def test_presets_offered_are_those_there_are() -> None:

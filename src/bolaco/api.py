@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, overload
 
+import torch
 from transformers import PreTrainedModel
 
+from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.info import CompressedInfo, Info
-from bolaco.checkpoint.result import Result
+from bolaco.checkpoint.result import ModelResult, Result
 from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
-from bolaco.data.sources import TokenStream
-from bolaco.errors import DataError
+from bolaco.data.memory import Data, InMemory
+from bolaco.data.texts import stream_of
+from bolaco.errors import DataError, RecipeError
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
 from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
@@ -24,6 +28,7 @@ from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
 from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
+from bolaco.runs.given import fitted, named, named_words
 from bolaco.settings import merge
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "compress",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "load",
     "read_tasks",
     "run",
@@ -42,31 +48,51 @@ __all__ = [
 load = load_model
 
 
+@overload
+def compress(
+    model: str | PreTrainedModel, keep: float | None = None, out: None = None, **words: Any
+) -> ModelResult[CompressedInfo]: ...
+
+
+@overload
+def compress(
+    model: str | PreTrainedModel, keep: float | None = None, *, out: str | Path, **words: Any
+) -> Result[CompressedInfo]: ...
+
+
+@overload
+def compress(
+    model: str | PreTrainedModel, keep: float | None, out: str | Path, **words: Any
+) -> Result[CompressedInfo]: ...
+
+
 def compress(
     model: str | PreTrainedModel,
-    keep: float,
-    out: str | Path,
+    keep: float | None = None,
+    out: str | Path | None = None,
     *,
     tokenizer: Any = None,
     preset: str = "default",
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     **words: Any,
-) -> Result[CompressedInfo]:
-    """Compresses a model and writes a checkpoint folder.
+) -> Result[CompressedInfo] | ModelResult[CompressedInfo]:
+    """Compresses a model, and writes a checkpoint folder or gives it back in memory.
 
     Args:
         model: a hub id, a folder, a .gguf file, an alias, or a loaded model (then ``tokenizer`` is needed; the model
             is left as it is).
-        keep: share of the decoder linears' parameters to keep, in (0, 1].
-        out: folder to write; must not exist.
+        keep: share of the decoder linears' parameters to keep, in (0, 1]; or else one of the words ``keep_model``, a
+            share of all parameters, and ``target_size``, bytes of all weights such as ``"300MB"``.
+        out: folder to write; must not exist. Without one the result is in memory and nothing is left on disk.
         tokenizer: for a loaded model.
         preset: a name in :data:`bolaco.recipe.presets.PRESETS`.
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
-        reporter: where progress goes; silent by default.
+        reporter: where progress goes; by default to a terminal or a notebook if there is one.
         words: those of :mod:`bolaco.recipe.words`, such as ``search``, ``method`` and ``calibration``, and ``options``
-            with further fields by dotted name.
+            with further fields by dotted name. ``calibration``, ``validation`` and ``evaluation`` are names of sources,
+            lists of strings, a ``datasets.Dataset`` with a column ``text``, or tokens ``[blocks, length]``.
 
     Raises:
         BolacoError: with one line that says what to mend.
@@ -75,8 +101,15 @@ def compress(
     if loaded is not None and tokenizer is None:
         raise DataError("compress() of a loaded model needs its tokenizer: compress(model, ..., tokenizer=tokenizer)")
     name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
-    recipe = make_recipe(merge({"model": name}, recipe_values(keep=keep, **words)), preset)
-    return run(recipe, out, work=work, reporter=reporter, model=loaded, tokenizer=tokenizer)
+    given: dict[str, InMemory] = {}
+    values = recipe_values(keep=keep, **named_words(words, given))
+    recipe = fitted(make_recipe(merge({"model": name}, values), preset), given, words.get("options") or ())
+    own: dict[str, Any] = {"reporter": reporter, "model": loaded, "tokenizer": tokenizer, "given": given}
+    if out is not None:
+        return run(recipe, out, work=work, **own)
+    with TemporaryDirectory(prefix="bolaco-", ignore_cleanup_errors=True) as folder:
+        result = run(recipe, Path(folder) / "model", work=work, **own)
+        return _in_memory(result, name, None if loaded is None else loaded.device)
 
 
 def run(
@@ -88,14 +121,22 @@ def run(
     reporter: Reporter | None = None,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    given: Mapping[str, InMemory] | None = None,
 ) -> Result[CompressedInfo]:
-    """Runs a recipe; see :func:`compress`."""
+    """Runs a recipe; see :func:`compress`. ``given`` are texts in memory by the names that the recipe has for them."""
     place = Path(out).expanduser()
-    words = (reporter or Reporter(quiet=True), _folder(work), keep_work, model, tokenizer)
+    words = (reporter or Reporter.watched(), _folder(work), keep_work, model, tokenizer, given)
     with nullcontext() if model is None else evaluation_mode(model):
         if isinstance(recipe, LowRankRecipe):
             return compress_recipe(recipe, place, *words)
         return chop(recipe, place, *words)
+
+
+def _in_memory(result: Result[CompressedInfo], name: str, device: torch.device | None) -> ModelResult[CompressedInfo]:
+    """A result whose folder goes away; the model has the name of the original, whose tokenizer is its own."""
+    made, tokenizer = load_model(str(result.path), device="auto" if device is None else str(device)), result.tokenizer
+    made.name_or_path = made.config.name_or_path = tokenizer.name_or_path = name
+    return ModelResult(made, tokenizer, result.info)
 
 
 def _folder(work: str | Path | None) -> Path | None:
@@ -124,7 +165,7 @@ def tune(
         work: folder of checkpoints, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         keep_work: keep it.
-        reporter: where progress goes; silent by default.
+        reporter: where progress goes; by default to a terminal or a notebook if there is one.
         options: fields of :class:`bolaco.tune.settings.TuneSettings` by dotted name.
         words: ``evaluation``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``, ``learning_rate``,
             ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
@@ -141,16 +182,34 @@ def tune(
 
     settings = make_settings(model, {"mode": mode, "data": data} | words, options)
     place = Path(out).expanduser()
-    return run_tune(settings, place, reporter or Reporter(quiet=True), _folder(work), keep_work)
+    return run_tune(settings, place, reporter or Reporter.watched(), _folder(work), keep_work)
+
+
+def export(folder: str | Path, out: str | Path, *, drop_bias: bool = False) -> Path:
+    """Multiplies the factors of a compressed folder back: a stock checkpoint at its full size, in ``out``.
+
+    Args:
+        folder: what :func:`compress` wrote.
+        out: folder to write; must not exist.
+        drop_bias: leave out biases that the stock architecture has no place for.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    place = Path(out).expanduser()
+    export_dense(str(Path(folder).expanduser()), place, drop_bias)
+    return place
 
 
 def compare(
     model: str | PreTrainedModel,
     methods: Sequence[str],
-    keep: Sequence[float],
-    out: str | Path,
+    keep: Sequence[float] = (),
+    out: str | Path | None = None,
     *,
-    evaluation: str | Sequence[str] = (),
+    keep_model: Sequence[float] = (),
+    target_size: Sequence[int | str] = (),
+    evaluation: Data | Sequence[Data] = (),
     tasks: str | Sequence[str] = (),
     task_limit: int | None = None,
     task_keep: float | None = None,
@@ -168,9 +227,10 @@ def compare(
     Args:
         model: as for :func:`compress`.
         methods: names of presets, or of factorization methods (then in two factors, one ratio for all matrices).
-        keep: keep ratios.
-        out: folder to write; must not exist.
-        evaluation: sources perplexity is reported on, the first one being the headline; all recipes share it.
+        keep: keep ratios; or else ``keep_model``, shares of all parameters, or ``target_size``, bytes of all weights.
+        out: folder to write; must not exist. It must be given.
+        evaluation: sources perplexity is reported on, the first one being the headline; all recipes share it. A list is
+            one of sources, each a name or a text as for :func:`compress`.
         tasks, task_limit: accuracy on tasks too, see :func:`evaluate_tasks`.
         task_keep: the keep ratio tasks are run at, the first by default.
         keep_models: keep the checkpoints, in ``out/models``.
@@ -185,26 +245,35 @@ def compare(
     if loaded is not None and tokenizer is None:
         raise DataError("compare() of a loaded model needs its tokenizer: compare(model, ..., tokenizer=tokenizer)")
     name = model if isinstance(model, str) else (model.config.name_or_path or type(model).__name__)
+    if out is None:
+        raise RecipeError("compare() writes a folder: compare(model, methods, keep, out)")
+    given: dict[str, InMemory] = {}
+    # Names are split at commas; what is no string and no list is one text.
+    several = _items(evaluation) if isinstance(evaluation, str) else evaluation
+    texts = several if isinstance(several, list | tuple) else [several]
     plan = make_comparison(
         name,
         methods,
         keep,
-        evaluation=_items(evaluation),
+        keep_model=keep_model,
+        target_size=target_size,
+        evaluation=[named(text, "evaluation", given) for text in texts],
         tasks=_items(tasks),
         task_limit=task_limit,
         task_keep=task_keep,
         keep_models=keep_models,
-        **words,
+        **named_words(words, given),
     )
     with nullcontext() if loaded is None else evaluation_mode(loaded):
         return run_comparison(
             plan,
             Path(out).expanduser(),
-            reporter or Reporter(quiet=True),
+            reporter or Reporter.watched(),
             _folder(work),
             keep_work,
             loaded,
             tokenizer,
+            given,
         )
 
 
@@ -216,9 +285,9 @@ def _items(words: str | Sequence[str]) -> list[str]:
 
 def evaluate(
     model: str | PreTrainedModel,
-    data: str,
+    data: Data,
     *,
-    seq_len: int = 1024,
+    seq_len: int | None = None,
     limit: int | None = None,
     tokenizer: Any = None,
     dtype: str = "auto",
@@ -231,8 +300,9 @@ def evaluate(
 
     Args:
         model: as for :func:`compress`; a folder it wrote is loaded like any other.
-        data: text source (see :mod:`bolaco.data`).
-        seq_len: window length in tokens.
+        data: name of a text source (see :mod:`bolaco.data`), a list of strings, a ``datasets.Dataset`` with a column
+            ``text``, or tokens ``[windows, length]``.
+        seq_len: window length in tokens; 1024, or that of the tokens given.
         limit: the first so many windows; None for all.
         tokenizer: for a loaded model.
         dtype, device, bos, batch: as in a recipe.
@@ -241,6 +311,11 @@ def evaluate(
     Raises:
         BolacoError: with one line that says what to mend.
     """
+    given: dict[str, InMemory] = {}
+    source = named(data, "data", given)
+    if seq_len is None:
+        tokens = given[source].tokens if given else None
+        seq_len = 1024 if tokens is None else tokens.shape[1]
     if seq_len < 2:
         raise DataError(f"seq_len must be at least 2, got {seq_len}: the first token of a window is not predicted")
     if limit is not None and limit < 1:
@@ -252,7 +327,7 @@ def evaluate(
     if positions is not None and seq_len > positions:
         raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
     model_type = loaded.config.model_type
-    blocks = TokenStream(data, tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
-    reporter = reporter or Reporter(quiet=True)
+    blocks = stream_of(given.get(source, source), tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
+    reporter = reporter or Reporter.watched()
     with evaluation_mode(loaded), reporter.stage("evaluate", len(blocks)) as tick:
         return perplexity(loaded, blocks, batch, tick)

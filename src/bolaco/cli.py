@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
 
-from bolaco.errors import BolacoError, RecipeError, no_memory, no_space
+from bolaco.errors import BolacoError, MissingPackageError, RecipeError, no_memory, no_space
 from bolaco.parser import command_parser
 from bolaco.recipe.words import COMPARED, WORDS
+
+if TYPE_CHECKING:
+    from bolaco.progress import Reporter
+    from bolaco.recipe.recipe import Recipe
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -32,53 +35,127 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _compress(args: argparse.Namespace, console: Console) -> None:
+def _reporter(args: argparse.Namespace) -> Reporter:
+    """Where progress goes: to the standard error, as loud as was asked."""
+    from bolaco.progress import Reporter
+
+    return Reporter(quiet=args.quiet, verbose=args.verbose)
+
+
+def _print_json(value: Any) -> None:
+    from bolaco.report.document import document
+
+    print(document(value))  # noqa: T201 - it is the output
+
+
+def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
+    """What is to be run: one recipe without a name, or one for each keep ratio by the name of its folder."""
     from bolaco.recipe.recipe import load_recipe, make_recipe, recipe_values
     from bolaco.settings import merge
 
     if args.command == "run":
-        recipe = load_recipe(args.recipe)
-    else:
-        values = recipe_values(**{word: getattr(args, word) for word in WORDS}, options=_settings(args.set))
-        recipe = make_recipe(merge({"model": args.model}, values), args.preset)
-        if args.print_recipe:
-            print(recipe.to_yaml(), end="")  # noqa: T201 - the recipe is the output
-            return
-    if args.dry_run:
-        from bolaco.runs.dry_run import described
+        return {"": load_recipe(args.recipe)}
+    words = {word: getattr(args, word) for word in WORDS} | {"keep": args.keep and args.keep[0]}
+    recipe = make_recipe(merge({"model": args.model}, recipe_values(**words, options=_settings(args.set))), args.preset)
+    if args.keep is None or len(args.keep) == 1:
+        return {"": recipe}
+    from bolaco.runs.several import at_ratios
 
-        for part in described(recipe):
-            console.print(part)
+    for option in ("print_recipe", "push_to_hub"):
+        if getattr(args, option):
+            raise RecipeError(f"--{option.replace('_', '-')} is about one result; give one --keep")
+    return dict(at_ratios(recipe, args.keep))
+
+
+def _compress(args: argparse.Namespace, console: Console) -> None:
+    recipes = _recipes(args)
+    if args.command == "compress" and args.print_recipe:
+        print(recipes[""].to_yaml(), end="")  # noqa: T201 - the recipe is the output
+        return
+    if args.dry_run:
+        _dry_run(args, console, recipes)
         return
     if not args.out:
         raise RecipeError("-o OUT is missing: the folder to write")
-    from bolaco.api import run
-    from bolaco.progress import Reporter
-    from bolaco.report.tables import seconds_line, summary_table
+    if args.push_to_hub is not None:
+        from bolaco.checkpoint.hub import check_hub
 
-    result = run(recipe, args.out, work=args.work, keep_work=args.keep_work, reporter=Reporter())
-    console.print(summary_table(result.info))
-    console.print(seconds_line(result.info))
-    console.print(f"written to {result.path}")
+        check_hub(args.push_to_hub)
+    if "" not in recipes:
+        _compress_several(args, console, recipes)
+        return
+    from bolaco.api import run
+    from bolaco.report.document import result_document
+    from bolaco.report.tables import seconds_line, size_notes, summary_table
+
+    reporter = _reporter(args)
+    result = run(recipes[""], args.out, work=args.work, keep_work=args.keep_work, reporter=reporter)
+    if args.json:
+        _print_json(result_document(result.path, result.info))
+    else:
+        console.print(summary_table(result.info))
+        for line in size_notes(result.info):
+            console.print(line)
+        console.print(seconds_line(result.info))
+        console.print(f"written to {result.path}")
+    if args.push_to_hub is not None:
+        from bolaco.checkpoint.hub import push
+
+        reporter.say(f"uploading to {args.push_to_hub}")
+        address = push(result.path, args.push_to_hub)
+        reporter.say(f"uploaded to {address}")
+
+
+def _dry_run(args: argparse.Namespace, console: Console, recipes: Mapping[str, Recipe]) -> None:
+    from bolaco.runs.dry_run import described, values
+
+    if args.json:
+        found = {name: values(recipe) for name, recipe in recipes.items()}
+        _print_json(found.get("", found))
+        return
+    for name, recipe in recipes.items():
+        if name:
+            console.print(f"{name}:")
+        for part in described(recipe):
+            console.print(part)
+
+
+def _compress_several(args: argparse.Namespace, console: Console, recipes: Mapping[str, Recipe]) -> None:
+    from bolaco.report.document import result_document
+    from bolaco.report.tables import size_notes, sizes_table
+    from bolaco.runs.several import compress_several
+
+    work = None if args.work is None else Path(args.work).expanduser()
+    found = compress_several(recipes, Path(args.out).expanduser(), _reporter(args), work, args.keep_work)
+    infos = {name: result.info for name, result in found.results.items()}
+    if args.json:
+        results = {name: result_document(result.path, result.info) for name, result in found.results.items()}
+        _print_json({"path": str(found.path), "results": results})
+        return
+    console.print(sizes_table(infos))
+    for line in dict.fromkeys(line for info in infos.values() for line in size_notes(info)):
+        console.print(line)
+    console.print(f"written to {', '.join(str(result.path) for result in found.results.values())}")
 
 
 def _compare(args: argparse.Namespace, console: Console) -> None:
     try:
-        keep = [float(word) for word in args.keep.split(",")]
+        keep = [] if args.keep is None else [float(word) for word in args.keep.split(",")]
     except ValueError:
         raise RecipeError(f"--keep {args.keep}: expected numbers with commas between, such as 0.9,0.8") from None
     methods = [word.strip() for word in args.methods.split(",") if word.strip()]
     if args.tasks is None and (args.task_limit is not None or args.task_keep is not None):
         raise RecipeError("--task-limit and --task-keep are about --tasks, which is missing")
     from bolaco.api import compare
-    from bolaco.progress import Reporter
-    from bolaco.report.comparison import rich_table
+    from bolaco.report.comparison import asked_words, rich_table
 
     result = compare(
         args.model,
         methods,
         keep,
         args.out,
+        keep_model=args.keep_model or (),
+        target_size=[word.strip() for word in (args.target_size or "").split(",") if word.strip()],
         evaluation=args.evaluation or (),
         tasks=args.tasks or (),
         task_limit=args.task_limit,
@@ -86,21 +163,20 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
         keep_models=args.keep_models,
         work=args.work,
         keep_work=args.keep_work,
-        reporter=Reporter(),
+        reporter=_reporter(args),
         options=_settings(args.set),
         **{word: getattr(args, word) for word in COMPARED},
     )
     console.print(rich_table(result.record))
     for row in result.failed:
-        console.print(f"{row.method} at keep {row.keep:g} failed: {row.error}")
+        console.print(f"{row.method} at {asked_words(result.record.size, row.keep)} failed: {row.error}")
     console.print(f"written to {result.path}")
     if len(result.failed) == len(result.record.rows):
         raise BolacoError(f"{result.path}: no row has a result")
 
 
 def _eval(args: argparse.Namespace, console: Console) -> None:
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise RecipeError(f"--json {args.json}: there is no such folder")
+    _check_json_file(args)
     if args.data is None and args.tasks is None:
         raise RecipeError("eval needs --data SRC for perplexity, --tasks NAMES for accuracy, or both")
     if args.limit is not None and args.data is None:
@@ -112,7 +188,6 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
             raise RecipeError(f"{option} {count}: must be at least 1")
     from bolaco.api import evaluate, evaluate_tasks, read_tasks
     from bolaco.models.load import load_model, load_tokenizer
-    from bolaco.progress import Reporter
     from bolaco.report.tables import tasks_table
 
     # What can be wrong with the tasks is found before the hours a perplexity can take.
@@ -121,26 +196,42 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
     if args.data is not None and tasks is not None:
         model, tokenizer = load_model(args.model, args.dtype, args.device), load_tokenizer(args.model)
     common: dict[str, Any] = {"tokenizer": tokenizer, "dtype": args.dtype, "device": args.device}
-    common |= {"reporter": Reporter()} | ({} if args.batch is None else {"batch": args.batch})
+    common |= {"reporter": _reporter(args)} | ({} if args.batch is None else {"batch": args.batch})
     record: dict[str, Any] = {"model": args.model}
+    silent = args.json == "-"
     if args.data is not None:
         result = evaluate(model, args.data, seq_len=args.seq_len, limit=args.limit, bos=args.bos, **common)
-        console.print(
-            f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
-            f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
-        )
+        if not silent:
+            console.print(
+                f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
+                f"({result.tokens:,} predicted, {result.seconds:.1f} s)"
+            )
         record |= {"data": args.data} | asdict(result)
     if tasks is not None:
         scores = evaluate_tasks(model, tasks, limit=args.task_limit, **common)
-        console.print(tasks_table(scores))
+        if not silent:
+            console.print(tasks_table(scores))
         record["tasks"] = {score.task: score.record for score in scores}
-    if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _write_json(args, record)
+
+
+def _check_json_file(args: argparse.Namespace) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise RecipeError(f"--json {args.json}: there is no such folder")
+
+
+def _write_json(args: argparse.Namespace, value: Any) -> None:
+    """The result where ``--json`` says, if it says something."""
+    from bolaco.report.document import document
+
+    if args.json == "-":
+        _print_json(value)
+    elif args.json:
+        Path(args.json).write_text(document(value) + "\n", encoding="utf-8")
 
 
 def _bench(args: argparse.Namespace, console: Console) -> None:
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise RecipeError(f"--json {args.json}: there is no such folder")
+    _check_json_file(args)
     batches = [int(word) if word.strip().isdigit() else 0 for word in args.batch.split(",")]
     if min(batches) < 1:
         raise RecipeError(f"--batch {args.batch}: expected numbers from 1 up with commas between, such as 1,8")
@@ -148,18 +239,17 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
         if count < 1:
             raise RecipeError(f"{option} {count}: must be at least 1")
     from bolaco.evaluation.speed import measure_apart
-    from bolaco.progress import Reporter
     from bolaco.report.tables import speed_table
 
     found = []
-    with Reporter().stage("measure", len(args.models)) as tick:
+    with _reporter(args).stage("measure", len(args.models)) as tick:
         for model in args.models:
             settings = {"batches": batches, "prompt": args.prompt, "new": args.new_tokens}
             found.append(measure_apart(model, **settings, dtype=args.dtype, device=args.device))
             tick(1)
-    console.print(speed_table(found))
-    if args.json:
-        Path(args.json).write_text(json.dumps([asdict(speed) for speed in found], indent=1) + "\n", encoding="utf-8")
+    if args.json != "-":
+        console.print(speed_table(found))
+    _write_json(args, found)
 
 
 # Options of `tune` that are fields of its settings.
@@ -171,14 +261,13 @@ _TUNE_WORDS = (
 
 def _tune(args: argparse.Namespace, console: Console) -> None:
     from bolaco.api import tune
-    from bolaco.progress import Reporter
     from bolaco.report.tables import seconds_line, tuning_table
 
     words: dict[str, Any] = {word: getattr(args, word) for word in _TUNE_WORDS}
     words["types"] = None if args.types is None else tuple(args.types.split(","))
     folders: dict[str, Any] = {"out": args.out, "work": args.work, "keep_work": args.keep_work}
     given = _settings(args.set)
-    result = tune(args.model, args.mode, args.data, **folders, reporter=Reporter(), options=given, **words)
+    result = tune(args.model, args.mode, args.data, **folders, reporter=_reporter(args), options=given, **words)
     if result is None:
         return
     record = result.info.tuning
@@ -198,6 +287,7 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         kept_line,
         ranks_table,
         seconds_line,
+        size_notes,
         summary_table,
         trials_table,
         tuning_table,
@@ -205,6 +295,13 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.work.output import refuse_existing
 
     info = read_any_info(args.folder)
+    if args.json:
+        from bolaco.report.document import result_document
+
+        if args.html:
+            raise RecipeError("--json prints one document, and --html writes another; leave out one of the two")
+        _print_json(result_document(Path(args.folder), info))
+        return
     record = info.tuning
     while record is not None:
         console.print(tuning_table(record))
@@ -213,6 +310,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     if not isinstance(info, CompressedInfo):
         return
     console.print(summary_table(info))
+    for line in size_notes(info):
+        console.print(line)
     if info.ranks:
         console.print(ranks_table(info.ranks))
     else:
@@ -255,6 +354,14 @@ def _methods(args: argparse.Namespace, console: Console) -> None:
         console.print(part)
 
 
+def _completion(args: argparse.Namespace, console: Console) -> None:
+    try:
+        import shtab
+    except ImportError:
+        raise MissingPackageError("completion needs shtab; pip install 'bolaco[completion]'") from None
+    print(shtab.complete(command_parser(), args.shell))  # noqa: T201 - it is the output
+
+
 _COMMANDS = {
     "compress": _compress,
     "compare": _compare,
@@ -265,6 +372,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "export": _export,
     "methods": _methods,
+    "completion": _completion,
 }
 
 

@@ -23,7 +23,14 @@ class DataError(BolacoError, ValueError):
 
 
 class BudgetError(BolacoError, ValueError):
-    """No allocation of ranks can meet the parameter budget."""
+    """No allocation of ranks can meet the parameter budget.
+
+    ``least`` is the smallest number of parameters in the decoder linears that one has, where that is known.
+    """
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class NonFiniteError(BolacoError, ArithmeticError):

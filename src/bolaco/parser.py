@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 
 from bolaco.recipe.presets import PRESETS
-from bolaco.recipe.words import COMPARED, DTYPES, WORDS
+from bolaco.recipe.words import COMPARED, DTYPES, SIZES, WORDS
 from bolaco.version import __version__
 
 _EXAMPLES = """
 examples:
   bolaco compress smollm2-135m --keep 0.8 --calibration pydoc -o small
+  bolaco compress smollm2-135m --target-size 200MB --calibration pydoc -o small
+  bolaco compress ./my-finetune --keep 0.9,0.8,0.7 --calibration text/ -o sizes
   bolaco compress Qwen/Qwen3-0.6B --keep 0.8 --calibration c4.jsonl --search 5x4 --trials 50 -o small
   bolaco compress ./my-finetune --keep 0.8 --calibration text/ --search 5x1 --warm-start ./base --trials 20 -o small
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
@@ -30,6 +32,10 @@ An interrupted run continues when the same command is given again.
 """
 
 
+# Those that completion is made for.
+SHELLS = ("bash", "zsh", "fish")
+
+
 def command_parser() -> argparse.ArgumentParser:
     """The parser of ``bolaco``; each command is in ``args.command``."""
     parser = argparse.ArgumentParser(
@@ -43,7 +49,16 @@ def command_parser() -> argparse.ArgumentParser:
 
     compress = commands.add_parser("compress", help="compress a model")
     compress.add_argument("model", metavar="MODEL")
-    _words(compress, *WORDS, required=("keep",))
+    # Exactly one of these.
+    sizes = compress.add_mutually_exclusive_group(required=True)
+    sizes.add_argument(
+        "--keep",
+        type=_ratios,
+        metavar="RATIO,..",
+        help=f"{WORDS['keep'].help}; several, with commas between, are a folder each in OUT",
+    )
+    _words(sizes, *(name for name in SIZES if name != "keep"))
+    _words(compress, *(name for name in WORDS if name not in SIZES))
     compress.add_argument(
         "--preset",
         choices=tuple(PRESETS),
@@ -54,6 +69,7 @@ def command_parser() -> argparse.ArgumentParser:
     compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
     _folders(compress, required=False)
     _dry_run(compress)
+    _result(compress)
 
     compare = commands.add_parser("compare", help="several methods at several sizes, side by side")
     compare.add_argument("model", metavar="MODEL")
@@ -63,7 +79,10 @@ def command_parser() -> argparse.ArgumentParser:
         metavar="NAMES",
         help="presets, or methods (in two factors, one ratio for all matrices), with commas between",
     )
-    compare.add_argument("--keep", required=True, metavar="RATIOS", help="keep ratios, with commas between")
+    ratios = compare.add_mutually_exclusive_group(required=True)
+    ratios.add_argument("--keep", metavar="RATIOS", help="keep ratios, with commas between")
+    ratios.add_argument("--keep-model", type=_ratios, metavar="RATIOS", help="the same, as shares of all parameters")
+    ratios.add_argument("--target-size", metavar="BYTES,..", help="the same, as bytes of all weights, such as 300MB")
     _words(compare, *COMPARED)
     compare.add_argument(
         "--eval", metavar="SRC,..", dest="evaluation", help="texts of the table, with commas between; headline first"
@@ -79,6 +98,7 @@ def command_parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", metavar="RECIPE.yaml")
     _folders(run, required=False)
     _dry_run(run)
+    _result(run)
 
     evaluate = commands.add_parser("eval", help="perplexity of a model, and its accuracy on tasks")
     evaluate.add_argument("model", metavar="MODEL")
@@ -92,7 +112,7 @@ def command_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows of --data only")
     evaluate.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     evaluate.add_argument("--batch", type=int, metavar="N", help="sequences at once (4 windows, 8 answers)")
-    evaluate.add_argument("--json", metavar="FILE", help="write the result there too")
+    _json_file(evaluate)
     _placement(evaluate)
     evaluate.add_argument(
         "--bos", choices=("auto", "text", "window"), default="auto", help="where BOS tokens go in --data (auto)"
@@ -125,12 +145,13 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
     bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
     bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
-    bench.add_argument("--json", metavar="FILE", help="write the result there too")
+    _json_file(bench)
     _placement(bench)
 
     inspect = commands.add_parser("inspect", help="ranks, budget and search history of a result")
     inspect.add_argument("folder", metavar="OUT")
     inspect.add_argument("--html", metavar="FILE", help="write the report there too; must not exist")
+    _json(inspect)
 
     export = commands.add_parser("export", help="multiply the factors back")
     export.add_argument("folder", metavar="OUT")
@@ -144,21 +165,36 @@ def command_parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="list what is registered, or the options of one of it")
     methods.add_argument("name", metavar="NAME", nargs="?", help="of a method, storage, search, preset or mode")
+
+    completion = commands.add_parser("completion", help="print what completes these words in a shell")
+    completion.add_argument("shell", choices=SHELLS)
+    for command in (compress, compare, run, evaluate, tune, bench):
+        _loudness(command)
     return parser
 
 
-def _words(parser: argparse.ArgumentParser, *names: str, required: tuple[str, ...] = ()) -> None:
+def _ratios(text: str) -> list[float]:
+    """Numbers with commas between."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected numbers with commas between, such as 0.9,0.8, not {text!r}"
+        ) from None
+
+
+def _words(parser: argparse._ActionsContainer, *names: str) -> None:
     """Options for words of the recipe; those that are not given are None, and left to the preset."""
     for name in names:
         word = WORDS[name]
         option = "--" + (word.option or name).replace("_", "-")
         kind = {"choices": word.choices} if word.choices else {"type": word.type, "metavar": word.metavar}
-        parser.add_argument(option, dest=name, required=name in required, help=word.help or None, **kind)
+        parser.add_argument(option, dest=name, help=word.help or None, **kind)
 
 
 def _placement(parser: argparse.ArgumentParser) -> None:
     """Number format and device."""
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=WORDS["dtype"].help)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model in memory; auto: as stored")
     parser.add_argument("--device", default="auto", help=WORDS["device"].help)
 
 
@@ -174,3 +210,29 @@ def _folders(parser: argparse.ArgumentParser, what: str = "intermediate results"
 
 def _dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, without loading weights")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else")
+
+
+def _json_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="write the result as JSON to FILE too; without FILE print it, and nothing else",
+    )
+
+
+def _result(parser: argparse.ArgumentParser) -> None:
+    """What is done with a result."""
+    _json(parser)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload OUT to the hub, to a private model repository")
+
+
+def _loudness(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    group.add_argument("-v", "--verbose", action="store_true", help="show what else only log.txt in --work says")

@@ -25,5 +25,5 @@ def refused(words: list[str], *parts: str) -> None:
 
 
 def contents() -> dict[str, str | None]:
-    """Of the current folder, but for the seconds a work folder counts."""
-    return {name: value for name, value in snapshot().items() if not name.endswith(".seconds.json")}
+    """Of the current folder, but for the seconds that a work folder counts, and its log."""
+    return {name: value for name, value in snapshot().items() if not name.endswith((".seconds.json", "/log.txt"))}

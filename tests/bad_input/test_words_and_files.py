@@ -31,7 +31,8 @@ def test_keep_out_of_range(place: Path, keep: str) -> None:
 def test_keep_that_is_no_number(place: Path) -> None:
     done = bolaco(*compress("out", "--keep", "much"))
     assert done.code == 2
-    assert done.err.splitlines()[-1] == "bolaco compress: error: argument --keep: invalid float value: 'much'"
+    what = "expected numbers with commas between, such as 0.9,0.8, not 'much'"
+    assert done.err.splitlines()[-1] == f"bolaco compress: error: argument --keep: {what}"
 
 
 def test_keep_that_no_allocation_meets(place: Path) -> None:

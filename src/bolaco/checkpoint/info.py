@@ -137,13 +137,14 @@ class CompressedInfo(Info):
 
     Attributes:
         model: what was compressed.
-        method, keep: how, and to which share of the decoder linears' parameters.
+        method, keep: how, and to which share of the decoder linears' parameters; the recipe says what was asked for.
         storage: of the factored matrices; None where nothing is factored.
         keep_linears, keep_model: the shares that were reached, of the decoder linears and of the whole model.
         parameters, parameters_dense: of the whole model.
         parameters_linears, parameters_linears_dense: of the decoder linears.
-        bytes, bytes_dense: of the weights on disk.
-        dtype: of the weights.
+        bytes, bytes_dense: of the weights on disk, of the original as it was found.
+        bytes_dense_here: of the original's weights in the result's number format; None where that is not known.
+        dtype, dtype_dense: number formats of the weights; of a quantized original such as ``Q4_1``.
         layers, layers_dense: the decoder blocks that are there, and how many the original has.
         ranks: of every matrix by name; None is dense.
         stacks: names of matrices that have one input factor.
@@ -174,7 +175,9 @@ class CompressedInfo(Info):
     parameters_linears_dense: int
     bytes: int
     bytes_dense: int
+    bytes_dense_here: int | None = None
     dtype: str
+    dtype_dense: str | None = None
     layers: list[int]
     layers_dense: int
     ranks: Ranks
@@ -221,14 +224,19 @@ def versions(*more: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in (*_PACKAGES, *more)}
 
 
-def write_info(folder: Path, info: Info) -> None:
-    """Writes ``bolaco.json``."""
-    values = json.loads(info.model_dump_json())
+def info_values(info: Info) -> Values:
+    """The content of ``bolaco.json``."""
+    values: Values = json.loads(info.model_dump_json())
     for record in (values, values.get("tuning") or {}):
         for name in ("tuning", "earlier"):
             if record.get(name, 0) is None:
                 del record[name]
-    (folder / INFO_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    return values
+
+
+def write_info(folder: Path, info: Info) -> None:
+    """Writes ``bolaco.json``."""
+    (folder / INFO_FILE).write_text(json.dumps(info_values(info), indent=1) + "\n", encoding="utf-8")
 
 
 def read_info(folder: str | Path) -> CompressedInfo:

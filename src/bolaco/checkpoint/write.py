@@ -26,6 +26,7 @@ from bolaco.models.experts import experts_of, together
 from bolaco.models.lowrank import compressed_config, compressed_skeleton
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Site, Structure, prefix_of
+from bolaco.models.weights import in_dtype
 from bolaco.storage.storage import Storage
 
 
@@ -124,13 +125,16 @@ def check_savable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"a model of this configuration cannot be saved: {why}") from error
 
 
-def write_model(folder: Path, model: PreTrainedModel, state: CompressedState) -> None:
-    """Writes configuration, weights, generation settings and modelling code into an existing folder."""
+def write_model(folder: Path, model: PreTrainedModel, state: CompressedState, dtype: torch.dtype) -> None:
+    """Writes configuration, weights, generation settings and modelling code into an existing folder.
+
+    What is in the model's number format is written in ``dtype``.
+    """
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
     skeleton = compressed_skeleton(model, state.matrices)
-    skeleton.to(model.dtype)
+    skeleton.to(dtype)
     with quiet():
-        skeleton.save_pretrained(folder, state_dict=state.tensors)
+        skeleton.save_pretrained(folder, state_dict=in_dtype(state.tensors, model.dtype, dtype))
 
 
 def lowrank_model(model: PreTrainedModel, matrices: dict[str, Entry]) -> PreTrainedModel:

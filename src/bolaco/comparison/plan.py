@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError
 
 from bolaco.errors import RecipeError
 from bolaco.recipe.recipe import Recipe, applicable, laid_over, make_recipe, preset_of, recipe_values
-from bolaco.settings import merge, unflatten
+from bolaco.settings import merge, problems, unflatten
 
 
 class Comparison(BaseModel):
-    """What a comparison depends on: a recipe for each row, by name, and what is measured beside perplexity."""
+    """What a comparison depends on: a recipe for each row, by name, and what is measured beside perplexity.
+
+    ``size`` is the field of the recipes that has the values of ``keep``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
     model: str
     methods: tuple[str, ...]
+    size: Literal["keep", "keep_model", "target_size"] = "keep"
     keep: tuple[float, ...]
     recipes: dict[str, Recipe]
     others: tuple[str, ...] = ()
@@ -31,14 +35,16 @@ class Comparison(BaseModel):
 
 def row_name(method: str, keep: float) -> str:
     """Name of a row, of its recipe and its model."""
-    return f"{method}-{keep}"
+    return f"{method}-{int(keep) if keep > 1 else keep}"
 
 
 def make_comparison(
     model: str,
     methods: Sequence[str],
-    keep: Sequence[float],
+    keep: Sequence[float] = (),
     *,
+    keep_model: Sequence[float] = (),
+    target_size: Sequence[int | str] = (),
     evaluation: Sequence[str] = (),
     tasks: Sequence[str] = (),
     task_limit: int | None = None,
@@ -52,7 +58,7 @@ def make_comparison(
     Args:
         model: as for :func:`bolaco.compress`.
         methods: presets and factorization methods (see :func:`bolaco.recipe.recipe.preset_of`).
-        keep: keep ratios.
+        keep: keep ratios; or else ``keep_model``, shares of all parameters, or ``target_size``, bytes of all weights.
         evaluation: sources perplexity is reported on; the first one is the recipes'.
         tasks: see :func:`bolaco.evaluation.tasks.read_tasks`.
         task_limit: examples of each task.
@@ -64,9 +70,15 @@ def make_comparison(
     Raises:
         RecipeError: in one line.
     """
-    methods, keep = tuple(dict.fromkeys(methods)), tuple(dict.fromkeys(map(float, keep)))
-    if not methods or not keep:
+    sizes = {"keep": keep, "keep_model": keep_model, "target_size": target_size}
+    given = {name: values for name, values in sizes.items() if values}
+    methods = tuple(dict.fromkeys(methods))
+    if not methods or not given:
         raise RecipeError("a comparison needs at least one method and one keep ratio")
+    if len(given) > 1:
+        raise RecipeError(f"exactly one of {', '.join(sizes)} is needed; {' and '.join(given)} are given")
+    ((size, values),) = given.items()
+    keep = tuple(dict.fromkeys(_number(size, value) for value in values))
     if task_keep is not None and task_keep not in keep:
         raise RecipeError(f"--task-keep {task_keep:g}: not one of the keep ratios {', '.join(f'{k:g}' for k in keep)}")
     if task_limit is not None and task_limit < 1:
@@ -89,8 +101,8 @@ def make_comparison(
             # What is said for all is said to those that have such a field.
             fitting = applicable(general, laid_over(common, mine), preset)
             used |= fitting.keys()
-            values = laid_over(laid_over(laid_over(own, common), unflatten(fitting)), unflatten(special[method]))
-            recipes[row_name(method, ratio)] = make_recipe(values | {"keep": ratio}, preset)
+            row = laid_over(laid_over(laid_over(own, common), unflatten(fitting)), unflatten(special[method]))
+            recipes[row_name(method, ratio)] = make_recipe(row | {size: _asked(size, ratio)}, preset)
     unused = [field for field in general if field not in used]
     if unused:
         raise RecipeError(f"--set {unused[0]}: none of the methods compared has such a field")
@@ -99,6 +111,7 @@ def make_comparison(
     return Comparison(
         model=model,
         methods=methods,
+        size=size,
         keep=keep,
         recipes=recipes,
         others=tuple(dict.fromkeys(evaluation[1:])),
@@ -107,3 +120,22 @@ def make_comparison(
         task_keep=(keep[0] if task_keep is None else task_keep) if tasks else None,
         keep_models=keep_models,
     )
+
+
+def _number(size: str, value: float | str) -> float:
+    """A size as a number, bytes with or without a unit.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    if size != "target_size":
+        return float(value)
+    try:
+        return float(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError as error:
+        raise RecipeError(problems(error, "target_size")) from None
+
+
+def _asked(size: str, value: float) -> float | int:
+    """The value of a recipe's field."""
+    return int(value) if size == "target_size" else value

@@ -21,6 +21,7 @@ from bolaco.errors import BolacoError, ResumeError, no_memory, no_space
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskSet, evaluate_tasks
 from bolaco.models.load import load_model
+from bolaco.models.weights import dtype_name
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
 from bolaco.report.record import FailedRow, Row, RowResult
 from bolaco.runs.chop import chop_loaded
@@ -90,7 +91,7 @@ def finished_row(common: Common, name: str) -> Row | None:
 
 
 def _with_tasks(comparison: Comparison, recipe: Recipe) -> bool:
-    return bool(comparison.tasks) and recipe.keep == comparison.task_keep
+    return bool(comparison.tasks) and getattr(recipe, comparison.size) == comparison.task_keep
 
 
 def one_line(error: BaseException) -> str:
@@ -191,7 +192,8 @@ def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> d
     tasks: dict[str, dict[str, Any]] = {}
     with_tasks = _with_tasks(common.comparison, recipe)
     if texts.others or with_tasks:
-        compressed = load_model(str(out), device=str(common.loaded.model.device))
+        # In the arithmetic of the original, as for the first text.
+        compressed = load_model(str(out), dtype_name(common.loaded.model.dtype), str(common.loaded.model.device))
         others = _measured(common, compressed, texts.others, recipe.validation.batch, "on other texts")
         results += [result.perplexity for result in others]
         seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
@@ -223,7 +225,9 @@ def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> d
 def _run(common: Common, recipe: Recipe, out: Path, texts: Texts) -> CompressedInfo:
     """The run of a recipe, whose seconds are its own."""
     session = common.session
-    own = Session(session.folder, Clock(session.folder.path, {"row": recipe}), session.reporter)
+    own = Session(
+        session.folder, Clock(session.folder.path, {"row": recipe}, session.reporter.detail), session.reporter
+    )
     if isinstance(recipe, LowRankRecipe):
         return compress_loaded(recipe, out, common.loaded, texts, own).info
     return chop_loaded(recipe, out, common.loaded, texts, own).info

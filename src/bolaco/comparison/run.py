@@ -31,18 +31,21 @@ from bolaco.comparison.rows import (
     row_artefact,
 )
 from bolaco.comparison.write import write_results, write_so_far
+from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
 from bolaco.errors import DataError
 from bolaco.evaluation.tasks import read_tasks
 from bolaco.models.load import resolve_device
 from bolaco.models.subject import Subject
+from bolaco.models.weights import dtype_name
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
+from bolaco.report.comparison import asked_words
 from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
-from bolaco.runs.session import Session, Source, load, open_source, texts_for
+from bolaco.runs.session import Source, begin, load, open_source, texts_for
 from bolaco.work.files import require_space
-from bolaco.work.folder import Clock, WorkFolder, digest
+from bolaco.work.folder import LOG_FILE, WorkFolder, digest
 from bolaco.work.memory import PeakMemory
 from bolaco.work.output import new_folder, work_beside
 
@@ -68,10 +71,12 @@ def compare(
     keep_work: bool = False,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    given: Mapping[str, InMemory] | None = None,
 ) -> ComparisonResult:
     """Runs every row and writes ``out``: tables, a picture, a report, results and recipes; checkpoints if asked.
 
-    ``model`` and ``tokenizer`` stand in for loading ``comparison.model``; they are not changed.
+    ``model`` and ``tokenizer`` stand in for loading ``comparison.model``; they are not changed. ``given`` are texts in
+    memory by the names that the recipes have for them.
 
     Raises:
         BolacoError: anything the user can mend, in one line. What fails at one row only is recorded there instead.
@@ -80,11 +85,11 @@ def compare(
     first = next(iter(comparison.recipes.values()))
     resolve_device(first.device)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
-    with WorkFolder(work, comparison) as folder:
-        session = Session(folder, Clock(folder.path, comparison), reporter)
+    with WorkFolder(work, comparison) as folder, reporter.logged(folder.path / LOG_FILE):
+        session = begin(folder, comparison, reporter)
         with session.clock.timed("load"):
             reporter.say(f"loading {comparison.model}")
-            source = open_source(comparison.model, model, tokenizer)
+            source = open_source(comparison.model, model, tokenizer, given)
             texts = _texts(comparison, source)
             loaded = load(source, first.dtype, first.device)
         common = Common(comparison, loaded, texts, tasks, session)
@@ -147,7 +152,7 @@ def _prepare(common: Common) -> dict[str, str]:
         plans[key] = replace(known, top=dict(known.top) | higher)
         rows.setdefault(key, []).append(name)
     # One checkpoint at a time.
-    size = factor_bytes(list(plans.values()), common.session) + common.loaded.parameters * common.loaded.itemsize
+    size = factor_bytes(list(plans.values()), common.session) + common.loaded.parameters * common.loaded.dtype.itemsize
     require_space([(common.session.folder.path, size)], "the factors and a checkpoint")
     failed: dict[str, str] = {}
     passes: dict[str, list[FactorPlan]] = {}
@@ -201,7 +206,8 @@ def _rows(common: Common, dense: DenseResults, failed: Mapping[str, str]) -> lis
         artefact = row_artefact(common, name)
         row = finished_row(common, name)
         if row is None:
-            session.reporter.say(f"{method} at keep {keep:g} ({number} of {len(points)})")
+            size = None if comparison.size == "keep" else comparison.size
+            session.reporter.say(f"{method} at {asked_words(size, keep)} ({number} of {len(points)})")
             row = make_row(common, dense, method, keep, failed.get(name))
             if isinstance(row, FailedRow):
                 session.reporter.say(f"{name} failed: {row.error}")
@@ -229,6 +235,7 @@ def _record(common: Common, dense: DenseResults, rows: Sequence[Row]) -> Compari
         format=1,
         model=comparison.model,
         methods=list(comparison.methods),
+        size=None if comparison.size == "keep" else comparison.size,
         keep=list(comparison.keep),
         task_keep=comparison.task_keep,
         calibration=list(dict.fromkeys(calibrations)),
@@ -241,10 +248,12 @@ def _record(common: Common, dense: DenseResults, rows: Sequence[Row]) -> Compari
             tasks=dense.tasks,
             parameters=loaded.parameters,
             parameters_linears=sum(site.size for site in loaded.structure.sites),
-            bytes=loaded.parameters * loaded.itemsize,
+            bytes=loaded.bytes,
+            format=loaded.format,
         ),
         rows=list(rows),
         seconds=dict(common.session.clock.seconds),
+        dtype=dtype_name(loaded.dtype),
         memory="row" if PeakMemory.resettable() else "process",
         versions=versions() | found,
     )

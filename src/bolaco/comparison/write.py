@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from bolaco.report.html import REPORT_FILE, comparison_page
 from bolaco.report.record import ComparisonRecord, write_record
 from bolaco.report.svg import standalone
 from bolaco.work.files import write_text
+from bolaco.work.output import link_or_copy
 
 
 def write_so_far(folder: Path, record: ComparisonRecord) -> None:
@@ -36,12 +36,4 @@ def write_results(folder: Path, record: ComparisonRecord, models: Mapping[str, P
         (folder / "recipes" / f"{row.name}.yaml").write_text(row.recipe_yaml, encoding="utf-8")
     for name, place in models.items():
         if place.is_dir():
-            shutil.copytree(place, folder / "models" / name, copy_function=_link)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for the same file where the file system has such, else a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+            shutil.copytree(place, folder / "models" / name, copy_function=link_or_copy)

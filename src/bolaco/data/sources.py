@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bolaco.data.memory import IN_MEMORY, InMemory
 from bolaco.errors import DataError
 
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -55,6 +56,8 @@ def split_slice(source: str) -> tuple[str, int, int | None]:
 
 
 def _all_documents(name: str) -> Iterator[str]:
+    if name.startswith(IN_MEMORY):
+        raise DataError(f"{name}: was given to a function of Python and is no source; name another one")
     if name == "pydoc" and not Path(name).exists():
         yield from _pydoc()
     elif _is_path(name):
@@ -220,22 +223,22 @@ class TokenStream:
     """Hands out disjoint blocks of one source's tokens, in order.
 
     Args:
-        source: what :func:`read_documents` takes.
+        source: what :func:`read_documents` takes, or documents in memory.
         tokenizer: a transformers tokenizer.
         bos: ``text``: special tokens as the tokenizer adds them to each document; ``window``: every block starts with
             BOS, none inside; ``auto``: ``window`` for models that break down without it (Gemma), else ``text``.
         model_type: for ``auto``.
     """
 
-    def __init__(self, source: str, tokenizer: Any, bos: str = "auto", model_type: str = "") -> None:
+    def __init__(self, source: str | InMemory, tokenizer: Any, bos: str = "auto", model_type: str = "") -> None:
         if bos == "auto":
             bos = "window" if "gemma" in model_type else "text"
-        self.source = source
+        self.source = source if isinstance(source, str) else source.name
         self.tokenizer = tokenizer
         self.window_bos = bos == "window"
         if self.window_bos and tokenizer.bos_token_id is None:
             raise DataError("bos: window needs a tokenizer with a BOS token; this one has none")
-        self._documents = read_documents(source)
+        self._documents = read_documents(source) if isinstance(source, str) else iter(source.documents)
         self._rest = torch.empty(0, dtype=torch.long)
         self.tokens_read = 0
 

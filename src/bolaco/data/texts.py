@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bolaco.data.memory import BlockStream, InMemory
 from bolaco.data.settings import Calibration, Evaluation, Validation
 from bolaco.data.sources import TokenStream, fingerprint
 from bolaco.errors import DataError
@@ -51,6 +52,7 @@ def prepare_texts(
     searches: bool = False,
     bos: str = "auto",
     more: Sequence[str] = (),
+    given: Mapping[str, InMemory] | None = None,
 ) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
@@ -63,11 +65,12 @@ def prepare_texts(
         searches: whether allocations are compared.
         bos: see :class:`TokenStream`.
         more: sources of further texts to report on, each as long as the evaluation text.
+        given: texts in memory by the name that stands for a source.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
     """
-    streams: dict[str, TokenStream] = {}
+    streams: dict[str, TokenStream | BlockStream] = {}
     validation_source = validation.source or calibration.source
     evaluation_source = evaluation.source or validation_source
 
@@ -78,7 +81,7 @@ def prepare_texts(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
             )
         if source not in streams:
-            streams[source] = TokenStream(source, tokenizer, bos, config.model_type)
+            streams[source] = stream_of((given or {}).get(source, source), tokenizer, bos, config.model_type)
         return streams[source].take(count, length, purpose)
 
     length = calibration.seq_len
@@ -94,3 +97,10 @@ def prepare_texts(
     reported = take(evaluation_source, windows, window, "evaluation")
     further = tuple((source, take(source, windows, window, "evaluation")) for source in more)
     return Texts(tokens, candidates, reported, evaluation_source, further)
+
+
+def stream_of(source: str | InMemory, tokenizer: Any, bos: str, model_type: str) -> TokenStream | BlockStream:
+    """What hands out the blocks of a source, or of a text in memory."""
+    if isinstance(source, InMemory) and source.tokens is not None:
+        return BlockStream(source)
+    return TokenStream(source, tokenizer, bos, model_type)

@@ -180,7 +180,7 @@ def evaluate_tasks(
 
     from bolaco.evaluation.harness import FEWSHOT_SEED, HarnessModel, undisturbed
 
-    reporter = reporter or Reporter(quiet=True)
+    reporter = reporter or Reporter.watched()
     with evaluation_mode(loaded), undisturbed():
         harness = HarnessModel(loaded, tokenizer, batch, reporter)
         for task in ready.tasks.values():

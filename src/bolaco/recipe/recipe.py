@@ -6,10 +6,18 @@ A recipe is versioned, unknown keys are refused, and the same recipe on the same
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from bolaco.allocate.allocator import ALLOCATORS, Allocator
 from bolaco.data.settings import Calibration, Evaluation, Validation
@@ -18,7 +26,7 @@ from bolaco.factorize.method import METHODS, ChosenMethod
 from bolaco.models.structure import Structure, with_offers
 from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import renamed, upgraded
-from bolaco.recipe.words import flat_values
+from bolaco.recipe.words import SIZES, flat_values
 from bolaco.refine.settings import Refinement
 from bolaco.settings import NO_FIELD, Section, Values, meant, merge, problems, unflatten
 from bolaco.storage.storage import STORAGES, Storage
@@ -69,12 +77,14 @@ class SearchChoice(Choice):
     warm_start: str | None = Field(None, description="folder of an earlier result whose allocation is started from")
 
 
-class _Run(Section):
+class BaseRecipe(Section):
     """What all recipes have."""
 
     version: Literal[2] = 2
     model: str
-    keep: float = Field(gt=0, le=1, description="parameters of the decoder linears kept")
+    keep: float | None = Field(None, gt=0, le=1, description="share of the decoder linears' parameters to keep")
+    keep_model: float | None = Field(None, gt=0, le=1, description="share of all the model's parameters to keep")
+    target_size: ByteSize | None = Field(None, gt=0, description="bytes of all the weights of the result")
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -84,22 +94,48 @@ class _Run(Section):
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
 
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = f"{' and '.join(given)} are given" if given else "none is given"
+            raise ValueError(f"exactly one of {', '.join(SIZES)} says how small the result is; {found}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_other_sizes(self, dump: SerializerFunctionWrapHandler) -> Values:
+        values: Values = dump(self)
+        return {name: value for name, value in values.items() if name not in SIZES or value is not None}
+
+    @property
+    def share(self) -> float:
+        """The keep ratio; only a recipe that asks for one, or was settled for a model, has it."""
+        assert self.keep is not None  # see bolaco.runs.size.settled
+        return self.keep
+
+    @property
+    def searches(self) -> bool:
+        """Whether allocations are compared by evaluating them."""
+        return False
+
+    @property
+    def asked(self) -> str:
+        """The size that was asked for, in words."""
+        if self.target_size is not None:
+            return f"target size {self.target_size.human_readable(decimal=True)}"
+        return f"keep {self.keep:g}" if self.keep is not None else f"keep {self.keep_model:g} of all parameters"
+
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back unchanged."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class TransformRecipe(_Run):
+class TransformRecipe(BaseRecipe):
     """A run that makes a smaller model without factors."""
 
     @property
     def refinement(self) -> None:
         """Nothing is done afterwards."""
-
-    @property
-    def searches(self) -> bool:
-        """Nothing is searched."""
-        return False
 
     @property
     def calibrates(self) -> bool:
@@ -117,7 +153,7 @@ class TransformRecipe(_Run):
         return self.method.options_of(self.transform)
 
 
-class LowRankRecipe(_Run):
+class LowRankRecipe(BaseRecipe):
     """A run that factors matrices: everything `bolaco compress` does, as data."""
 
     storage: str = Field(description="how factored matrices are stored; a name that `bolaco methods` lists")

@@ -30,6 +30,10 @@ class Word:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WORDS: dict[str, Word] = {
     "keep": Word("keep", "share of the decoder linears' parameters to keep", float),
+    "keep_model": Word("keep_model", "the same, as a share of all the model's parameters", float, metavar="RATIO"),
+    "target_size": Word(
+        "target_size", "the same, as bytes of all weights of the result, such as 300MB or 1.5GiB", metavar="BYTES"
+    ),
     "search": Word("search.name", "how ranks are found, one of `bolaco methods` (spectral)", metavar="NAME"),
     "storage": Word("storage", "of factored matrices, one of `bolaco methods` (pivoted)", metavar="NAME"),
     "trials": Word("search.trials", "allocations to evaluate, of a search that does (50)", int),
@@ -44,9 +48,11 @@ WORDS: dict[str, Word] = {
     "seq_len": Word("calibration.seq_len", "length of calibration sequences, and of the others by default (1024)", int),
     "warm_start": Word("search.warm_start", "earlier result whose allocation is started from", metavar="OUT"),
     "seed": Word("seed", "", int),
-    "dtype": Word("dtype", "of the model in memory; auto: as stored", choices=DTYPES),
+    "dtype": Word("dtype", "of the result; auto: that of the source, bfloat16 if it is quantized", choices=DTYPES),
     "device": Word("device", "such as cpu or cuda:1; auto: the GPU if there is one"),
 }
+# How small the result is to be: a recipe has one of these.
+SIZES = ("keep", "keep_model", "target_size")
 # Those that all recipes of a comparison have in common; evaluation is given apart, as it can be several sources.
 COMPARED = ("calibration", "validation", "seq_len", "seed", "dtype", "device")
 

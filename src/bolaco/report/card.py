@@ -9,7 +9,7 @@ import yaml
 from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.models.lowrank import PREFIX
 from bolaco.recipe.recipe import Recipe, read_recipe
-from bolaco.report.tables import blocks_line, seconds_line, summary_rows
+from bolaco.report.tables import asked_size, blocks_line, seconds_line, size_notes, summary_rows
 
 
 def _refinement(recipe: Recipe) -> str:
@@ -28,10 +28,10 @@ def _what(info: CompressedInfo) -> str:
     """What was done to the model, in a sentence that begins with the model's name."""
     if info.storage is None:
         return (
-            f"with fewer decoder blocks, made by bolaco\n(method {info.method}, keep ratio {info.keep}). "
+            f"with fewer decoder blocks, made by bolaco\n(method {info.method}, {asked_size(info)}). "
             f"{blocks_line(info.layers, info.layers_dense)}."
         )
-    how = f"method {info.method}, {info.storage} storage, keep ratio {info.keep}"
+    how = f"method {info.method}, {info.storage} storage, {asked_size(info)}"
     return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
 
 
@@ -98,6 +98,7 @@ def model_card(info: CompressedInfo, name: str) -> str:
         front["base_model"] = info.model
     ppl = info.perplexity
     rows = "\n".join(f"| {' | '.join(row)} |" for row in summary_rows(info))
+    notes = "".join(f"{line}\n" for line in size_notes(info))
     recipe = read_recipe(info.recipe)
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -112,7 +113,7 @@ def model_card(info: CompressedInfo, name: str) -> str:
 
 Perplexity on `{ppl.data}`: {ppl.windows} non-overlapping windows of {ppl.seq_len} tokens,
 {ppl.tokens:,} predicted tokens.
-{seconds_line(info)}.
+{notes}{seconds_line(info)}.
 {_tuning(info)}
 ## Use
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ByteSize
 from rich.table import Table
 
 from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, Scores
@@ -20,7 +21,7 @@ from bolaco.report.tables import mib
 
 _FAILED = "failed: "
 # Of the table's columns, those that a terminal has no room for.
-_NOT_IN_TERMINAL = ("model kept", "linears", "whole model", "on disk", "peak memory")
+_NOT_IN_TERMINAL = ("model kept", "linears", "whole model", "peak memory")
 
 
 def labels(sources: Sequence[str]) -> list[str]:
@@ -33,9 +34,21 @@ def _labels(record: ComparisonRecord) -> list[str]:
     return labels([text.source for text in record.texts])
 
 
+def size_cell(size: str | None, keep: float) -> str:
+    """A size that was asked for, as a cell; ``size`` as in :class:`ComparisonRecord`."""
+    return ByteSize(keep).human_readable(decimal=True) if size == "target_size" else f"{keep:g}"
+
+
+def asked_words(size: str | None, keep: float) -> str:
+    """The same in words, to stand behind "at"."""
+    words = {"keep_model": "keep {} of all parameters", "target_size": "target size {}"}
+    return words.get(size or "", "keep {}").format(size_cell(size, keep))
+
+
 def columns_of(record: ComparisonRecord) -> list[str]:
     """Headings of the table: method, keep, a perplexity and a gap for each text, sizes, seconds and memory."""
-    found = ["method", "keep"]
+    headings = {"keep_model": "keep of all", "target_size": "target size"}
+    found = ["method", headings.get(record.size or "", "keep")]
     for label in _labels(record):
         found += [label, "gap"]
     return [*found, "linears kept", "model kept", "linears", "whole model", "on disk", "seconds", "peak memory"]
@@ -62,12 +75,21 @@ def dense_cells(record: ComparisonRecord) -> list[str]:
     """The original's row of the table, a cell for each of :func:`columns_of`."""
     dense = record.dense
     gaps = [0.0 for _ in dense.perplexity]
-    return ["dense", "1", *_quality(dense.perplexity, gaps), "1", "1", *_sizes(dense), "", ""]
+    return [
+        "dense",
+        "" if record.size == "target_size" else "1",
+        *_quality(dense.perplexity, gaps),
+        "1",
+        "1",
+        *_sizes(dense),
+        "",
+        "",
+    ]
 
 
-def cells_of(row: Row) -> list[str]:
+def cells_of(record: ComparisonRecord, row: Row) -> list[str]:
     """A row, a cell for each of :func:`columns_of`; a failed one has three: its method, its keep ratio, the reason."""
-    head = [row.method, f"{row.keep:g}"]
+    head = [row.method, size_cell(record.size, row.keep)]
     if isinstance(row, FailedRow):
         return [*head, _FAILED + row.error]
     kept = [f"{row.keep_linears:.4f}", f"{row.keep_model:.4f}"]
@@ -95,6 +117,14 @@ def memory_note(record: ComparisonRecord) -> str:
     """A sentence on what the column ``peak memory`` means."""
     since = "while the row ran" if record.memory == "row" else "up to the row's end, earlier rows included"
     return f"Peak memory is the resident memory of the process {since}: the original and mapped files count."
+
+
+def size_note(record: ComparisonRecord) -> str:
+    """A sentence on the column ``on disk``, where the original's number format is another one; else nothing."""
+    found, made = record.dense.format, record.dtype
+    if found is None or made is None or found == made:
+        return ""
+    return f" On disk the original is in {found}, as it was found, the results are in {made}."
 
 
 @dataclass(frozen=True)
@@ -154,7 +184,7 @@ def rich_table(record: ComparisonRecord) -> Table:
     for i in wanted:
         table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     keep = None
-    for cells in (dense_cells(record), *map(cells_of, record.rows)):
+    for cells in (dense_cells(record), *(cells_of(record, row) for row in record.rows)):
         if keep is not None and cells[1] != keep:
             table.add_section()
         keep = cells[1]
@@ -176,7 +206,7 @@ def markdown(record: ComparisonRecord) -> str:
     columns = columns_of(record)
     lines = [_line(columns), _line(["---", *("---:" for _ in columns[1:])]), _line(dense_cells(record))]
     for row in record.rows:
-        cells = cells_of(row)
+        cells = cells_of(record, row)
         lines.append(_line([*cells, *("" for _ in columns[len(cells) :])]))
     texts = "; ".join(f"{text.source}: {text.windows} windows of {text.seq_len} tokens" for text in record.texts)
     parts = [
@@ -185,11 +215,14 @@ def markdown(record: ComparisonRecord) -> str:
         f"Perplexity on {_safe(texts)}. Gaps are log-perplexity over the dense model, in nats a token. "
         f"{_safe(calibration_note(record))} Seconds of a row are its own; shared by all: "
         + ", ".join(f"{stage} {value:.1f}" for stage, value in record.seconds.items())
-        + f". {memory_note(record)}",
+        + f". {memory_note(record)}{size_note(record)}",
     ]
     for table in task_tables(record):
         lines = [_line(table.columns), _line(["---", *("---:" for _ in table.columns[1:])]), *map(_line, table.rows)]
-        parts += [f"## Tasks at keep {record.task_keep:g}: {_safe(table.metric)}", "\n".join(lines)]
+        parts += [
+            f"## Tasks at {asked_words(record.size, record.task_keep or 1)}: {_safe(table.metric)}",
+            "\n".join(lines),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -205,14 +238,20 @@ def _line(cells: Sequence[str]) -> str:
 def comma_separated(record: ComparisonRecord) -> str:
     """The content of ``table.csv``: numbers in full, with columns for each text and for each metric of each task."""
     sources, dense = _labels(record), record.dense
+    asked = f"asked_{record.size}" if record.size else "keep"
     rows: list[dict[str, Any]] = [
-        {"method": "dense", "keep": 1, "keep_linears": 1, "keep_model": 1}
+        {
+            "method": "dense",
+            asked: None if record.size == "target_size" else 1,
+            "keep_linears": 1,
+            "keep_model": 1,
+        }
         | _exact_sizes(dense)
         | _exact(sources, dense.perplexity, [0.0 for _ in sources])
         | _exact_scores(dense.tasks)
     ]
     for row in record.rows:
-        cells: dict[str, Any] = {"method": row.method, "keep": row.keep}
+        cells: dict[str, Any] = {"method": row.method, asked: row.keep}
         if isinstance(row, FailedRow):
             cells["error"] = row.error
         else:

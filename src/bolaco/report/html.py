@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import yaml
@@ -27,6 +27,7 @@ from bolaco.report.charts import (
     types_of,
 )
 from bolaco.report.comparison import (
+    asked_words,
     calibration_note,
     cells_of,
     columns_of,
@@ -34,10 +35,11 @@ from bolaco.report.comparison import (
     labels,
     leaders,
     memory_note,
+    size_note,
     task_tables,
 )
 from bolaco.report.record import ComparisonRecord, RowResult
-from bolaco.report.tables import mib, millions
+from bolaco.report.tables import asked_size, mib, millions, size_notes, weight_rows
 from bolaco.storage.budget import Ranks
 from bolaco.version import __version__
 
@@ -127,6 +129,9 @@ def result_page(info: CompressedInfo, curves: Curves, name: str) -> str:
             info=info,
             # Without factors it has the architecture of the original, which transformers knows.
             flag="" if info.storage is None else ", trust_remote_code=True",
+            asked=asked_size(info),
+            weights=weight_rows(info),
+            notes=size_notes(info),
             ppl=ppl,
             log_gap=_log_gap(ppl.compressed, ppl.dense),
             recipe=read_recipe(info.recipe).to_yaml(),
@@ -170,12 +175,13 @@ def comparison_page(record: ComparisonRecord) -> str:
         .get_template("comparison.html.j2")
         .render(
             record=record,
+            asked=partial(asked_words, record.size),
             columns=columns_of(record),
-            table=[(row, cells_of(row)) for row in record.rows],
+            table=[(row, cells_of(record, row)) for row in record.rows],
             best=leaders(record),
             dense=dense_cells(record),
             calibration_note=calibration_note(record),
-            memory_note=memory_note(record),
+            memory_note=memory_note(record) + size_note(record),
             task_tables=task_tables(record),
             charts=[(name, drawn) for name, drawn in charts if drawn is not None],
             details=[

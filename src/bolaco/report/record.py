@@ -6,7 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_serializer, field_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_serializer,
+)
 
 from bolaco.checkpoint.info import Curves, Record, TrialRecord
 from bolaco.errors import CheckpointError
@@ -18,6 +25,17 @@ from bolaco.storage.budget import Ranks
 Scores = dict[str, int | float | None]
 
 
+class _Later(Record):
+    """A part that has got fields since its first version; where one is not known, it is left out."""
+
+    later: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, dump: SerializerFunctionWrapHandler) -> Values:
+        values: Values = dump(self)
+        return {name: value for name, value in values.items() if name not in self.later or value is not None}
+
+
 class TextRecord(Record):
     """A text that perplexity is measured on: ``windows`` of ``seq_len`` tokens, of which ``tokens`` are predicted."""
 
@@ -27,25 +45,32 @@ class TextRecord(Record):
     tokens: int
 
 
-class DenseRecord(Record):
+class DenseRecord(_Later):
     """The original model.
 
     Attributes:
         perplexity: on each text; None where it is not finite.
         tasks: scores by task; empty without tasks.
         parameters, parameters_linears: of the whole model, of the decoder linears.
-        bytes: of the weights.
+        bytes: of the weights on disk, as they were found.
+        format: number format of most of these.
     """
+
+    later: ClassVar[tuple[str, ...]] = ("format",)
 
     perplexity: list[float | None]
     tasks: dict[str, Scores]
     parameters: int
     parameters_linears: int
     bytes: int
+    format: str | None = None
 
 
 class RowRecord(Record):
-    """What every row has: its name in the comparison, the method as the user named it, and the keep ratio asked for."""
+    """What every row has: its name in the comparison, the method as the user named it, and the size asked for.
+
+    The size is a keep ratio unless :attr:`ComparisonRecord.size` says that it is another one.
+    """
 
     failed: ClassVar[bool]
 
@@ -121,26 +146,31 @@ class FailedRow(RowRecord):
 Row = RowResult | FailedRow
 
 
-class ComparisonRecord(Record):
+class ComparisonRecord(_Later):
     """The content of ``results.json``.
 
     Attributes:
         format: of the file.
         model: the original, as the user named it.
         methods, keep: what was asked for; there is a row for each method at each keep ratio.
+        size: what the numbers of ``keep`` are where they are no keep ratios: shares of all parameters, or bytes.
         task_keep: the keep ratio that tasks were run at; None without tasks.
         calibration: descriptions of the texts that methods were calibrated on; empty where none of them reads text.
         texts: in the order of all lists of perplexities and gaps.
         dense: the original.
         rows: those that are finished, by keep ratio and then by method, in the order asked for.
         seconds: of each stage that all rows share.
+        dtype: number format of the results.
         memory: what ``peak_bytes`` of a row covers: ``row`` only itself, ``process`` everything up to its end.
         versions: of the packages that the rows ran with.
     """
 
+    later: ClassVar[tuple[str, ...]] = ("dtype", "size")
+
     format: int
     model: str
     methods: list[str]
+    size: Literal["keep_model", "target_size"] | None = None
     keep: list[float]
     task_keep: float | None
     calibration: list[str]
@@ -148,6 +178,7 @@ class ComparisonRecord(Record):
     dense: DenseRecord
     rows: list[Row]
     seconds: dict[str, float]
+    dtype: str | None = None
     memory: Literal["row", "process"]
     versions: dict[str, str]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pydantic import ByteSize
 from rich.table import Table
 
 from bolaco.checkpoint.info import CompressedInfo, TrialRecord, TuningRecord
@@ -54,8 +55,42 @@ def summary_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
             f"{info.keep_model:.4f}",
         ),
         *_active_rows(info),
-        ("weights on disk", mib(info.bytes_dense), mib(info.bytes), f"{info.bytes / info.bytes_dense:.4f}"),
+        *weight_rows(info),
     ]
+
+
+def weight_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
+    """The weights on disk; where the original's are in another number format, in the result's format too."""
+    dense, compressed, here = info.bytes_dense, info.bytes, info.bytes_dense_here
+    rows = [("weights on disk", mib(dense), mib(compressed), f"{compressed / dense:.4f}")]
+    if here is None or info.dtype_dense in (None, info.dtype):
+        return rows
+    as_found = (f"weights on disk, {info.dtype_dense} and {info.dtype}", *rows[0][1:])
+    return [(f"weights in {info.dtype}", mib(here), mib(compressed), f"{compressed / here:.4f}"), as_found]
+
+
+def larger_note(size: int, dtype: str, source: int, source_format: str | None) -> list[str]:
+    """A line where a result takes more bytes than its original on disk, which is in another number format."""
+    if size <= source or source_format in (None, "", dtype):
+        return []
+    return [
+        f"The result has more bytes ({mib(size)}) than the original on disk ({mib(source)}): "
+        f"its weights are in {dtype}, those of the original in {source_format}."
+    ]
+
+
+def size_notes(info: CompressedInfo) -> list[str]:
+    """What must be said beside the sizes of a result."""
+    return larger_note(info.bytes, info.dtype, info.bytes_dense, info.dtype_dense)
+
+
+def asked_size(info: CompressedInfo) -> str:
+    """The size that was asked for, and the keep ratio that it came to."""
+    keep = f"keep {info.keep:g}"
+    share, size = info.recipe.get("keep_model"), info.recipe.get("target_size")
+    if isinstance(size, int):
+        return f"target size {ByteSize(size).human_readable(decimal=True)} ({keep})"
+    return f"keep {share:g} of all parameters ({keep} of the decoder linears)" if isinstance(share, float) else keep
 
 
 def _active_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:
@@ -83,13 +118,54 @@ def experts_table(tokens: Mapping[str, int]) -> Table:
 def summary_table(info: CompressedInfo) -> Table:
     """The compressed model beside the original."""
     ppl = info.perplexity
-    title = f"{info.model}, keep {info.keep}: perplexity on {ppl.data}, {ppl.windows} x {ppl.seq_len} tokens"
+    title = f"{info.model}, {asked_size(info)}: perplexity on {ppl.data}, {ppl.windows} x {ppl.seq_len} tokens"
     table = Table("", title=title, title_justify="left")
     for column in ("dense", "compressed", "ratio / gap"):
         table.add_column(column, justify="right")
     for row in summary_rows(info):
         table.add_row(*row)
     return table
+
+
+_SIZES_COLUMNS = ("", "perplexity", "gap, nats", "parameters", "of all", "weights on disk", "of the original's")
+
+
+def _sizes_rows(infos: Mapping[str, CompressedInfo]) -> list[tuple[str, ...]]:
+    """The original and its results at several sizes, a cell for each of :data:`_SIZES_COLUMNS`."""
+    first = next(iter(infos.values()))
+    dense = first.perplexity.dense
+    rows: list[tuple[str, ...]] = [
+        ("original", f"{dense:.3f}", "", f"{first.parameters_dense:,}", "1", mib(first.bytes_dense), "1")
+    ]
+    for name, info in infos.items():
+        quality = (
+            f"{info.perplexity.compressed:.3f}",
+            _change(dense, info.perplexity.compressed).removesuffix(" nats"),
+        )
+        size = (f"{info.parameters:,}", f"{info.keep_model:.4f}", mib(info.bytes))
+        rows.append((name, *quality, *size, f"{info.bytes / info.bytes_dense:.4f}"))
+    return rows
+
+
+def sizes_table(infos: Mapping[str, CompressedInfo]) -> Table:
+    """Quality against size of one model's results, by name; there must be one."""
+    first = next(iter(infos.values()))
+    ppl = first.perplexity
+    title = f"{first.model}: perplexity on {ppl.data}, {ppl.windows} x {ppl.seq_len} tokens"
+    table = Table(_SIZES_COLUMNS[0], title=title, title_justify="left")
+    for column in _SIZES_COLUMNS[1:]:
+        table.add_column(column, justify="right")
+    for row in _sizes_rows(infos):
+        table.add_row(*row)
+    return table
+
+
+def sizes_markdown(infos: Mapping[str, CompressedInfo]) -> str:
+    """:func:`sizes_table` as Markdown."""
+    lines = [_SIZES_COLUMNS, ("---", *("---:" for _ in _SIZES_COLUMNS[1:])), *_sizes_rows(infos)]
+    ppl = next(iter(infos.values())).perplexity
+    text = " ".join(f"{ppl.data}: {ppl.windows} windows of {ppl.seq_len} tokens".split()).replace("|", "\\|")
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\nPerplexity on {text}.\n"
 
 
 def seconds_line(record: CompressedInfo | TuningRecord) -> str:

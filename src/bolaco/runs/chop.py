@@ -5,6 +5,7 @@ load -> blocks that stay -> checkpoint -> evaluation of what was written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo, Curves, versions
 from bolaco.checkpoint.result import Result
+from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
+from bolaco.models.find import meta_model
 from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Structure, parameter_limit
@@ -20,9 +23,10 @@ from bolaco.progress import Reporter
 from bolaco.recipe.recipe import TransformRecipe
 from bolaco.report.curves import matrix_curves
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
-from bolaco.runs.session import Loaded, Session, load, open_source, texts_for
+from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
+from bolaco.runs.size import refused_as_asked, saved_tensors, settled
 from bolaco.work.files import require_space
-from bolaco.work.folder import Clock, WorkFolder
+from bolaco.work.folder import LOG_FILE, WorkFolder
 from bolaco.work.output import work_beside
 
 
@@ -34,6 +38,7 @@ def chop(
     keep_work: bool = False,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    given: Mapping[str, InMemory] | None = None,
 ) -> Result[CompressedInfo]:
     """Runs ``recipe`` and writes ``out``; arguments as for :func:`bolaco.runs.compress.compress`.
 
@@ -42,12 +47,12 @@ def chop(
     """
     work = work_beside(out, work)
     resolve_device(recipe.device)
-    with WorkFolder(work, recipe) as folder:
-        session = Session(folder, Clock(folder.path, recipe), reporter)
+    with WorkFolder(work, recipe) as folder, reporter.logged(folder.path / LOG_FILE):
+        session = begin(folder, recipe, reporter)
         with session.clock.timed("load"):
             if model is None:
                 reporter.say(f"loading {recipe.model}")
-            source = open_source(recipe.model, model, tokenizer)
+            source = open_source(recipe.model, model, tokenizer, given)
             texts = texts_for(recipe, source)
             loaded = load(source, recipe.dtype, recipe.device)
         result = chop_loaded(recipe, out, loaded, texts, session)
@@ -63,7 +68,7 @@ def kept_blocks(recipe: TransformRecipe, structure: Structure) -> tuple[int, ...
         BudgetError: the budget is too small for any.
     """
     total = sum(site.size for site in structure.sites)
-    return recipe.transform.plan(structure, recipe.keep, parameter_limit(recipe.keep, total), recipe.options)
+    return recipe.transform.plan(structure, recipe.share, parameter_limit(recipe.share, total), recipe.options)
 
 
 def chop_loaded(
@@ -75,15 +80,23 @@ def chop_loaded(
         BolacoError: anything the user can mend, in one line.
     """
     structure = loaded.structure
-    kept = kept_blocks(recipe, structure)
-    require_space([(out, loaded.parameters * loaded.itemsize)], "the checkpoint")
+    asked, recipe = recipe, settled(recipe, loaded.shapes)
+    with refused_as_asked(asked, loaded.shapes):
+        kept = kept_blocks(recipe, structure)
+    require_space([(out, loaded.parameters * loaded.dtype.itemsize)], "the checkpoint")
     with session.clock.timed("dense evaluation"):
         dense = dense_perplexity(loaded, texts, recipe.validation.batch, session)
 
     def write(folder: Path) -> None:
         smaller = recipe.transform.apply(loaded.model, structure, kept)
+        skeleton: Any = smaller
+        if loaded.dtype != smaller.dtype:
+            # Only its tensors are in memory; what is loaded is not to be changed.
+            skeleton = meta_model(smaller.config)
+            skeleton.to(loaded.dtype)
+            skeleton.generation_config = smaller.generation_config
         with quiet():
-            smaller.save_pretrained(folder)
+            skeleton.save_pretrained(folder, state_dict=saved_tensors(smaller, loaded.dtype))
 
     def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
         found, parameters = perplexities_of(folder, dense, loaded, texts, recipe.validation.batch, session)
@@ -94,7 +107,7 @@ def chop_loaded(
             | {
                 "method": recipe.method.name,
                 "storage": None,
-                "keep": recipe.keep,
+                "keep": recipe.share,
                 "keep_linears": linears / total,
                 "keep_model": parameters / loaded.parameters,
                 "parameters": parameters,
@@ -105,7 +118,7 @@ def chop_loaded(
                 "perplexity": found,
                 "trials": [],
                 "seconds": {},
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": asked.model_dump(mode="json"),
                 "versions": versions(),
             }
         )

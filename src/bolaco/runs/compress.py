@@ -6,7 +6,7 @@ was written. Each stage leaves its result in the work folder, under a name that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bolaco.allocate.allocator import ALLOCATORS, Allocation, AllocationTask, Tr
 from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, versions
 from bolaco.checkpoint.result import Result
 from bolaco.checkpoint.write import CompressedState, check_savable, compressed_state, write_model
+from bolaco.data.memory import InMemory
 from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
 from bolaco.evaluation.objective import check_tokens
@@ -32,14 +33,15 @@ from bolaco.report.curves import matrix_curves, thinned
 from bolaco.runs.dry_run import preview_task
 from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
-from bolaco.runs.session import Loaded, Session, load, open_source, texts_for
+from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
+from bolaco.runs.size import refused_as_asked, settled
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.block import compressed_block
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.files import require_space
-from bolaco.work.folder import Artefact, Clock, WorkFolder
+from bolaco.work.folder import LOG_FILE, Artefact, WorkFolder
 from bolaco.work.output import work_beside
 
 
@@ -51,23 +53,25 @@ def compress(
     keep_work: bool = False,
     model: PreTrainedModel | None = None,
     tokenizer: Any = None,
+    given: Mapping[str, InMemory] | None = None,
 ) -> Result[CompressedInfo]:
     """Runs ``recipe`` and writes ``out``.
 
-    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed.
+    ``model`` and ``tokenizer`` stand in for loading ``recipe.model``; they are not changed. ``given`` are texts in
+    memory by the names that the recipe has for them.
 
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
     work = work_beside(out, work)
     resolve_device(recipe.device)
-    with WorkFolder(work, recipe) as folder:
-        session = Session(folder, Clock(folder.path, recipe), reporter)
+    with WorkFolder(work, recipe) as folder, reporter.logged(folder.path / LOG_FILE):
+        session = begin(folder, recipe, reporter)
         with session.clock.timed("load"):
             if model is None:
                 reporter.say(f"loading {recipe.model}")
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
-            source = open_source(recipe.model, model, tokenizer)
+            source = open_source(recipe.model, model, tokenizer, given)
             texts = texts_for(recipe, source)
             loaded = load(source, recipe.dtype, recipe.device, texts.calibration)
         result = compress_loaded(recipe, out, loaded, texts, session)
@@ -87,11 +91,13 @@ def compress_loaded(
     for tokens in (texts.calibration, texts.evaluation):
         check_tokens(loaded.model, tokens)
     check_savable(loaded.model)
+    asked, recipe = recipe, settled(recipe, loaded.shapes)
     made = subject_artefact(recipe, loaded, texts, session)
     preview = preview_task(recipe, loaded.structure)
     budget = preview.budget
     # Called for what it raises: a budget that cannot be met shows before anything that takes long.
-    recipe.allocator.preview(preview, recipe.allocator_options)
+    with refused_as_asked(asked, loaded.shapes):
+        recipe.allocator.preview(preview, recipe.allocator_options)
     warm = warm_ranks(recipe, budget)
     subject = make_subject(recipe, loaded, texts, session, made)
     plan = plan_factors(recipe, loaded, texts, session, subject, made)
@@ -103,7 +109,7 @@ def compress_loaded(
     allocation = _allocate(recipe, plan, factors, budget, warm, texts, session)
     plan = plan.taking(allocation.ranks)
     subject, units = plan.subject, plan.subject.structure
-    budget = Budget(units.sites, recipe.keep, recipe.form)
+    budget = Budget(units.sites, recipe.share, recipe.form)
     refined = _refined(recipe, plan, allocation.ranks, session)
     if recipe.refinement.active and refined is None:
         session.reporter.say(f"blocks are not refined, they cannot be run alone: {subject.structure.walk.hooks}")
@@ -115,7 +121,7 @@ def compress_loaded(
     def write(folder: Path) -> None:
         blocks = _blocks(recipe, plan, factors, allocation.ranks, refined)
         states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form))
-        write_model(folder, subject.model, states[-1])
+        write_model(folder, subject.model, states[-1], loaded.dtype)
         subject.save_extra(folder)
 
     def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
@@ -128,7 +134,7 @@ def compress_loaded(
             | {
                 "method": recipe.method.name,
                 "storage": recipe.storage,
-                "keep": recipe.keep,
+                "keep": recipe.share,
                 "keep_linears": linears / budget.total,
                 "keep_model": parameters / loaded.parameters,
                 "parameters": parameters,
@@ -151,7 +157,7 @@ def compress_loaded(
                 "dimensions": list(allocation.dimensions),
                 "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
                 "seconds": {},
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": asked.model_dump(mode="json"),
                 "versions": versions(
                     METHODS.package(recipe.method.name),
                     STORAGES.package(recipe.storage),
@@ -169,7 +175,7 @@ def _require_space(recipe: LowRankRecipe, plan: FactorPlan, loaded: Loaded, sess
     size = factor_bytes([plan], session)
     if recipe.refinement.active:
         size += sum(site.size for site in plan.subject.structure.sites) * loaded.itemsize
-    needs = [(session.folder.path, size), (out, loaded.parameters * loaded.itemsize)]
+    needs = [(session.folder.path, size), (out, loaded.parameters * loaded.dtype.itemsize)]
     require_space(needs, "the factors and the checkpoint")
 
 
@@ -190,7 +196,7 @@ def _allocate(
             "search",
             factors=plan.artefact,
             top=dict(plan.top),
-            keep=recipe.keep,
+            keep=recipe.share,
             storage=recipe.storage,
             # More trials go on with the ledger of fewer.
             search=recipe.search.model_dump(mode="json") | {"trials": None, "warm_start": warm},

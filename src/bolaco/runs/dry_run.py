@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor
@@ -12,10 +14,12 @@ from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
 from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.structure import Structure
+from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
-from bolaco.report.tables import blocks_line, kept_lines, plan_table
+from bolaco.report.tables import blocks_line, kept_lines, larger_note, mib, plan_table
 from bolaco.runs.chop import kept_blocks
-from bolaco.storage.budget import Budget
+from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
+from bolaco.storage.budget import Budget, Ranks
 
 
 def _no_spectra() -> Mapping[str, Tensor]:
@@ -25,32 +29,126 @@ def _no_spectra() -> Mapping[str, Tensor]:
 def preview_task(recipe: LowRankRecipe, structure: Structure) -> AllocationTask:
     """What an allocator gets to know before any weight is looked at."""
     units = recipe.units(structure)
-    budget = Budget(units.sites, recipe.keep, recipe.form)
+    budget = Budget(units.sites, recipe.share, recipe.form)
     return AllocationTask(units, budget, recipe.search.rank_multiple, recipe.dense_types, _no_spectra)
 
 
-def described(recipe: Recipe) -> Iterator[Table | str]:
-    """What there is to say of a run, in order.
+@dataclass(frozen=True)
+class Preview:
+    """What is known of a run before its weights are read.
+
+    Attributes:
+        recipe: settled on a keep ratio.
+        shapes: of the model.
+        stored: its weights on disk; None where they are not there yet.
+        linears: parameters of the decoder linears afterwards.
+        biases: parameters of the biases that they get.
+        kept: decoder blocks that stay, of a transform.
+        task, ranks: what an allocator gets to know, and its first allocation; None for a transform.
+    """
+
+    recipe: Recipe
+    shapes: Shapes
+    stored: StoredWeights | None
+    linears: int
+    kept: tuple[int, ...]
+    task: AllocationTask | None = None
+    ranks: Ranks | None = None
+    biases: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model afterwards."""
+        return self.shapes.parameters - self.shapes.linears + self.linears + self.biases
+
+    @property
+    def bytes(self) -> int:
+        """Of its weights."""
+        return self.shapes.bytes_at(self.linears + self.biases)
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Looks at a model's configuration and files.
 
     Raises:
         BolacoError: what would stop the run and can be known before its weights are read.
     """
     config = load_config(recipe.model)
     refuse_compressed(config)
-    structure = inspect_structure(meta_model(config))
+    model = meta_model(config)
+    structure, stored = inspect_structure(model), stored_weights(recipe.model)
+    shapes = Shapes(model, structure, result_dtype(recipe.dtype, stored, model.dtype))
+    asked, recipe = recipe, settled(recipe, shapes)
     if isinstance(recipe, TransformRecipe):
-        kept = kept_blocks(recipe, structure)
-        size = sum(site.size for site in structure.sites if site.layer in kept)
-        total = sum(site.size for site in structure.sites)
-        yield blocks_line(kept, structure.num_layers)
-        yield f"{size:,} of {total:,} parameters of the decoder linears stay ({size / total:.4f})"
-        return
-    yield from _factoring(recipe, preview_task(recipe, structure))
+        with refused_as_asked(asked, shapes):
+            kept = kept_blocks(recipe, structure)
+        linears = sum(site.size for site in structure.sites if site.layer in kept)
+        return Preview(recipe, shapes, stored, linears, kept)
+    task = preview_task(recipe, structure)
+    with refused_as_asked(asked, shapes):
+        ranks = recipe.allocator.preview(task, recipe.allocator_options)
+    blocks = tuple(range(structure.num_layers))
+    factored = (site for site in task.structure.sites if ranks.get(site.name) is not None)
+    biases = new_biases(recipe, factored)
+    return Preview(recipe, shapes, stored, task.budget.cost(ranks), blocks, task, ranks, biases)
 
 
-def _factoring(recipe: LowRankRecipe, task: AllocationTask) -> Iterator[Table | str]:
+def described(recipe: Recipe) -> Iterator[Table | str]:
+    """What there is to say of a run, in order.
+
+    Raises:
+        BolacoError: as :func:`preview`.
+    """
+    found = preview(recipe)
+    size, shapes = found.linears, found.shapes
+    if found.task is None or found.ranks is None or not isinstance(found.recipe, LowRankRecipe):
+        yield blocks_line(found.kept, shapes.structure.num_layers)
+        yield f"{size:,} of {shapes.linears:,} parameters of the decoder linears stay ({size / shapes.linears:.4f})"
+    else:
+        yield from _factoring(found.recipe, found.task, found.ranks)
+    yield from _sizes(found)
+
+
+def values(recipe: Recipe) -> dict[str, Any]:
+    """The same for programs; the fields are in docs/json.md.
+
+    Raises:
+        BolacoError: as :func:`preview`.
+    """
+    found = preview(recipe)
+    shapes, stored = found.shapes, found.stored
+    return {
+        "dry_run": True,
+        "model": recipe.model,
+        "method": recipe.method.name,
+        "keep": found.recipe.share,
+        "parameters": found.parameters,
+        "parameters_dense": shapes.parameters,
+        "parameters_linears": found.linears,
+        "parameters_linears_dense": shapes.linears,
+        "bytes": found.bytes,
+        "bytes_dense": None if stored is None else stored.bytes,
+        "dtype": dtype_name(shapes.dtype),
+        "dtype_dense": None if stored is None else stored.format,
+        "layers": list(found.kept),
+        "layers_dense": shapes.structure.num_layers,
+        "ranks": found.ranks or {},
+        "kept": [{"name": k.name, "parameters": k.size, "reason": k.reason} for k in shapes.structure.kept],
+        "recipe": recipe.model_dump(mode="json"),
+    }
+
+
+def _sizes(found: Preview) -> Iterator[str]:
+    """The whole model beside the original."""
+    stored, dtype = found.stored, dtype_name(found.shapes.dtype)
+    yield f"whole model: {found.parameters:,} parameters, {mib(found.bytes)} in {dtype}"
+    if stored is not None:
+        yield f"the original: {found.shapes.parameters:,} parameters, {mib(stored.bytes)} on disk ({stored.format})"
+        yield from larger_note(found.bytes, dtype, stored.bytes, stored.format)
+
+
+def _factoring(recipe: LowRankRecipe, task: AllocationTask, ranks: Ranks) -> Iterator[Table | str]:
     allocator, calibration, validation = recipe.allocator, recipe.calibration, recipe.validation
-    ranks = allocator.preview(task, recipe.allocator_options)
     yield plan_table(task.structure, task.budget, ranks, allocator.shows)
     yield from kept_lines(task.structure)
     yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}"

@@ -99,7 +99,7 @@ def subject_artefact(recipe: LowRankRecipe, loaded: Loaded, texts: Texts, sessio
         method=chosen.method.name,
         options=chosen.options,
         text=fingerprint(texts.calibration),
-        keep=recipe.keep,
+        keep=recipe.share,
         seed=recipe.seed,
     )
 
@@ -113,7 +113,7 @@ def make_subject(
     if chosen.method.subject is None or artefact is None:
         return subject
     task = SubjectTask(
-        subject, texts.calibration, recipe.keep, chosen.options, recipe.seed, artefact.path, session.reporter
+        subject, texts.calibration, recipe.share, chosen.options, recipe.seed, artefact.path, session.reporter
     )
     with session.clock.timed("prune"):
         return chosen.method.subject(task)

@@ -13,6 +13,7 @@ from bolaco.data.texts import Texts
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.models.load import load_model
 from bolaco.models.quiet import quiet
+from bolaco.models.weights import dtype_name
 from bolaco.report.card import model_card
 from bolaco.report.html import REPORT_FILE, result_page
 from bolaco.runs.session import Loaded, Session
@@ -34,8 +35,11 @@ def dense_perplexity(loaded: Loaded, texts: Texts, batch: int, session: Session)
 def perplexities_of(
     folder: Path, dense: PerplexityResult, loaded: Loaded, texts: Texts, batch: int, session: Session
 ) -> tuple[Perplexities, int]:
-    """Loads what was written and measures it; returns perplexities before and after, and its parameters."""
-    compressed = load_model(str(folder), device=str(loaded.model.device))
+    """Loads what was written and measures it; returns perplexities before and after, and its parameters.
+
+    Its weights are rounded as they were written; it computes in the number format in which the original did.
+    """
+    compressed = load_model(str(folder), dtype_name(loaded.model.dtype), str(loaded.model.device))
     blocks = texts.evaluation
     with session.reporter.stage("evaluate the result", len(blocks)) as tick:
         after = perplexity(compressed, blocks, batch, tick)
@@ -90,7 +94,9 @@ def common_values(loaded: Loaded, folder: Path) -> dict[str, object]:
         "model_type": model.config.model_type,
         "parameters_dense": loaded.parameters,
         "bytes": weight_bytes(folder),
-        "bytes_dense": loaded.parameters * loaded.itemsize,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "bytes_dense": loaded.bytes,
+        "bytes_dense_here": loaded.shapes.bytes_at(loaded.shapes.linears),
+        "dtype": dtype_name(loaded.dtype),
+        "dtype_dense": loaded.format,
         "layers_dense": loaded.structure.num_layers,
     }

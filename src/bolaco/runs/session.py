@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bolaco.checkpoint.info import versions
+from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts, prepare_texts
 from bolaco.models.experts import unfused
 from bolaco.models.find import inspect_structure
@@ -16,8 +21,10 @@ from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.match import check_rebuildable
 from bolaco.models.observe import observed
 from bolaco.models.structure import Structure
+from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import Recipe
+from bolaco.runs.size import Shapes
 from bolaco.work.folder import Clock, WorkFolder
 
 
@@ -30,12 +37,14 @@ class Source:
         model: the model itself where the user has loaded it; it is not changed.
         config: its configuration.
         tokenizer: its tokenizer.
+        given: texts in memory by their names, which recipes have as sources.
     """
 
     name: str
     model: PreTrainedModel | None
     config: Any
     tokenizer: Any
+    given: Mapping[str, InMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Loaded:
         structure: its decoder.
         identity: changes with any weight and with the kind of device, on which rounding depends.
         parameters: of the whole model.
+        dtype: number format of the result; GGUF files are worked on in float32 whatever it is.
+        stored: the weights on disk; None for a model that the user has loaded.
     """
 
     name: str
@@ -59,11 +70,29 @@ class Loaded:
     structure: Structure
     identity: str
     parameters: int
+    dtype: torch.dtype
+    stored: StoredWeights | None = None
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a parameter."""
+        """Bytes of a parameter in memory."""
         return self.model.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights on disk; of those in memory where there are none on disk."""
+        return self.parameters * self.itemsize if self.stored is None else self.stored.bytes
+
+    @property
+    def format(self) -> str:
+        """Number format of most weights of the source."""
+        known = "" if self.stored is None else self.stored.format
+        return known or dtype_name(self.model.dtype)
+
+    @property
+    def shapes(self) -> Shapes:
+        """What sizes are counted by."""
+        return Shapes(self.model, self.structure, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -75,7 +104,17 @@ class Session:
     reporter: Reporter
 
 
-def open_source(name: str, model: PreTrainedModel | None, tokenizer: Any) -> Source:
+def begin(folder: WorkFolder, run: BaseModel, reporter: Reporter) -> Session:
+    """The session of a run in its work folder; the log begins with what it depends on."""
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    reporter.detail(f"{found}; {torch.get_num_threads()} threads")
+    reporter.detail(f"{type(run).__name__} {run.model_dump_json()}")
+    return Session(folder, Clock(folder.path, run, reporter.detail), reporter)
+
+
+def open_source(
+    name: str, model: PreTrainedModel | None, tokenizer: Any, given: Mapping[str, InMemory] | None = None
+) -> Source:
     """Reads configuration and tokenizer, unless they are given.
 
     Raises:
@@ -86,7 +125,7 @@ def open_source(name: str, model: PreTrainedModel | None, tokenizer: Any) -> Sou
         check_rebuildable(model)
     config = model.config if model is not None else load_config(name)
     refuse_compressed(config)
-    return Source(name, model, config, tokenizer if tokenizer is not None else load_tokenizer(name))
+    return Source(name, model, config, tokenizer if tokenizer is not None else load_tokenizer(name), given or {})
 
 
 def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, more: tuple[str, ...] = ()) -> Texts:
@@ -101,6 +140,7 @@ def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, mo
         searches=recipe.searches,
         bos=recipe.bos,
         more=more,
+        given=source.given,
     )
 
 
@@ -110,10 +150,15 @@ def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) 
     Raises:
         BolacoError: they cannot be read, are not finite, or the structure is not known.
     """
-    model = source.model if source.model is not None else load_model(source.name, dtype, device, "refuse")
+    stored = None if source.model is not None else stored_weights(source.name)
+    in_memory = "auto" if stored is not None and stored.gguf else dtype
+    model = source.model if source.model is not None else load_model(source.name, in_memory, device, "refuse")
     check_finite(model)
     working = unfused(model)
     structure = observed(working, inspect_structure(working), tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"
     parameters = sum(p.numel() for p in model.parameters())
-    return Loaded(source.name, model, working, source.tokenizer, structure, identity, parameters)
+    if stored is None and source.model is None:
+        stored = stored_weights(source.name)  # a hub id's are in the cache now
+    made = result_dtype(dtype, stored, model.dtype)
+    return Loaded(source.name, model, working, source.tokenizer, structure, identity, parameters, made, stored)

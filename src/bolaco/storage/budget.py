@@ -49,5 +49,6 @@ class Budget:
         """The error where not even the smallest allocation, of ``least`` parameters, fits."""
         return BudgetError(
             f"keep {self.keep} allows {self.limit:,} parameters in the decoder linears, but the smallest allocation "
-            f"has {least:,} ({least / self.total:.3f}); {advice}"
+            f"has {least:,} ({least / self.total:.3f}); {advice}",
+            least,
         )

@@ -82,9 +82,11 @@ def plan(structure: Structure, keep: float, limit: int, options: ChopOptions) ->
         blocks = kept_blocks(layers, count, options.pattern)
         if sum(sizes[block] for block in blocks) <= limit:
             return blocks
+    least = sum(sizes[block] for block in {0, layers - 1})
     raise BudgetError(
         f"keep {keep} allows {limit:,} parameters in the decoder linears, but the first and the last "
-        f"block, which always stay, have {sum(sizes[block] for block in {0, layers - 1}):,}; raise --keep"
+        f"block, which always stay, have {least:,}; raise --keep",
+        least,
     )
 
 

@@ -33,7 +33,7 @@ from bolaco.tune.settings import TuneSettings
 from bolaco.tune.teacher import load_original, load_teacher, to_run_dtype
 from bolaco.tune.trainer import TRAINED, Trained, load_trained, save_trained, total_steps, train, training_arguments
 from bolaco.work.files import require_space
-from bolaco.work.folder import Artefact, Clock, WorkFolder
+from bolaco.work.folder import LOG_FILE, Artefact, Clock, WorkFolder
 from bolaco.work.output import new_folder, work_beside
 
 
@@ -63,8 +63,9 @@ def tune(
     if int(os.environ.get("RANK", "0")) > 0:
         _help_train(_begin(mode, settings, options, folder, Reporter(quiet=True), first=False))
         return None
-    with folder:
-        clock = Clock(folder.path, settings)
+    with folder, reporter.logged(folder.path / LOG_FILE):
+        reporter.detail(f"{type(settings).__name__} {settings.model_dump_json()}")
+        clock = Clock(folder.path, settings, reporter.detail)
         with clock.timed("load"):
             reporter.say(f"loading {settings.model}")
             run = _begin(mode, settings, options, folder, reporter, first=True)

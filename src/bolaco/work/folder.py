@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +25,18 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bolaco.errors import ResumeError
 from bolaco.work.files import PARTIAL, write_text
+from bolaco.work.memory import largest_resident
 from bolaco.work.output import UNFINISHED
 
 V = TypeVar("V")
 
 # What a folder holds before its first stage is finished; hidden states of a walk are of no use to another run.
 _MARK = "recipe.json"
+# What the runs said that used the folder.
+LOG_FILE = "log.txt"
 # In a folder of factors: the ranks up to which they go.
 TOP_FILE = "top.json"
-_BOOKKEEPING = (_MARK, TOP_FILE, "unfinished.json")
+_BOOKKEEPING = (_MARK, TOP_FILE, "unfinished.json", LOG_FILE)
 _ENDINGS = (PARTIAL, ".cache", ".seconds.json")
 
 
@@ -251,7 +254,7 @@ class WorkFolder:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
-            elif entry.name not in _BOOKKEEPING:
+            elif entry.name != _MARK:
                 entry.unlink()
         shutil.rmtree(self.path)
 
@@ -262,9 +265,11 @@ class Clock:
     Args:
         folder: where they are kept.
         run: everything the run depends on.
+        tell: is told what each stage took.
     """
 
-    def __init__(self, folder: Path, run: Any) -> None:
+    def __init__(self, folder: Path, run: Any, tell: Callable[[str], None] | None = None) -> None:
+        self._tell = tell
         self._file = folder / f"{digest(run)}.seconds.json"
         self.seconds: dict[str, float] = {}
         with suppress(OSError, ValueError):
@@ -277,5 +282,8 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
+            took = time.perf_counter() - start
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
             write_text(self._file, json.dumps(self.seconds))
+            if self._tell is not None:
+                self._tell(f"{stage}: {took:.1f} s, {largest_resident() / 2**20:,.0f} MiB resident at most so far")

@@ -38,6 +38,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """A second name for the same file where the file system has such, else a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def refuse_existing(out: Path) -> None:
     """Raises OutputExistsError if ``out`` is there already."""
     if out.exists() or out.is_symlink():  # a link that leads nowhere too
