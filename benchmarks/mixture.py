@@ -141,6 +141,7 @@ def main() -> None:
             args.keep,
             args.out / f"{name}-{args.keep}",
             tokenizer=words,
+            preset="default",
             calibration=str(learn),
             options=options | more,
             **run,

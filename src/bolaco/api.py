@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo, Info
@@ -14,12 +15,10 @@ from bolaco.checkpoint.result import Result
 from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
-from bolaco.data.sources import TokenStream
 from bolaco.errors import DataError
-from bolaco.evaluation.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.perplexity import PerplexityResult, evaluation_windows, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
-from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
-from bolaco.models.structure import positions_of
+from bolaco.models.load import evaluation_mode, load_config, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
 from bolaco.runs.chop import chop
@@ -48,7 +47,7 @@ def compress(
     out: str | Path,
     *,
     tokenizer: Any = None,
-    preset: str = "default",
+    preset: str | None = None,
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     **words: Any,
@@ -61,7 +60,7 @@ def compress(
         keep: share of the decoder linears' parameters to keep, in (0, 1].
         out: folder to write; must not exist.
         tokenizer: for a loaded model.
-        preset: a name in :data:`bolaco.recipe.presets.PRESETS`.
+        preset: a name in :data:`bolaco.recipe.presets.PRESETS`; by default the recipe that ``method`` names, or ours.
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         reporter: where progress goes; silent by default.
@@ -126,8 +125,8 @@ def tune(
         keep_work: keep it.
         reporter: where progress goes; silent by default.
         options: fields of :class:`bolaco.tune.settings.TuneSettings` by dotted name.
-        words: ``evaluation``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``, ``learning_rate``,
-            ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
+        words: ``evaluation``, ``text_column``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``,
+            ``learning_rate``, ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
 
     Returns:
         The result; None in the processes of torchrun that are not the first.
@@ -216,10 +215,11 @@ def _items(words: str | Sequence[str]) -> list[str]:
 
 def evaluate(
     model: str | PreTrainedModel,
-    data: str,
+    data: str | Tensor,
     *,
     seq_len: int = 1024,
     limit: int | None = None,
+    text_column: str | None = None,
     tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -231,9 +231,10 @@ def evaluate(
 
     Args:
         model: as for :func:`compress`; a folder it wrote is loaded like any other.
-        data: text source (see :mod:`bolaco.data`).
+        data: text source (see :mod:`bolaco.data`), or token windows ``[windows, length]``.
         seq_len: window length in tokens.
         limit: the first so many windows; None for all.
+        text_column: of rows, see :func:`bolaco.data.sources.read_documents`.
         tokenizer: for a loaded model.
         dtype, device, bos, batch: as in a recipe.
         reporter: where progress goes.
@@ -241,18 +242,14 @@ def evaluate(
     Raises:
         BolacoError: with one line that says what to mend.
     """
-    if seq_len < 2:
-        raise DataError(f"seq_len must be at least 2, got {seq_len}: the first token of a window is not predicted")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, got {limit}")
+    if isinstance(data, str):
+        # In order of cost: what is wrong with the model's name or the text shows before any weight is read.
+        config = load_config(model) if isinstance(model, str) else model.config
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model if isinstance(model, str) else str(model.name_or_path))
+        data = evaluation_windows(data, tokenizer, config, seq_len, limit, bos, text_column)
+    blocks = data
     loaded = load_model(model, dtype, device) if isinstance(model, str) else model
-    if tokenizer is None:
-        tokenizer = load_tokenizer(model if isinstance(model, str) else str(loaded.name_or_path))
-    positions = positions_of(loaded.config)
-    if positions is not None and seq_len > positions:
-        raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
-    model_type = loaded.config.model_type
-    blocks = TokenStream(data, tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
     reporter = reporter or Reporter(quiet=True)
     with evaluation_mode(loaded), reporter.stage("evaluate", len(blocks)) as tick:
         return perplexity(loaded, blocks, batch, tick)

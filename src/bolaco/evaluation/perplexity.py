@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bolaco.data.sources import TokenStream
+from bolaco.errors import DataError
 from bolaco.evaluation.objective import Head, score
+from bolaco.models.structure import positions_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,30 @@ class PerplexityResult:
     windows: int
     seq_len: int
     seconds: float
+
+
+def evaluation_windows(
+    data: str,
+    tokenizer: Any,
+    config: Any,
+    seq_len: int = 1024,
+    limit: int | None = None,
+    bos: str = "auto",
+    text_column: str | None = None,
+) -> Tensor:
+    """Token windows ``[windows, seq_len]`` of a text source, for which no weights are needed yet.
+
+    Raises:
+        DataError: unreadable or too short text, or windows that the model of ``config`` has no positions for.
+    """
+    if seq_len < 2:
+        raise DataError(f"seq_len must be at least 2, got {seq_len}: the first token of a window is not predicted")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1, got {limit}")
+    positions = positions_of(config)
+    if positions is not None and seq_len > positions:
+        raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
+    return TokenStream(data, tokenizer, bos, config.model_type, text_column).take(limit, seq_len, "evaluation")
 
 
 def perplexity(

@@ -12,9 +12,11 @@ from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
 from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.structure import Structure
+from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, kept_lines, plan_table
 from bolaco.runs.chop import kept_blocks
+from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget
 
 
@@ -40,6 +42,7 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
     structure = inspect_structure(meta_model(config))
     if isinstance(recipe, TransformRecipe):
         kept = kept_blocks(recipe, structure)
+        yield recipe_line(recipe)
         size = sum(site.size for site in structure.sites if site.layer in kept)
         total = sum(site.size for site in structure.sites)
         yield blocks_line(kept, structure.num_layers)
@@ -51,6 +54,8 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
 def _factoring(recipe: LowRankRecipe, task: AllocationTask) -> Iterator[Table | str]:
     allocator, calibration, validation = recipe.allocator, recipe.calibration, recipe.validation
     ranks = allocator.preview(task, recipe.allocator_options)
+    warm_ranks(recipe, task.budget)
+    yield recipe_line(recipe)
     yield plan_table(task.structure, task.budget, ranks, allocator.shows)
     yield from kept_lines(task.structure)
     yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}"
