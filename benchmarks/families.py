@@ -139,6 +139,7 @@ def examine(model_type: str, folder: Path) -> dict[str, Any]:
             keep,
             out,
             tokenizer=tokenizer(),
+            preset="default",
             method=method,
             calibration=str(text(folder)),
             options=options | more,

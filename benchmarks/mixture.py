@@ -157,6 +157,7 @@ def main() -> None:
             args.keep,
             args.out / f"{name}-{args.keep}",
             tokenizer=words,
+            preset="default",
             calibration=str(learn),
             options=options | more,
             **words_of,

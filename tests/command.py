@@ -29,7 +29,7 @@ SMALL = {
 }
 # What a run says on its way, one line each, when there is no terminal.
 PROGRESS = re.compile(
-    r"^loading \S+$|^search: \d+ trials are in the ledger already$"
+    r"^loading \S+$|^recipe [^:]+: method [^:]+(: [a-z0-9 ]+)?$|^search: \d+ trials are in the ledger already$"
     r"|^training: \d+ of \d+ steps are done already$"
     r"|^[a-z ]+: \d+/\d+( in \d+:\d\d|, \d+:\d\d gone, about \d+:\d\d left)$"
 )

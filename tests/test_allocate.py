@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from bolaco.allocate.allocator import ALLOCATORS
 from bolaco.allocate.allocators.hand import hand_keeps
 from bolaco.allocate.space import SearchSpace, make_space
 from bolaco.errors import BudgetError, RecipeError
@@ -21,7 +22,7 @@ from bolaco.models.structure import Site, Structure
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
-from tests.models import compressed, compressed_once, tiny_recipe
+from tests.models import compressed, compressed_once, tiny_llama, tiny_recipe
 
 TWO_FACTOR = STORAGES.get("two-factor")
 
@@ -361,6 +362,23 @@ def test_a_warm_start_of_another_architecture_is_refused(theirs: str, ours: str,
     structure = inspect_structure(run.original)
     with pytest.raises(RecipeError, match=rf"search\.warm_start: {named}.*; it is of another architecture"):
         warm_ranks(recipe, Budget(structure.sites, 0.7, TWO_FACTOR))
+
+
+@pytest.mark.parametrize("search", [name for name in ALLOCATORS.names() if ALLOCATORS.get(name).warms])
+@pytest.mark.parametrize("sizes", [{"hidden_size": 48}, {"intermediate_size": 64}, {"num_key_value_heads": 4}])
+def test_a_warm_start_of_other_widths_is_refused(search: str, sizes: dict[str, int]) -> None:
+    """Also where the names are the same, and every rank would be allowed."""
+    recipe = tiny_recipe(search=search, warm_start=str(compressed("llama").path))
+    sites = inspect_structure(tiny_llama(**sizes)).sites
+    with pytest.raises(RecipeError, match=r"search\.warm_start: .* is \d+ x \d+ in that result and \d+ x \d+ in this"):
+        warm_ranks(recipe, Budget(sites, 0.7, TWO_FACTOR))
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "opt"])
+def test_a_warm_start_of_the_same_architecture(family: str) -> None:
+    run = compressed(family)
+    recipe = tiny_recipe(search="spectral", warm_start=str(run.path))
+    assert warm_ranks(recipe, Budget(inspect_structure(run.original).sites, 0.9, TWO_FACTOR)) == run.info.ranks
 
 
 def test_a_warm_start_that_the_recipe_does_not_allow_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import bolaco  # noqa: F401 - teaches the auto classes
 from bolaco.errors import CheckpointError
@@ -102,6 +102,40 @@ def made_of(matrices: dict[str, Entry], folder: Path) -> PreTrainedModel:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return model
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------------------
+
+UNASKED = """
+import builtins, sys
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+def asked(*words):
+    raise SystemExit(f"asked {words}")
+
+builtins.input = asked
+folder = sys.argv[1]
+with_code, without = (AutoTokenizer.from_pretrained(folder, trust_remote_code=trust) for trust in (True, False))
+plain = PreTrainedTokenizerFast.from_pretrained(folder)
+found = {tuple(tokenizer("the old river").input_ids) for tokenizer in (with_code, without, plain)}
+assert len(found) == 1, found
+print(*found.pop())
+"""
+
+
+def test_the_tokenizer_of_a_result_loads_without_a_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bolaco is not installed with the flag either way, as for the model; where it is imported with none."""
+    path = compressed("llama").path
+    done = without_bolaco(UNASKED, tmp_path, path)
+    assert done.returncode == 0, done.stderr
+    expected = tiny_tokenizer()("the old river").input_ids
+    assert [int(word) for word in done.stdout.split()] == expected
+
+    def refuse(*_: object) -> str:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("builtins.input", refuse)
+    assert AutoTokenizer.from_pretrained(path)("the old river").input_ids == expected
 
 
 # --- the code ----------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_a_configuration_that_cannot_say_it_is_refused(monkeypatch: pytest.Monke
 
 
 def test_a_run(tmp_path: Path) -> None:
-    run = compress_tiny(tiny_deep("llama"), tmp_path / "out", preset="default", search=None, method="chop", keep=0.7)
+    run = compress_tiny(tiny_deep("llama"), tmp_path / "out", preset=None, search=None, method="chop", keep=0.7)
     info = run.info
     assert (info.method, info.storage, info.ranks, info.trials) == ("chop", None, {}, [])
     assert (info.layers, info.layers_dense) == ([0, 1, 4, 5], 6)

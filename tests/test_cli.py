@@ -181,8 +181,9 @@ def test_every_method_makes_a_recipe_that_reads_back(name: str, tmp_path: Path) 
         "joint": ("svd", "shared", "uniform"),
         "lpaf": ("lpaf", "two-factor", "uniform"),
         "chop": ("chop", None, None),
-    }.get(name, (name, "pivoted", "spectral"))
+    }.get(name, (name, "two-factor", "uniform"))
     assert (values["method"]["name"], values.get("storage"), values.get("search", {}).get("name")) == parts
+    assert values.get("refinement", {"fit": False, "steps": 0}).items() >= {"fit": False, "steps": 0}.items()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,8 @@ def test_every_method_makes_a_recipe_that_reads_back(name: str, tmp_path: Path) 
         (("--method", "bolaco", "--search", "welore"), "search.name welore contradicts method bolaco"),
         (("--method", "lpaf", "--search", "5x1"), "search.name 5x1 contradicts method lpaf"),
         (("--method", "welore", "--preset", "aa-svd"), "welore is a recipe of its own and so is the preset aa-svd"),
+        (("--method", "welore", "--preset", "default"), "welore is a recipe of its own and so is the preset default"),
+        (("--method", "mpifa", "--preset", "default"), "mpifa is a recipe of its own and so is the preset default"),
         (("--method", "svd", "--preset", "chop"), "method svd contradicts the preset chop, which factors nothing"),
         (("--method", "wellore"), "method.name: unknown method 'wellore'; did you mean 'welore'?"),
         (("--method", "kfacc"), "method.name: unknown method 'kfacc'; did you mean 'kfac'?"),
@@ -243,6 +246,7 @@ def test_words_reach_the_recipe() -> None:
         "--method": ("method.name", "svd"),
         "--storage": ("storage", "two-factor"),
         "--calibration": ("calibration.source", "a.txt"),
+        "--text-column": ("calibration.text_column", "body"),
         "--validation": ("validation.source", "b.txt"),
         "--eval": ("evaluation.source", "c.txt"),
         "--seq-len": ("calibration.seq_len", 64),
@@ -433,6 +437,26 @@ def test_warm_start_above_the_budget_is_lowered(place: Path, shared: Path) -> No
     assert info("searched")["parameters_linears"] <= 0.6 * LINEARS
 
 
+def test_warm_start_below_the_budget_is_raised(place: Path, shared: Path) -> None:
+    """The result is what its title says, not what it was started from."""
+    start = info(shared / "small")["ranks"]
+    ok(*compress("out", "--search", "spectral", "--warm-start", shared / "small", "--keep", "0.9"))
+    assert [name for name, rank in info("out")["ranks"].items() if as_number(rank) < as_number(start[name])] == []
+    ok(*compress("searched", "--trials", "2", "--warm-start", shared / "small", "--keep", "0.9"))
+    for name in ("out", "searched"):
+        assert 0.85 < info(name)["keep_linears"] <= info(name)["keep"] == 0.9
+
+
+def test_warm_start_of_another_architecture_is_refused_at_once(place: Path, shared: Path) -> None:
+    save_tiny(place / "wide", tiny_llama(hidden_size=48))
+    for search in ("spectral", "5x1"):
+        for more in ((), ("--dry-run",)):
+            done = bolaco(*compress("out", "--search", search, "--warm-start", shared / "small", *more, model="wide"))
+            assert (done.code, done.out) == (1, "")
+            assert "32 x 32 in that result and 48 x 48 in this model; it is of another architecture" in done.err
+    assert not Path("out.work").exists()
+
+
 def test_output_in_a_folder_that_does_not_exist_yet(place: Path) -> None:
     before = set(snapshot())
     ok(*compress("new/deep/out", "--search", "hand"))
@@ -467,6 +491,7 @@ def test_log_has_one_line_per_stage(shared: Path) -> None:
     lines = (shared / "small.log").read_text(encoding="utf-8").splitlines()
     assert [re.sub(r" in \d+:\d\d$", "", line) for line in lines] == [
         "loading model",
+        "recipe bolaco-5x1: method afm, two-factor storage, search 5x1, no refinement",
         "calibrate and factorize: 16/16",
         "evaluate the original: 4/4",
         "select validation text: 12/12",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -242,6 +243,103 @@ def test_hub_ids_carry_configuration_and_split(monkeypatch: pytest.MonkeyPatch) 
     assert all(a["streaming"] for _, a in asked)
 
 
+# --- columns and conversations
+
+TURNS = [{"role": "user", "content": "the old river"}, {"role": "assistant", "content": "sees a house", "note": None}]
+TEMPLATE = (
+    "<s>{% for m in messages %} {{ m.role }} , {{ m.content }}{% if m.note is defined %} no{% endif %}{% endfor %}"
+)
+
+
+def write_saved(path: Path, rows: Sequence[Any], column: str = "text") -> Path:
+    datasets.Dataset.from_list([{column: row, "id": i} for i, row in enumerate(rows)]).save_to_disk(path)
+    return path
+
+
+WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet, "saved": write_saved}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_column_of_another_name(tmp_path: Path, kind: str) -> None:
+    path = WRITERS[kind](tmp_path / f"rows.{kind}", ["one", None, "two", ""], column="body")
+    assert list(read_documents(str(path), "body")) == ["one", "two"]
+    for column, names in ((None, "text"), ("other", "other")):
+        message = rf"rows have no '{names}' string \(they have body, id\); name the column with --text-column"
+        with pytest.raises(DataError, match=message):
+            list(read_documents(str(path), column))
+
+
+def test_a_column_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"body": "a", "text": "b"}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    assert list(read_documents("owner/data", "body")) == ["a"]
+    assert list(read_documents("owner/data")) == ["b"]
+
+
+def test_files_of_text_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A")
+    write_jsonl(tmp_path / "b.jsonl", ["B"], column="body")
+    assert list(read_documents(str(tmp_path), "body")) == ["A", "B"]
+    assert next(iter(read_documents("pydoc", "body")))
+
+
+def chatting(template: str | None = TEMPLATE, **options: Any) -> Any:
+    tokenizer = tiny_tokenizer(**options)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("column", ["messages", "dialogue"])
+def test_conversations_are_written_by_the_chat_template(tmp_path: Path, kind: str, column: str) -> None:
+    path = WRITERS[kind](tmp_path / f"rows.{kind}", [TURNS, None, TURNS, []], column=column)
+    tokenizer = chatting(bos=True)
+    expected = tokenizer("<s> user , the old river assistant , sees a house", add_special_tokens=False).input_ids
+    named = None if column == "messages" else column
+    blocks = TokenStream(str(path), tokenizer, "text", column=named).take(None, len(expected), "test")
+    assert blocks.tolist() == [expected, expected]  # one BOS each, that of the template
+    (block,) = TokenStream(str(path), tokenizer, "window", column=named).take(1, len(expected) + 3, "test").tolist()
+    assert block == [*expected, *expected[1:4]]  # BOS is the window's alone
+
+
+def test_text_comes_before_conversations(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": TURNS, "text": "river"}) + "\n")
+    assert read(tmp_path / "rows.jsonl") == ["river"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "message"),
+    [
+        ([TURNS], None, "rows are conversations, but the tokenizer has no chat template"),
+        ([TURNS], "{{ raise_exception('no such role') }}", "the chat template refuses a conversation: no such"),
+        ([[{"from": "human", "value": "x"}]], TEMPLATE, "messages must be a list of turns, each with a role and its"),
+        ([["a", "b"]], TEMPLATE, r"rows have no 'messages' string \(messages is list\)"),
+    ],
+)
+def test_conversations_that_cannot_be_written(tmp_path: Path, rows: Any, template: str | None, message: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", rows, column="messages")
+    with pytest.raises(DataError, match=message) as caught:
+        TokenStream(str(path), chatting(template)).take(1, 2, "test")
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_conversation_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="by the template of a tokenizer only"):
+        read(write_jsonl(tmp_path / "rows.jsonl", [TURNS], column="messages"))
+
+
+def test_a_slice_behind_the_last_document(tmp_path: Path) -> None:
+    path = write_english(tmp_path / "text.txt", 200)
+    message = (
+        r"takes what follows document 70, but .*text\.txt has 1 in all; a slice counts documents, and a \.txt file"
+    )
+    with pytest.raises(DataError, match=message):
+        TokenStream(f"{path}[70:]", tiny_tokenizer()).take(1, 8, "test")
+    with pytest.raises(DataError, match="too short for test"):  # there is such a document, but it is short
+        TokenStream(f"{write_jsonl(tmp_path / 'a.jsonl', ['river'] * 3)}[2:]", tiny_tokenizer()).take(1, 8, "test")
+
+
 # --- packing
 
 
@@ -422,6 +520,23 @@ def test_each_purpose_may_have_its_own_source_and_length(tmp_path: Path) -> None
     assert texts.candidates.flatten().tolist() == ids[1][:36]
     assert texts.evaluation.flatten().tolist() == ids[2][: len(ids[2]) // 20 * 20]
     assert texts.evaluation_source == str(paths[2])
+
+
+def test_the_column_of_the_calibration_is_that_of_the_others(tmp_path: Path) -> None:
+    """As its length is; a run that reads another column computes everything anew."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"a": english(200, 1), "b": english(200, 2), "text": english(200, 3)}]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    ids = {name: tiny_tokenizer()(text).input_ids for name, text in rows[0].items()}
+    plain, other = recipe(path), recipe(path, calibration={"text_column": "a"})
+    found = [texts_of(given) for given in (plain, other)]
+    assert found[0].calibration.flatten().tolist() == ids["text"][:64]
+    together = torch.cat([found[1].calibration, found[1].candidates, found[1].evaluation]).flatten().tolist()
+    assert together == ids["a"][:144]
+    assert fingerprint(found[0].calibration) != fingerprint(found[1].calibration)
+    third = texts_of(recipe(path, calibration={"text_column": "a"}, evaluation={"text_column": "b"}))
+    assert torch.equal(third.candidates, found[1].candidates)
+    assert third.evaluation.flatten().tolist() == ids["b"][:32]
 
 
 def test_without_a_search_no_validation_text_is_read(tmp_path: Path) -> None:

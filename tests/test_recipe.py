@@ -580,7 +580,7 @@ def test_recipes_that_version_1_printed(preset: str) -> None:
     ("written", "preset", "new"),
     [
         ("factorization: {method: svd}", "default", {"method": "svd"}),
-        ("factorization: {method: joint}", "default", {"method": "joint"}),
+        ("factorization: {method: joint}", "joint", {}),
         ("factorization: {method: bolaco}\nsearch: {trials: 7}", "bolaco-5x1", {"search": {"trials": 7}}),
         ("factorization: {method: welore}\nsearch: {min_ratio: 0.3}", "welore", {"search": {"min_ratio": 0.3}}),
         ("preset: paper\nsearch: {trials: 7}", "paper", {"search": {"trials": 7}}),

@@ -205,6 +205,7 @@ def test_a_stage_that_fails_is_repeated_and_no_other(
     again = ok(*words)
     assert [line.partition(":")[0] for line in again.err.splitlines()] == [
         "loading model",
+        "recipe bolaco-5x1",
         "reference",
         "search",  # so many trials are there already
         "evaluate the result",

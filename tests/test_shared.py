@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import pickle
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parallel import replicate
 from transformers import AutoModelForCausalLM
 
 import bolaco.factorize.run as factorize_run
@@ -192,6 +195,65 @@ def test_copies_precisions_and_states() -> None:
     assert clone["k"](x.bfloat16()).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="cannot share"):
         pair["k"].follow(LowRankLinear(12, 10, 4, bias=False))
+
+
+def replicas(module: torch.nn.Module, count: int) -> list[torch.nn.Module]:
+    """As DataParallel makes them for so many devices, with what it copies to a device cloned here."""
+
+    def clones(tensors: list[Tensor], devices: list[int], detach: bool = False) -> list[list[Tensor]]:
+        return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[replicate.__module__], "_broadcast_coalesced_reshape", clones)
+        return replicate(module, list(range(count)))
+
+
+def own_leads(module: torch.nn.Module) -> list[bool]:
+    """For each follower in a model or a copy of it, whether its lead is that of the same copy."""
+    inside = set(map(id, module.modules()))
+    return [id(m.lead) in inside for m in module.modules() if isinstance(m, FollowerLinear)]
+
+
+COPIES = {
+    "deepcopy": lambda module: [copy.deepcopy(module)],
+    "pickle": lambda module: [pickle.loads(pickle.dumps(module))],  # noqa: S301 - our own
+    "replicate": lambda module: replicas(module, 3),
+    "deepcopy of a replica": lambda module: [copy.deepcopy(module), *replicas(copy.deepcopy(module), 2)],
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_copy_follows_its_own_leads(family: str, how: str) -> None:
+    """Whichever way it is made, and again after that; the original stays as it is."""
+    model = load_model(str(_joint(family).path))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        for made in COPIES[how](model):
+            found = own_leads(made)
+            assert found
+            assert all(found)
+            assert not {id(m) for m in made.modules()} & {id(m) for m in model.modules()}
+    assert all(own_leads(model))
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_replicas_compute_what_the_original_does_and_send_gradients_back() -> None:
+    pair = torch.nn.ModuleDict(dict(zip(("q", "k"), _pair(), strict=True)))
+    x = torch.randn(2, 12)
+    expected = pair["q"](x), pair["k"](x)
+    for made in replicas(pair, 2):
+        torch.testing.assert_close((made["q"](x), made["k"](x)), expected)
+        calls = _count(made["k"].lead.reduce)
+        made["k"](x).sum().backward()
+        assert calls == [1]
+    assert pair["q"].reduce.weight.grad.ne(0).any()
+
+
+def test_a_follower_that_is_replicated_without_its_lead() -> None:
+    lead, follower = _pair()
+    assert [made.lead for made in replicas(follower, 2)] == [lead, lead]
 
 
 def test_a_configuration_that_shares_with_nothing_fit() -> None:

@@ -32,7 +32,7 @@ from bolaco.evaluation.local_tasks import prompt
 from bolaco.progress import Reporter
 from tests.command import bolaco as call
 from tests.command import furnish, ok, snapshot
-from tests.models import LEXICON, compressed, english, tiny_llama, tiny_tokenizer, write_english
+from tests.models import LEXICON, SPECIAL, compressed, english, tiny_llama, tiny_tokenizer, write_english
 
 ITEMS = 40
 Scores = dict[str, float]
@@ -52,6 +52,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
     return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def worded() -> PreTrainedModel:
+    """A model whose likeliest token is always a word of the tokenizer."""
+    made = tiny_llama()
+    with torch.no_grad():
+        made.lm_head.weight[: len(SPECIAL)] = 0
+        made.lm_head.weight[len(tiny_tokenizer()) :] = 0
+    return made
 
 
 def phrase(draw: random.Random, low: int, high: int) -> str:
@@ -76,6 +86,27 @@ def schemas(count: int = ITEMS, seed: int = 1) -> list[dict[str, Any]]:
     for _ in range(count):
         contexts, end = [phrase(draw, 4, 8) for _ in range(2)], phrase(draw, 1, 4)
         items.append({"context_options": contexts, "continuation": end, "gold": draw.randrange(2)})
+    return items
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, tokenizer: Any, context: str, count: int) -> str:
+    """The model's own continuation of so many tokens."""
+    ids = tokenizer(context).input_ids
+    start = len(ids)
+    for _ in range(count):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return " ".join(tokenizer.convert_ids_to_tokens(ids[start:]))
+
+
+def passages(model: PreTrainedModel, tokenizer: Any, count: int = ITEMS, tokens: int = 3) -> list[dict[str, str]]:
+    """Items of a context and a continuation: one in three of them is the model's own, one begins as that."""
+    draw = random.Random(3)
+    items = []
+    for i in range(count):
+        context, other = phrase(draw, 4, 9), phrase(draw, 1, tokens)
+        own = greedy(model, tokenizer, context, draw.randint(1, tokens))
+        items.append({"context": context, "continuation": (own, f"{own} {other}", other)[i % 3]})
     return items
 
 
@@ -137,6 +168,40 @@ def test_contexts_against_brute_force(model: PreTrainedModel, tmp_path: Path, bo
     (result,) = bolaco.evaluate_tasks(model, [str(file)], tokenizer=tokenizer)
     assert result.record == expected(brute_force(model, tokenizer, items))
     assert "acc_norm" not in result.metrics  # one continuation for all contexts: there is nothing to divide by
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_continuations_against_brute_force(worded: PreTrainedModel, tmp_path: Path, bos: bool) -> None:
+    tokenizer = tiny_tokenizer(bos)
+    items = passages(worded, tokenizer)
+    file = write(tmp_path / "passages.jsonl", items)
+    (result,) = bolaco.evaluate_tasks(worded, [str(file)], tokenizer=tokenizer)
+    right, values = [], []
+    for item in items:
+        count = len(item["continuation"].split())
+        right.append(greedy(worded, tokenizer, item["context"], count) == item["continuation"])
+        values.append(loglikelihood(worded, tokenizer, item["context"], item["continuation"]))
+    assert ITEMS / 4 < sum(right) < ITEMS / 2  # or the test would not tell much
+    assert result.metrics["acc"] == pytest.approx(np.mean(right))
+    assert result.stderr["acc"] == pytest.approx(np.std(right, ddof=1) / ITEMS**0.5)
+    assert result.metrics["perplexity"] == pytest.approx(math.exp(-float(np.mean(values))), rel=1e-6)
+    assert (result.examples, result.shots) == (ITEMS, 0)
+    json.dumps(result.record, allow_nan=False)
+
+
+def test_continuations_agree_with_lambada_by_name(
+    worded: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(Path(str(lm_eval.__file__)).parent / "tasks" / "lambada")
+    monkeypatch.setattr(module, "_manager", lambda: TaskManager(include_defaults=False, include_path=folder))
+    items = passages(worded, tiny_tokenizer(), tokens=1)  # its continuations are the last words of texts
+    items = [item for item in items if " " not in item["continuation"]]
+    rows = [{"text": f"{item['context']} {item['continuation']}"} for item in items]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"test": datasets.Dataset.from_list(rows)})
+    file = write(tmp_path / "lambada.jsonl", items)
+    named, own = bolaco.evaluate_tasks(worded, f"lambada_openai,{file}", tokenizer=tiny_tokenizer())
+    assert (named.metrics, named.stderr, named.examples) == (own.metrics, own.stderr, own.examples)
+    assert 0 < own.metrics["acc"] < 1
 
 
 def test_every_answer_is_found(model: PreTrainedModel, tmp_path: Path) -> None:
@@ -299,7 +364,7 @@ def test_a_folder_and_files_of_one_name(model: PreTrainedModel, tmp_path: Path) 
 def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
     """A byte order mark, blank lines, other fields of any type, white space around texts."""
     first = {"query": " the river \n", "choices": [" sees", "finds "], "gold": 1, "id": 3}
-    second = {"query": "a house", "choices": ["opens", "ä", "leaves"], "gold": 0, "id": "x"}
+    second = {"query": "a house", "choices": ["opens", "ä", "leaves"], "gold": 0, "id": "x", "context": "a garden"}
     text = "\ufeff" + json.dumps(first) + "\n\n" + json.dumps(second, ensure_ascii=False)
     (tmp_path / "q.jsonl").write_text(text, encoding="utf-8")
     (task,) = read_tasks(str(tmp_path / "q.jsonl")).tasks.values()
@@ -310,6 +375,7 @@ def test_what_a_file_may_hold_besides(tmp_path: Path) -> None:
 
 
 GOOD = json.dumps({"query": "the river", "choices": ["sees", "finds"], "gold": 0})
+LAMBADA = json.dumps({"context": "the river", "continuation": "sees"})
 WINO = json.dumps({"context_options": ["the river", "a house"], "continuation": "sees", "gold": 0})
 
 
@@ -324,6 +390,10 @@ WINO = json.dumps({"context_options": ["the river", "a house"], "continuation": 
         (GOOD + "\n[1]", "line 2: query is missing"),
         (GOOD + "\n" + WINO, "line 2: query is missing"),
         (WINO + "\n" + GOOD, "line 2: continuation is missing"),
+        (LAMBADA + "\n" + WINO, "line 2: context is missing"),
+        ('{"context": "the river"}', "line 1: continuation is missing"),
+        (LAMBADA.replace("sees", " "), "line 1: continuation must be a string that is not empty"),
+        (LAMBADA.replace("the river", " "), "line 1: context must be a string that is not empty"),
         (GOOD.replace("the river", " "), "line 1: query must be a string that is not empty"),
         (GOOD.replace('"the river"', "7"), "line 1: query must be a string"),
         (GOOD.replace('["sees", "finds"]', '["sees"]'), "line 1: choices must be a list of two or more"),
@@ -534,6 +604,35 @@ def test_eval_refuses_in_one_line(place: Path, words: list[str], part: str) -> N
     assert done.out == ""
     assert re.fullmatch(rf"bolaco: error: {re.escape(part)}[^\n]*\n", done.err)
     assert snapshot() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["model", "--data", "gone.txt", "--seq-len", "32"], "gone.txt: no such file"),
+        (["model", "--data", "other.txt", "--seq-len", "100000"], "seq_len 100000: the model has"),
+        (["model", "--data", "other.txt", "--seq-len", "32", "--limit", "5000"], "other.txt: too short for evaluation"),
+        (["model", "--data", "other.txt", "--seq-len", "32", "--tasks", "gone.jsonl"], "gone.jsonl: no such file"),
+    ],
+)
+def test_eval_refuses_before_weights_are_read(place: Path, words: list[str], part: str) -> None:
+    Path("model/model.safetensors").unlink()
+    done = call("eval", *words)
+    assert done.code == 1
+    assert done.err.startswith(f"bolaco: error: {part}")
+
+
+@pytest.mark.parametrize("words", [["--data", "other.txt"], ["--tasks", "tasks"], ["--data", "x", "--tasks", "y"]])
+def test_eval_looks_at_the_model_first(place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """A name that leads nowhere is said before text or the index of all tasks is read."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("read for nothing")
+
+    monkeypatch.setattr("bolaco.data.sources.TokenStream.take", refuse)
+    monkeypatch.setattr(bolaco.api, "read_tasks", refuse)
+    done = call("eval", "./gone", *words)
+    assert (done.code, done.err) == (1, "bolaco: error: ./gone: no such folder\n")
 
 
 # --- the real thing -----------------------------------------------------------------------------------------------

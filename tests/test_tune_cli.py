@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -101,12 +102,20 @@ def test_words_reach_the_settings(place: Path) -> None:
     assert made["options"] == {"norms": True, "biases": False}
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(furnish(tmp_path, save_tiny(tmp_path / "narrow", tiny_llama(vocab_size=50))))
+    done = bolaco(*words("out", model="model", mode="continued"))
+    assert done.code == 1
+    assert re.search(r"the text holds token \d+, but the model has embeddings of 50 tokens only", done.err)
+
+
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
         (["--mode", "factor"], ["unknown mode 'factor'", "did you mean 'factors'?"]),
         (["--mode", "zzz"], ["unknown mode 'zzz'", "known are continued, "]),
         (["--data", "nowhere.txt"], ["nowhere.txt: no such file"]),
+        (["--data", "wrong.jsonl", "--text-column", "body"], ["wrong.jsonl: rows have no 'body' string"]),
         (["--data", "wrong.jsonl"], ["wrong.jsonl, line 2: has question, answer; known are messages;"]),
         (["--seq-len", "129", "--set", "data.seq_len=129"], ["data.seq_len: 129 tokens", "128 positions"]),
         (["--max-steps", "0"], ["training.max_steps", "(got 0)"]),

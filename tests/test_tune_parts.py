@@ -271,6 +271,25 @@ def test_chat_template_where_there_is_one(form: str, tmp_path: Path) -> None:
     assert predicted == "sees a house </s>"
 
 
+def test_a_column_of_text_instead_of_instructions(tmp_path: Path) -> None:
+    """Also one of conversations: all of it is text then, packed."""
+    row = ROWS["messages"] | {"body": english(200)}
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    source = jsonl(tmp_path / "d.jsonl", *[row] * 30)
+    for column, text in (("body", english(200)), ("messages", "<s> user , the old river </s><s> assistant , sees")):
+        data = data_of(source, tokenizer=tokenizer, data__text_column=column)
+        assert data.kind == "text"
+        expected = tokenizer(text, add_special_tokens=False).input_ids[:32]
+        assert data.evaluation[0]["input_ids"][: len(expected)].tolist() == expected
+
+
+def test_a_byte_order_mark_before_instructions(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "d.jsonl", ROWS["prompt"], ROWS["prompt"])
+    source.write_text(source.read_text(), encoding="utf-8-sig")
+    assert data_of(source).kind == "instructions"
+
+
 def test_every_turn_of_a_conversation_carries_loss(tmp_path: Path) -> None:
     turns = [
         {"role": role, "content": text}

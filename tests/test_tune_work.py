@@ -154,6 +154,7 @@ CHANGES: dict[str, tuple[dict[str, Any], bool, bool]] = {
     "dtype": ({"dtype": "auto"}, False, True),
     "distillation": ({"distill": 0.5, "teacher": "original"}, False, True),
     "data.source": ({"data": "third.txt"}, False, True),
+    "data.text_column": ({"options": {"data.text_column": "body"}}, False, True),
     "data.sequences": ({"options": {"data.sequences": 6}}, False, True),
     "data.train_on": ({"options": {"data.train_on": "all"}}, False, True),
     "text of the data": ({"first": other_text("text.txt")}, False, True),

@@ -18,12 +18,10 @@ from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
 from bolaco.data.memory import Data, InMemory
-from bolaco.data.texts import stream_of
 from bolaco.errors import DataError, RecipeError
-from bolaco.evaluation.perplexity import PerplexityResult, perplexity
+from bolaco.evaluation.perplexity import PerplexityResult, evaluation_windows, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
-from bolaco.models.load import evaluation_mode, load_model, load_tokenizer
-from bolaco.models.structure import positions_of
+from bolaco.models.load import evaluation_mode, load_config, load_model, load_tokenizer
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
 from bolaco.runs.chop import chop
@@ -72,7 +70,7 @@ def compress(
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
-    preset: str = "default",
+    preset: str | None = None,
     work: str | Path | None = None,
     reporter: Reporter | None = None,
     **words: Any,
@@ -86,7 +84,7 @@ def compress(
             share of all parameters, and ``target_size``, bytes of all weights such as ``"300MB"``.
         out: folder to write; must not exist. Without one the result is in memory and nothing is left on disk.
         tokenizer: for a loaded model.
-        preset: a name in :data:`bolaco.recipe.presets.PRESETS`.
+        preset: a name in :data:`bolaco.recipe.presets.PRESETS`; by default the recipe that ``method`` names, or ours.
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         reporter: where progress goes; by default to a terminal or a notebook if there is one.
@@ -167,8 +165,8 @@ def tune(
         keep_work: keep it.
         reporter: where progress goes; by default to a terminal or a notebook if there is one.
         options: fields of :class:`bolaco.tune.settings.TuneSettings` by dotted name.
-        words: ``evaluation``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``, ``learning_rate``,
-            ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
+        words: ``evaluation``, ``text_column``, ``seq_len``, ``max_steps``, ``epochs``, ``minutes``, ``batch``,
+            ``learning_rate``, ``distill``, ``teacher``, ``types``, ``seed``, ``dtype``, ``device``.
 
     Returns:
         The result; None in the processes of torchrun that are not the first.
@@ -289,6 +287,7 @@ def evaluate(
     *,
     seq_len: int | None = None,
     limit: int | None = None,
+    text_column: str | None = None,
     tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -304,6 +303,7 @@ def evaluate(
             ``text``, or tokens ``[windows, length]``.
         seq_len: window length in tokens; 1024, or that of the tokens given.
         limit: the first so many windows; None for all.
+        text_column: of rows, see :func:`bolaco.data.sources.read_documents`.
         tokenizer: for a loaded model.
         dtype, device, bos, batch: as in a recipe.
         reporter: where progress goes.
@@ -313,21 +313,16 @@ def evaluate(
     """
     given: dict[str, InMemory] = {}
     source = named(data, "data", given)
+    tokens = given[source].tokens if given else None
     if seq_len is None:
-        tokens = given[source].tokens if given else None
         seq_len = 1024 if tokens is None else tokens.shape[1]
-    if seq_len < 2:
-        raise DataError(f"seq_len must be at least 2, got {seq_len}: the first token of a window is not predicted")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, got {limit}")
+    # In order of cost: what is wrong with the model's name or the text shows before any weight is read.
+    config = load_config(model) if isinstance(model, str) else model.config
+    if tokenizer is None and tokens is None:
+        tokenizer = load_tokenizer(model if isinstance(model, str) else str(model.name_or_path))
+    text = given.get(source, source)
+    blocks = evaluation_windows(text, tokenizer, config, seq_len, limit, bos, text_column)
     loaded = load_model(model, dtype, device) if isinstance(model, str) else model
-    if tokenizer is None:
-        tokenizer = load_tokenizer(model if isinstance(model, str) else str(loaded.name_or_path))
-    positions = positions_of(loaded.config)
-    if positions is not None and seq_len > positions:
-        raise DataError(f"seq_len {seq_len}: the model has {positions} positions")
-    model_type = loaded.config.model_type
-    blocks = stream_of(given.get(source, source), tokenizer, bos, model_type).take(limit, seq_len, "evaluation")
     reporter = reporter or Reporter.watched()
     with evaluation_mode(loaded), reporter.stage("evaluate", len(blocks)) as tick:
         return perplexity(loaded, blocks, batch, tick)

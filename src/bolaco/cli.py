@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,20 +190,23 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
         if count is not None and count < 1:
             raise RecipeError(f"{option} {count}: must be at least 1")
     from bolaco.api import evaluate, evaluate_tasks, read_tasks
-    from bolaco.models.load import load_model, load_tokenizer
+    from bolaco.evaluation.perplexity import evaluation_windows
+    from bolaco.models.load import load_config, load_model, load_tokenizer
     from bolaco.report.tables import tasks_table
 
-    # What can be wrong with the tasks is found before the hours a perplexity can take.
+    # In order of cost: what is wrong shows before the weights are read, and before the hours a perplexity can take.
+    config, tokenizer = load_config(args.model), load_tokenizer(args.model)
+    text = (args.seq_len, args.limit, args.bos, args.text_column)
+    windows = None if args.data is None else evaluation_windows(args.data, tokenizer, config, *text)
     tasks = None if args.tasks is None else read_tasks(args.tasks)
-    model, tokenizer = args.model, None
-    if args.data is not None and tasks is not None:
-        model, tokenizer = load_model(args.model, args.dtype, args.device), load_tokenizer(args.model)
-    common: dict[str, Any] = {"tokenizer": tokenizer, "dtype": args.dtype, "device": args.device}
-    common |= {"reporter": _reporter(args)} | ({} if args.batch is None else {"batch": args.batch})
+    model = load_model(args.model, args.dtype, args.device)
+    common: dict[str, Any] = {"tokenizer": tokenizer, "reporter": _reporter(args)} | (
+        {} if args.batch is None else {"batch": args.batch}
+    )
     record: dict[str, Any] = {"model": args.model}
     silent = args.json == "-"
-    if args.data is not None:
-        result = evaluate(model, args.data, seq_len=args.seq_len, limit=args.limit, bos=args.bos, **common)
+    if windows is not None:
+        result = evaluate(model, windows, **common)
         if not silent:
             console.print(
                 f"perplexity {result.perplexity:.4f} on {result.windows} x {result.seq_len} tokens of {args.data} "
@@ -254,8 +260,8 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
 
 # Options of `tune` that are fields of its settings.
 _TUNE_WORDS = (
-    *("evaluation", "seq_len", "max_steps", "epochs", "minutes", "batch", "learning_rate", "distill", "teacher"),
-    *("seed", "dtype", "device"),
+    *("evaluation", "text_column", "seq_len", "max_steps", "epochs", "minutes", "batch", "learning_rate", "distill"),
+    *("teacher", "seed", "dtype", "device"),
 )
 
 
@@ -362,6 +368,30 @@ def _completion(args: argparse.Namespace, console: Console) -> None:
     print(shtab.complete(command_parser(), args.shell))  # noqa: T201 - it is the output
 
 
+class _Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM): it does so as after Ctrl-C, which libraries know."""
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[None]:
+    """Raises :class:`_Terminated` where SIGTERM comes; a second one ends the process at once."""
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# What is kept in a work folder, so that the same command goes on.
+_RESUMED = ("compress", "compare", "run", "tune")
 _COMMANDS = {
     "compress": _compress,
     "compare": _compare,
@@ -377,7 +407,7 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 or 143 when interrupted."""
     args = command_parser().parse_args(argv)
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -386,13 +416,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     try:
-        _COMMANDS[args.command](args, console)
+        with _asked_to_end():
+            _COMMANDS[args.command](args, console)
     except BolacoError as error:
         errors.print(f"bolaco: error: {' '.join(str(error).splitlines())}")
         return 1
-    except KeyboardInterrupt:
-        errors.print("bolaco: stopped; the same command continues where this one was")
-        return 130
+    except KeyboardInterrupt as stop:
+        goes_on = "; the same command continues where this one was" if args.command in _RESUMED else ""
+        errors.print(f"bolaco: stopped{goes_on}")
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except Exception as error:
         if no_space(error):
             errors.print("bolaco: error: no space left on the disk; free some and give the same command again")

@@ -54,9 +54,9 @@ class CheckpointError(BolacoError, OSError):
 
 
 def no_space(error: BaseException | None) -> bool:
-    """Whether the disk was full, however deep in the chain of causes (safetensors reports it as text)."""
+    """Whether the disk or a quota was full, however deep in the chain of causes (safetensors reports it as text)."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
         if "no space left" in str(error).lower() or "os error 28" in str(error):
             return True

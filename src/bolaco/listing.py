@@ -73,6 +73,11 @@ def one_of_it(name: str) -> Iterator[Table | str]:
             yield table
     if name in SYSTEMS and not found:
         yield f"method {name} ({SYSTEMS[name].paper}): {SYSTEMS[name].summary}"
+    if name in METHODS and name not in PRESETS:
+        yield (
+            f"--method {name}: in two factors, one ratio for all matrices, not refined; "
+            f"--preset default --method {name}: in our recipe"
+        )
     if name in PRESETS:
         yield f"preset {name}, beside the defaults:"
         yield yaml.safe_dump(PRESETS[name], sort_keys=False, default_flow_style=None)

@@ -16,6 +16,7 @@ examples:
   bolaco compress Qwen/Qwen3-0.6B --keep 0.8 --calibration c4.jsonl --search 5x4 --trials 50 -o small
   bolaco compress ./my-finetune --keep 0.8 --calibration text/ --search 5x1 --warm-start ./base --trials 20 -o small
   bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --preset paper -o small
+  bolaco compress meta-llama/Llama-2-7b-hf --keep 0.8 --method svd-llm --calibration c4.jsonl -o small
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
   bolaco tune small --mode factors --data c4.jsonl[1000:] --distill 1 --max-steps 500 -o tuned
@@ -26,8 +27,9 @@ examples:
   bolaco export small --dense -o stock
 
 MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
-SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set id, or pydoc (the text of Python's own
-documentation); SRC[:1000] takes the first thousand documents, SRC[1000:] the others.
+SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set (id, id:config or id:config:split), or pydoc
+(the text of Python's own documentation); SRC[:1000] takes the first thousand documents, SRC[1000:] the others. A .txt
+file is one document; of the others each row is one.
 An interrupted run continues when the same command is given again.
 """
 
@@ -62,8 +64,7 @@ def command_parser() -> argparse.ArgumentParser:
     compress.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        default="default",
-        help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
+        help="a whole recipe: ours (default), or a published one; paper: all settings of arXiv 2405.10616",
     )
     _settings(compress, "any field of the recipe, such as refinement.steps=5")
     compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")
@@ -103,10 +104,11 @@ def command_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="perplexity of a model, and its accuracy on tasks")
     evaluate.add_argument("model", metavar="MODEL")
     evaluate.add_argument("--data", metavar="SRC", help="text to measure perplexity on")
+    evaluate.add_argument("--text-column", metavar="NAME", help=WORDS["text_column"].help)
     evaluate.add_argument(
         "--tasks",
         metavar="NAMES",
-        help="tasks of lm-evaluation-harness, .jsonl files of questions and folders of them, with commas between",
+        help="tasks of lm-evaluation-harness, .jsonl files of questions or continuations and folders of them",
     )
     evaluate.add_argument("--seq-len", type=int, default=1024, help="length of the windows of --data (1024)")
     evaluate.add_argument("--limit", type=int, metavar="WINDOWS", help="the first so many windows of --data only")
@@ -122,6 +124,7 @@ def command_parser() -> argparse.ArgumentParser:
     tune.add_argument("model", metavar="MODEL", help="a compressed folder, or any model")
     tune.add_argument("--mode", required=True, help="what is trained, one of `bolaco methods`")
     tune.add_argument("--data", metavar="SRC", help="text, or a .jsonl file of instructions and responses")
+    tune.add_argument("--text-column", metavar="NAME", help=WORDS["text_column"].help)
     tune.add_argument(
         "--eval", metavar="SRC", dest="evaluation", help="what is measured before and after (the beginning of --data)"
     )

@@ -18,7 +18,7 @@ from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.lowrank import is_compressed, stock_config
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import has_module, prefix_of, weight_of
-from bolaco.work.output import new_folder
+from bolaco.work.output import new_folder, refuse_existing
 
 # Configuration switches that give a stock architecture biases -> what the names of the projections they cover contain.
 _BIAS_SWITCHES = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp.", "enable_bias": "."}
@@ -31,8 +31,10 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
     configuration can switch on.
 
     Raises:
+        OutputExistsError: ``out`` exists.
         UnsupportedModelError: not a compressed folder, or a bias has no place and ``drop_bias`` is false.
     """
+    refuse_existing(out)
     model = load_model(folder, adapters="refuse")
     if not is_compressed(model.config):
         raise UnsupportedModelError(f"{folder}: a {model.config.model_type} model, not a compressed one")

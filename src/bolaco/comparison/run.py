@@ -41,13 +41,12 @@ from bolaco.models.weights import dtype_name
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
 from bolaco.report.comparison import asked_words
-from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord
+from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord, read_record
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
 from bolaco.runs.session import Source, begin, load, open_source, texts_for
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, WorkFolder, digest
+from bolaco.work.folder import LOG_FILE, WorkFolder, digest, work_beside
 from bolaco.work.memory import PeakMemory
-from bolaco.work.output import new_folder, work_beside
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,16 @@ def compare(
     Raises:
         BolacoError: anything the user can mend, in one line. What fails at one row only is recorded there instead.
     """
-    work = work_beside(out, work)
+    # Which model it was that an earlier call was given is not known.
+    work = work_beside(out, work, comparison if model is None else None)
     first = next(iter(comparison.recipes.values()))
     resolve_device(first.device)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
-    with WorkFolder(work, comparison) as folder, reporter.logged(folder.path / LOG_FILE):
+    with WorkFolder(work, comparison, out) as folder, reporter.logged(folder.path / LOG_FILE):
+        if folder.finished:
+            folder.close(keep_work)
+            reporter.say(f"{out} is complete already")
+            return ComparisonResult(out, read_record(out / "results.json"))
         session = begin(folder, comparison, reporter)
         with session.clock.timed("load"):
             reporter.say(f"loading {comparison.model}")
@@ -97,10 +101,9 @@ def compare(
         failed = _prepare(common)
         rows = _rows(common, dense, failed)
         record = _record(common, dense, rows)
-        with new_folder(out) as partial, folder.unfinished(partial):
+        with folder.output(out) as partial:
             write_results(partial, record, common.places() if comparison.keep_models else {})
-        if not keep_work:
-            folder.remove()
+        folder.close(keep_work)
     return ComparisonResult(out, record)
 
 

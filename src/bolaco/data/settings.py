@@ -13,6 +13,9 @@ class Calibration(Section):
     """Text and estimator of the input statistics."""
 
     source: str = Field("allenai/c4", description="text the covariances are estimated on")
+    text_column: str | None = Field(
+        None, description="of rows, texts or conversations, for the other texts too; default: text, or else messages"
+    )
     sequences: int = Field(128, gt=0)
     seq_len: int = Field(1024, ge=2)
     groups: int = Field(32, gt=0, description="groups of the pooled covariance (the paper: 32)")
@@ -27,6 +30,7 @@ class Validation(Section):
     """Text on which allocations are compared."""
 
     source: str | None = Field(None, description="default: the calibration source, after the calibration text")
+    text_column: str | None = Field(None, description="default: that of the calibration")
     seq_len: int | None = Field(None, ge=2, description="default: that of the calibration")
     sequences: int = Field(16, gt=0, description="sequences the objective is computed on")
     candidates: int = Field(32, gt=0, description="sequences these are selected from")
@@ -44,5 +48,6 @@ class Evaluation(Section):
     """Text of the final before/after perplexity."""
 
     source: str | None = Field(None, description="default: the validation source, after the validation text")
+    text_column: str | None = Field(None, description="default: that of the validation")
     seq_len: int | None = Field(None, ge=2)
     windows: int | None = Field(16, gt=0, description="null: all of the source")

@@ -70,37 +70,45 @@ def prepare_texts(
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
     """
-    streams: dict[str, TokenStream | BlockStream] = {}
+    streams: dict[tuple[str, str | None], TokenStream | BlockStream] = {}
     validation_source = validation.source or calibration.source
     evaluation_source = evaluation.source or validation_source
+    validation_column = validation.text_column or calibration.text_column
+    evaluation_column = evaluation.text_column or validation_column
 
-    def take(source: str, count: int | None, length: int, purpose: str) -> Tensor:
+    def take(source: str, column: str | None, count: int | None, length: int, purpose: str) -> Tensor:
         positions = positions_of(config)
         if positions is not None and length > positions:
             raise DataError(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
             )
-        if source not in streams:
-            streams[source] = stream_of((given or {}).get(source, source), tokenizer, bos, config.model_type)
-        return streams[source].take(count, length, purpose)
+        stream = streams.get((source, column))
+        if stream is None:
+            text = (given or {}).get(source, source)
+            stream = streams[source, column] = stream_of(text, tokenizer, bos, config.model_type, column)
+        return stream.take(count, length, purpose)
 
     length = calibration.seq_len
     others = {evaluation_source} | ({validation_source} if searches else set())
     if calibrates or calibration.source in others:
-        tokens = take(calibration.source, calibration.sequences, length, "calibration")
+        tokens = take(calibration.source, calibration.text_column, calibration.sequences, length, "calibration")
     else:
         tokens = torch.empty(0, length, dtype=torch.int64)
     candidates = None
     if searches:
-        candidates = take(validation_source, validation.candidates, validation.seq_len or length, "validation")
+        candidates = take(
+            validation_source, validation_column, validation.candidates, validation.seq_len or length, "validation"
+        )
     windows, window = evaluation.windows, evaluation.seq_len or length
-    reported = take(evaluation_source, windows, window, "evaluation")
-    further = tuple((source, take(source, windows, window, "evaluation")) for source in more)
+    reported = take(evaluation_source, evaluation_column, windows, window, "evaluation")
+    further = tuple((source, take(source, evaluation_column, windows, window, "evaluation")) for source in more)
     return Texts(tokens, candidates, reported, evaluation_source, further)
 
 
-def stream_of(source: str | InMemory, tokenizer: Any, bos: str, model_type: str) -> TokenStream | BlockStream:
+def stream_of(
+    source: str | InMemory, tokenizer: Any, bos: str, model_type: str, column: str | None = None
+) -> TokenStream | BlockStream:
     """What hands out the blocks of a source, or of a text in memory."""
     if isinstance(source, InMemory) and source.tokens is not None:
         return BlockStream(source)
-    return TokenStream(source, tokenizer, bos, model_type)
+    return TokenStream(source, tokenizer, bos, model_type, column)

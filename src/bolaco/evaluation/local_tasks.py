@@ -1,9 +1,10 @@
-"""Multiple-choice tasks from the user's own files, as task configurations of lm-evaluation-harness.
+"""Tasks from the user's own files, as task configurations of lm-evaluation-harness.
 
-A file is JSON lines, one item each, in one of two shapes:
+A file is JSON lines, one item each, in one of three shapes:
 
 - ``query``, ``choices``, ``gold``: which choice continues the query best (ARC, BoolQ, OpenBookQA, PIQA);
-- ``context_options``, ``continuation``, ``gold``: after which context the continuation is likeliest (WinoGrande).
+- ``context_options``, ``continuation``, ``gold``: after which context the continuation is likeliest (WinoGrande);
+- ``context``, ``continuation``: whether the model itself would go on like that, token for token (LAMBADA).
 
 ``gold`` is the index of the right choice, from 0. Other fields are ignored.
 """
@@ -20,13 +21,15 @@ from bolaco.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".yaml")  # the last two to say that they are not read
 
+_CONTEXT = "context"
+
 
 @dataclass(frozen=True)
 class LocalTask:
     """The items of one file, cleaned: fields as in the file, texts without white space where they are joined."""
 
     name: str
-    choices: str  # the field that has the options: ``choices`` or ``context_options``
+    shape: str  # the field that tells it: ``choices``, ``context_options`` or ``context``
     items: list[dict[str, Any]]
 
     @property
@@ -36,23 +39,42 @@ class LocalTask:
         The items are handed over in memory: nothing is copied into a cache, beside the file or elsewhere. There is no
         ``acc_norm`` for context options, because all of them are scored on the same continuation.
         """
-        one_context = self.choices == "choices"
         return {
             "task": self.name,
             "custom_dataset": lambda **_: _dataset(self.items),
             "test_split": "test",
+            "num_fewshot": 0,
+            "metadata": {"version": 1.0},
+            **(self._greedy if self.shape == _CONTEXT else self._choice),
+        }
+
+    @property
+    def _choice(self) -> dict[str, Any]:
+        one_context = self.shape == "choices"
+        return {
             "output_type": "multiple_choice",
             # An integer as the text tells lm-evaluation-harness that the choices are contexts.
             "doc_to_text": "query" if one_context else "gold",
             "doc_to_target": "gold" if one_context else "continuation",
-            "doc_to_choice": self.choices,
+            "doc_to_choice": self.shape,
             "target_delimiter": " ",
-            "num_fewshot": 0,
             "metric_list": [
                 {"metric": metric, "aggregation": "mean", "higher_is_better": True}
                 for metric in (("acc", "acc_norm") if one_context else ("acc",))
             ],
-            "metadata": {"version": 1.0},
+        }
+
+    @property
+    def _greedy(self) -> dict[str, Any]:
+        """As the harness's own LAMBADA: perplexity is of whole continuations, however many tokens they have."""
+        return {
+            "output_type": "loglikelihood",
+            "doc_to_text": lambda item: item["context"],
+            "doc_to_target": lambda item: f" {item['continuation']}",
+            "metric_list": [
+                {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            ],
         }
 
 
@@ -91,15 +113,15 @@ def read_local(item: str) -> list[LocalTask]:
 
 def _read(file: Path) -> LocalTask:
     items: list[dict[str, Any]] = []
-    choices = ""
+    shape = ""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 raw = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                choices = choices or _choices_field(raw)
-                items.append(_SHAPES[choices](raw))
+                shape = shape or _shape_of(raw)
+                items.append(_SHAPES[shape](raw))
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
             except UnicodeDecodeError:
@@ -110,14 +132,19 @@ def _read(file: Path) -> LocalTask:
                 raise DataError(f"{file}, line {number}: {error}") from None
     if not items:
         raise DataError(f"{file}: the file holds no items")
-    return LocalTask(str(file), choices, items)
+    return LocalTask(str(file), shape, items)
 
 
-def _choices_field(raw: Any) -> str:
-    """The shape of a file is that of its first item."""
+def _shape_of(raw: Any) -> str:
+    """The shape of a file is that of its first item; a context beside choices is a field that is ignored."""
     found = [name for name in _SHAPES if isinstance(raw, dict) and name in raw]
+    if len(found) > 1 and _CONTEXT in found:
+        found.remove(_CONTEXT)
     if len(found) != 1:
-        raise ValueError("expected an object with query, choices and gold, or context_options, continuation and gold")
+        raise ValueError(
+            "expected an object with query, choices and gold, or context_options, continuation and gold, or context "
+            "and continuation"
+        )
     return found[0]
 
 
@@ -164,4 +191,12 @@ def _many_contexts(raw: Any) -> dict[str, Any]:
     return {"context_options": [text.rstrip() for text in contexts], "continuation": continuation, "gold": gold}
 
 
-_SHAPES: dict[str, Callable[[Any], dict[str, Any]]] = {"choices": _one_context, "context_options": _many_contexts}
+def _greedy_item(raw: Any) -> dict[str, Any]:
+    return {"context": _text(raw, _CONTEXT).rstrip(), "continuation": _text(raw, "continuation").strip()}
+
+
+_SHAPES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "choices": _one_context,
+    "context_options": _many_contexts,
+    _CONTEXT: _greedy_item,
+}

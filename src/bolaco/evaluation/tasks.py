@@ -26,8 +26,8 @@ class TaskResult:
     """What a model scored on one task, or on a group of tasks.
 
     ``metrics`` and ``stderr`` have the same names: ``acc``, ``acc_norm`` (log-probabilities divided by the answers'
-    characters) or what the task defines; a standard error that is not defined is None. ``shots`` are the solved
-    examples before each question; None in a group whose tasks differ.
+    characters), ``perplexity`` (of continuations) or what the task defines; a standard error that is not defined is
+    None. ``shots`` are the solved examples before each question; None in a group whose tasks differ.
     """
 
     task: str

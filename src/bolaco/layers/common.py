@@ -1,5 +1,6 @@
 """Matrices on one input that have one input factor in common, which is computed once (arXiv 2402.16319)."""
 
+import weakref
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ class LeadLinear(LowRankLinear):
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool) -> None:
         super().__init__(in_features, out_features, rank, bias)
         self._kept: tuple[Tensor, Tensor] | None = None
+        self._replicas: list[weakref.ref[Any]] = []
+        self._replicas_taken = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., in]`` to ``[..., out]``."""
@@ -36,7 +39,22 @@ class LeadLinear(LowRankLinear):
         return reduced
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_kept": None, "_replicas": [], "_replicas_taken": False}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy for another device, which the followers' copies find in :meth:`replica`."""
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        if self._replicas_taken:
+            self._replicas, self._replicas_taken = [], False
+        self._replicas.append(weakref.ref(replica))
+        replica._kept, replica._replicas = None, []
+        return replica
+
+    def replica(self, index: int) -> "LeadLinear | None":
+        """The copy of that index among those that were made last; None if there are not so many."""
+        self._replicas_taken = True
+        found: LeadLinear | None = self._replicas[index]() if index < len(self._replicas) else None
+        return found
 
 
 class FollowerLinear(FactoredLinear):
@@ -56,6 +74,7 @@ class FollowerLinear(FactoredLinear):
         self.expand = nn.Linear(rank, out_features, bias=bias)
         self.lead_name = lead_name
         self._lead: tuple[LeadLinear, ...] = ()
+        self._replicas_of: tuple[list[Any], int] = ([], 0)
 
     @property
     def lead(self) -> LeadLinear:
@@ -72,6 +91,24 @@ class FollowerLinear(FactoredLinear):
     def connect(self, base_model: nn.Module) -> None:
         """Finds its lead by name."""
         self.follow(base_model.get_submodule(self.lead_name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_replicas_of": ([], 0)}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """A copy for another device, with the copy of its lead for that device.
+
+        torch makes the copies of one module for all devices, then those of the next one. It connects registered modules
+        only, so copies are paired by their number here. A follower that is copied without its lead keeps the lead.
+        """
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        for lead in self._lead:
+            made, index = self._replicas_of
+            index = index + 1 if made is lead._replicas else 0
+            self._replicas_of = (lead._replicas, index)
+            replica._lead = (lead.replica(index) or lead,)
+        replica._replicas_of = ([], 0)
+        return replica
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``[..., in]`` to ``[..., out]``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
 from bolaco.models.adapters import kept_adapters
+from bolaco.models.gguf import plain_reader
 from bolaco.models.lowrank import register_folder
 from bolaco.models.quiet import quiet
 
@@ -40,6 +41,10 @@ class Source:
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments that ``from_pretrained`` needs for this source."""
         return {"gguf_file": self.gguf} if self.gguf else {}
+
+    def reading(self) -> AbstractContextManager[None]:
+        """To be open while anything of it is read."""
+        return plain_reader() if self.gguf else nullcontext()
 
 
 def resolve(model: str) -> Source:
@@ -94,7 +99,7 @@ def load_config(model: str) -> Any:
     """The model's configuration, without its weights."""
     source = resolve(model)
     register_folder(source.path)
-    with quiet():
+    with quiet(), source.reading():
         try:
             return AutoConfig.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
         except Exception as error:  # a configuration file can hold anything
@@ -111,7 +116,7 @@ def load_tokenizer(model: str) -> Any:
     """
     source = resolve(model)
     register_folder(source.path)
-    with quiet():
+    with quiet(), source.reading():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
         except BolacoError:
@@ -155,7 +160,7 @@ def load_model(
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM
     wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
-    with quiet():
+    with quiet(), source.reading():
         try:
             loaded, found = loading.from_pretrained(
                 source.path,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Place, Site, Structure, Walk, trunk
+from bolaco.work.files import preallocate
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -163,10 +164,15 @@ class Recorder:
 
 
 def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) -> Tensor:
-    """An empty tensor in memory, or mapped to a file."""
+    """An empty tensor in memory, or mapped to a file, which has all its room from the start.
+
+    Raises:
+        BolacoError: the disk is too full for the file.
+    """
     if file is None:
         return torch.empty(shape, dtype=dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
+    preallocate(file, math.prod(shape) * dtype.itemsize, "hidden states")
     return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 

@@ -25,7 +25,7 @@ from bolaco.errors import RecipeError
 from bolaco.factorize.method import METHODS, ChosenMethod
 from bolaco.models.structure import Structure, with_offers
 from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
-from bolaco.recipe.upgrade import renamed, upgraded
+from bolaco.recipe.upgrade import preset_before, renamed, upgraded
 from bolaco.recipe.words import SIZES, flat_values
 from bolaco.refine.settings import Refinement
 from bolaco.settings import NO_FIELD, Section, Values, meant, merge, problems, unflatten
@@ -236,36 +236,40 @@ def laid_over(base: Values, update: Values) -> Values:
     return merge(base, update)
 
 
-def resolved(values: Values, preset: str = "default") -> Values:
-    """``values`` over the preset; a method that is the name of a system becomes that system's recipe.
+def resolved(values: Values, preset: str | None = None) -> Values:
+    """``values`` over the preset.
+
+    Without a preset, the name of a method is that of a whole recipe, as in a comparison (see :func:`preset_of`); with
+    one, the method takes the place of the preset's. The default is meant where there is neither.
 
     Raises:
-        RecipeError: an unknown preset, or values that contradict the system.
+        RecipeError: an unknown preset, or values that contradict the system or the preset that the method names.
     """
-    if not isinstance(preset, str) or preset not in PRESETS:
+    if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
         raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
     values = _choices(values)
     section = values.get("method", {})
-    if not isinstance(section, dict):
-        return laid_over(PRESETS[preset], values)
+    name = section.get("name") if isinstance(section, dict) else None
+    if preset is None:
+        preset, own = preset_of(name) if isinstance(name, str) and _is_known(name) else ("default", {})
+        values = laid_over(own, values)
     of_preset = PRESETS[preset]["method"]["name"]
-    name = section.get("name", of_preset if of_preset in TRANSFORMS else None)
+    if name is None and isinstance(section, dict) and of_preset in TRANSFORMS:
+        name = of_preset
     system = SYSTEMS.get(name) if isinstance(name, str) else None
+    if isinstance(name, str) and (system is not None or (name in PRESETS and name not in METHODS)):
+        if preset not in (system.presets if system is not None else (name,)):
+            raise RecipeError(
+                f"method {name} is a recipe of its own and so is the preset {preset}; leave out one of the two"
+            )
+        values = values | {"method": {**section, "name": of_preset}}
+    merged = laid_over(PRESETS[preset], values)
     if system is None:
-        merged = laid_over(PRESETS[preset], values)
         if of_preset in TRANSFORMS and not {"storage", "search"} <= merged.keys():
             raise RecipeError(
                 f"method {name} contradicts the preset {preset}, which factors nothing; leave out one of the two"
             )
         return merged
-    if preset == "default":
-        preset = system.presets[0]
-    if preset not in system.presets:
-        raise RecipeError(
-            f"method {name} is a recipe of its own and so is the preset {preset}; leave out one of the two"
-        )
-    method = {**section, "name": PRESETS[preset]["method"]["name"]}
-    merged = laid_over(PRESETS[preset], values | {"method": method})
     given = [field for field in _FACTORING if values.get(field) is not None] if system.kind == "transform" else []
     for field in (*given, *system.fixed):
         value = _field(merged, field)
@@ -277,14 +281,18 @@ def resolved(values: Values, preset: str = "default") -> Values:
     return merged
 
 
+def _is_known(name: str) -> bool:
+    return name in PRESETS or name in SYSTEMS or name in METHODS
+
+
 def _field(values: Values, name: str) -> Any:
     section, _, key = name.partition(".")
     found = values.get(section)
     return (found.get(key) if isinstance(found, dict) else None) if key else found
 
 
-def make_recipe(values: Values, preset: str = "default") -> Recipe:
-    """Validates ``values`` over a preset.
+def make_recipe(values: Values, preset: str | None = None) -> Recipe:
+    """Validates ``values`` over a preset; without one, over the recipe that their method names, or the default.
 
     Raises:
         RecipeError: an unknown preset or key, or a value of the wrong type or out of range, by its dotted name.
@@ -305,7 +313,7 @@ def _made(values: Values) -> Recipe:
     name = section.get("name") if isinstance(section, dict) else None
     transforms = isinstance(name, str) and name in TRANSFORMS
     if isinstance(name, str) and not transforms and name not in METHODS:
-        known = dict.fromkeys([*METHODS.names(), *SYSTEMS])
+        known = dict.fromkeys([*METHODS.names(), *SYSTEMS, *PRESETS])
         raise RecipeError(f"method.name: unknown method {name!r}{meant(name, known)}")
     found: list[str] = []
     values = dict(values)
@@ -360,7 +368,7 @@ def _check(recipe: LowRankRecipe) -> None:
         raise RecipeError(f"search.warm_start is not possible with {what}; leave it out")
 
 
-def applicable(options: dict[str, Any], values: Values, preset: str) -> dict[str, Any]:
+def applicable(options: dict[str, Any], values: Values, preset: str | None) -> dict[str, Any]:
     """Of fields by dotted name, those that the recipe of ``values`` over a preset has: in a comparison of several
     recipes, what is said for all of them is for those that have such a field.
 
@@ -386,7 +394,7 @@ def applicable(options: dict[str, Any], values: Values, preset: str) -> dict[str
 
 
 def preset_of(name: str) -> tuple[str, Values]:
-    """The preset, and values over it, that ``name`` stands for in a comparison.
+    """The preset, and values over it, that ``name`` stands for in a comparison and as the method of a recipe.
 
     A preset, a system by its name, or else a factorization method: then in two factors, one ratio for all matrices and
     nothing afterwards, as the one-shot presets.
@@ -416,9 +424,12 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping (key: value), found {type(values).__name__}")
-    preset = values.pop("preset", "default")
+    preset = values.pop("preset", None)
     try:
-        return make_recipe(upgraded(values, preset) if values.get("version") == 1 else values, preset)
+        if values.get("version") == 1:
+            preset = preset_before(values) if preset is None else preset
+            values = upgraded(values, preset)
+        return make_recipe(values, preset)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
 

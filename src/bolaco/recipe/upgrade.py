@@ -32,19 +32,20 @@ def renamed(values: Values) -> str | None:
     return None
 
 
-def upgraded(values: Values, preset: str = "default") -> Values:
+def upgraded(values: Values, preset: str | None = None) -> Values:
     """Nested values of version 1 in version 2; fields that their search or method does not read are left out.
 
     Values that are not as they were in version 1 are left for the validation to find.
 
     Args:
         values: of version 1, whole or over a preset.
-        preset: says which method and search that is where the values do not.
+        preset: says which method and search that is where the values do not; :func:`preset_before` by default.
     """
+    preset = preset_before(values) if preset is None else preset
     result = {key: value for key, value in values.items() if key not in ("factorization", "chop", "pruning")}
     result["version"] = 2
     factorization = _section(values, "factorization")
-    base = _base(factorization.get("method"), preset)
+    base = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
     name = factorization.get("method", base.get("method", {}).get("name"))
     method: Values = {"name": name} if "method" in factorization else {}
     if name == "chop":
@@ -62,12 +63,11 @@ def upgraded(values: Values, preset: str = "default") -> Values:
     return result
 
 
-def _base(method: Any, preset: Any) -> Values:
-    """The preset that values of this method are laid over."""
+def preset_before(values: Values) -> str:
+    """What values of version 1 without a preset were laid over: the system their method names, else the default."""
+    method = _section(values, "factorization").get("method")
     system = SYSTEMS.get(method) if isinstance(method, str) else None
-    if system is not None and preset == "default":
-        preset = system.presets[0]
-    return PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+    return "default" if system is None else system.presets[0]
 
 
 def _section(values: Values, name: str) -> dict[str, Any]:

@@ -34,11 +34,20 @@ WORDS: dict[str, Word] = {
     "target_size": Word(
         "target_size", "the same, as bytes of all weights of the result, such as 300MB or 1.5GiB", metavar="BYTES"
     ),
-    "search": Word("search.name", "how ranks are found, one of `bolaco methods` (spectral)", metavar="NAME"),
-    "storage": Word("storage", "of factored matrices, one of `bolaco methods` (pivoted)", metavar="NAME"),
+    "search": Word("search.name", "how ranks are found, one of `bolaco methods` (ours: spectral)", metavar="NAME"),
+    "storage": Word("storage", "of factored matrices, one of `bolaco methods` (ours: pivoted)", metavar="NAME"),
     "trials": Word("search.trials", "allocations to evaluate, of a search that does (50)", int),
-    "method": Word("method.name", "one of `bolaco methods` (kfac)", metavar="NAME"),
+    "method": Word(
+        "method.name",
+        "a published method, run as its paper has it; with --preset, takes the place of that recipe's own method",
+        metavar="NAME",
+    ),
     "calibration": Word("calibration.source", "text the statistics are estimated on (allenai/c4)", metavar="SRC"),
+    "text_column": Word(
+        "calibration.text_column",
+        "column of rows that holds the text, or conversations for the chat template (text, or else messages)",
+        metavar="NAME",
+    ),
     "validation": Word(
         "validation.source", "text allocations are compared on (the rest of the calibration source)", metavar="SRC"
     ),
@@ -54,7 +63,7 @@ WORDS: dict[str, Word] = {
 # How small the result is to be: a recipe has one of these.
 SIZES = ("keep", "keep_model", "target_size")
 # Those that all recipes of a comparison have in common; evaluation is given apart, as it can be several sources.
-COMPARED = ("calibration", "validation", "seq_len", "seed", "dtype", "device")
+COMPARED = ("calibration", "text_column", "validation", "seq_len", "seed", "dtype", "device")
 
 
 def flat_values(words: dict[str, Any]) -> dict[str, Any]:

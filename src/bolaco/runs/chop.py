@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from bolaco.checkpoint.info import CompressedInfo, Curves, versions
+from bolaco.checkpoint.info import CompressedInfo, Curves, read_info, versions
 from bolaco.checkpoint.result import Result
 from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
@@ -20,14 +20,14 @@ from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Structure, parameter_limit
 from bolaco.progress import Reporter
+from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import TransformRecipe
 from bolaco.report.curves import matrix_curves
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
 from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
 from bolaco.runs.size import refused_as_asked, saved_tensors, settled
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, WorkFolder
-from bolaco.work.output import work_beside
+from bolaco.work.folder import LOG_FILE, WorkFolder, work_beside
 
 
 def chop(
@@ -45,19 +45,24 @@ def chop(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
-    work = work_beside(out, work)
+    # Which model it was that an earlier call was given is not known.
+    work = work_beside(out, work, recipe if model is None else None)
     resolve_device(recipe.device)
-    with WorkFolder(work, recipe) as folder, reporter.logged(folder.path / LOG_FILE):
+    with WorkFolder(work, recipe, out) as folder, reporter.logged(folder.path / LOG_FILE):
+        if folder.finished:
+            folder.close(keep_work)
+            reporter.say(f"{out} is complete already")
+            return Result(out, read_info(out))
         session = begin(folder, recipe, reporter)
         with session.clock.timed("load"):
             if model is None:
                 reporter.say(f"loading {recipe.model}")
+            reporter.say(recipe_line(recipe))
             source = open_source(recipe.model, model, tokenizer, given)
             texts = texts_for(recipe, source)
             loaded = load(source, recipe.dtype, recipe.device)
         result = chop_loaded(recipe, out, loaded, texts, session)
-        if not keep_work:
-            folder.remove()
+        folder.close(keep_work)
     return result
 
 

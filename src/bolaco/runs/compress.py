@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bolaco.allocate.allocator import ALLOCATORS, Allocation, AllocationTask, Trials
-from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, versions
+from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, read_info, versions
 from bolaco.checkpoint.result import Result
 from bolaco.checkpoint.write import CompressedState, check_savable, compressed_state, write_model
 from bolaco.data.memory import InMemory
@@ -26,6 +26,7 @@ from bolaco.factorize.method import METHODS
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import resolve_device
 from bolaco.progress import Reporter
+from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.refine.run import Refiner, stored_block
 from bolaco.refine.train import Training
@@ -41,8 +42,7 @@ from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, Artefact, WorkFolder
-from bolaco.work.output import work_beside
+from bolaco.work.folder import LOG_FILE, Artefact, WorkFolder, work_beside
 
 
 def compress(
@@ -63,20 +63,25 @@ def compress(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
-    work = work_beside(out, work)
+    # Which model it was that an earlier call was given is not known.
+    work = work_beside(out, work, recipe if model is None else None)
     resolve_device(recipe.device)
-    with WorkFolder(work, recipe) as folder, reporter.logged(folder.path / LOG_FILE):
+    with WorkFolder(work, recipe, out) as folder, reporter.logged(folder.path / LOG_FILE):
+        if folder.finished:
+            folder.close(keep_work)
+            reporter.say(f"{out} is complete already")
+            return Result(out, read_info(out))
         session = begin(folder, recipe, reporter)
         with session.clock.timed("load"):
             if model is None:
                 reporter.say(f"loading {recipe.model}")
+            reporter.say(recipe_line(recipe))
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
             source = open_source(recipe.model, model, tokenizer, given)
             texts = texts_for(recipe, source)
             loaded = load(source, recipe.dtype, recipe.device, texts.calibration)
         result = compress_loaded(recipe, out, loaded, texts, session)
-        if not keep_work:
-            folder.remove()
+        folder.close(keep_work)
     return result
 
 

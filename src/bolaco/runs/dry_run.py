@@ -15,10 +15,12 @@ from bolaco.models.load import load_config
 from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.structure import Structure
 from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
+from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, kept_lines, larger_note, mib, plan_table
 from bolaco.runs.chop import kept_blocks
 from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
+from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
 
 
@@ -87,6 +89,7 @@ def preview(recipe: Recipe) -> Preview:
     task = preview_task(recipe, structure)
     with refused_as_asked(asked, shapes):
         ranks = recipe.allocator.preview(task, recipe.allocator_options)
+    warm_ranks(recipe, task.budget)
     blocks = tuple(range(structure.num_layers))
     factored = (site for site in task.structure.sites if ranks.get(site.name) is not None)
     biases = new_biases(recipe, factored)
@@ -100,6 +103,7 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
         BolacoError: as :func:`preview`.
     """
     found = preview(recipe)
+    yield recipe_line(recipe)
     size, shapes = found.linears, found.shapes
     if found.task is None or found.ranks is None or not isinstance(found.recipe, LowRankRecipe):
         yield blocks_line(found.kept, shapes.structure.num_layers)

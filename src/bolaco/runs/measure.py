@@ -17,7 +17,6 @@ from bolaco.models.weights import dtype_name
 from bolaco.report.card import model_card
 from bolaco.report.html import REPORT_FILE, result_page
 from bolaco.runs.session import Loaded, Session
-from bolaco.work.output import new_folder
 
 
 def dense_perplexity(loaded: Loaded, texts: Texts, batch: int, session: Session) -> PerplexityResult:
@@ -70,7 +69,7 @@ def finish(
         write: writes the compressed model into a folder.
         measure: measures the model in a folder.
     """
-    with new_folder(out) as partial, session.folder.unfinished(partial):
+    with session.folder.output(out) as partial:
         with session.clock.timed("write"):
             write(partial)
             with quiet():

@@ -30,8 +30,8 @@ from bolaco.runs.chop import chop_loaded, kept_blocks
 from bolaco.runs.compress import compress_loaded
 from bolaco.runs.dry_run import preview_task
 from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
-from bolaco.work.folder import LOG_FILE, Clock, WorkFolder
-from bolaco.work.output import link_or_copy, new_folder, work_beside
+from bolaco.work.folder import LOG_FILE, Clock, WorkFolder, work_beside
+from bolaco.work.output import link_or_copy
 
 R = TypeVar("R", bound=BaseRecipe)
 
@@ -81,10 +81,15 @@ def compress_several(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
-    work = work_beside(out, work)
     run, first = Several(recipes=dict(recipes)), next(iter(recipes.values()))
+    # Which model it was that an earlier call was given is not known.
+    work = work_beside(out, work, run if model is None else None)
     resolve_device(first.device)
-    with WorkFolder(work, run) as folder, reporter.logged(folder.path / LOG_FILE):
+    with WorkFolder(work, run, out) as folder, reporter.logged(folder.path / LOG_FILE):
+        if folder.finished:
+            folder.close(keep_work)
+            reporter.say(f"{out} is complete already")
+            return SeveralResults(out, {name: Result(out / name, read_info(out / name)) for name in recipes})
         session = begin(folder, run, reporter)
         with session.clock.timed("load"):
             if model is None:
@@ -96,12 +101,11 @@ def compress_several(
             check_budget(recipe, loaded.structure)
         places = {name: _result(name, recipe, loaded, texts, session) for name, recipe in recipes.items()}
         infos = {name: read_info(place) for name, place in places.items()}
-        with new_folder(out) as partial, folder.unfinished(partial):
+        with folder.output(out) as partial:
             (partial / "table.md").write_text(sizes_markdown(infos), encoding="utf-8")
             for name, place in places.items():
                 shutil.copytree(place, partial / name, copy_function=link_or_copy)
-        if not keep_work:
-            folder.remove()
+        folder.close(keep_work)
     return SeveralResults(out, {name: Result(out / name, info) for name, info in infos.items()})
 
 

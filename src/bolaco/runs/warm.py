@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import RecipeError
+from bolaco.models.find import inspect_structure, meta_model
+from bolaco.models.load import load_config
+from bolaco.models.lowrank import stock_config
 from bolaco.models.structure import stack_of
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.storage.budget import Budget, Ranks
@@ -14,7 +17,7 @@ def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
     """The allocation of ``search.warm_start``, if there is one.
 
     Raises:
-        RecipeError: it is of another architecture, or not allowed by this recipe.
+        RecipeError: it is of another architecture, whatever search would take it, or not allowed by this recipe.
         CheckpointError: there is no result in that folder.
     """
     start = recipe.search.warm_start
@@ -27,6 +30,14 @@ def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
     for name in [*(name for name in sites if name not in ranks), *(name for name in ranks if name not in sites)]:
         has = "that result has no rank for" if name in sites else "this model has no matrix"
         raise RecipeError(f"search.warm_start: {has} {name}; it is of another architecture")
+    theirs = _shapes(start)
+    for name, site in sites.items():
+        here, there = (site.out_features, site.in_features), theirs.get(name)
+        if there is not None and there != here:
+            raise RecipeError(
+                f"search.warm_start: {name} is {there[0]} x {there[1]} in that result and {here[0]} x {here[1]} in "
+                "this model; it is of another architecture"
+            )
     for stack in info.stacks:
         # Ranks of a stack say little of its matrices apart: those of the share that the stack has.
         members = tuple(sites[name] for name in stack)
@@ -41,3 +52,10 @@ def warm_ranks(recipe: LowRankRecipe, budget: Budget) -> Ranks | None:
                 f"search.warm_start: {start} gives {site.name} rank {rank}, which this recipe does not allow"
             )
     return ranks
+
+
+def _shapes(folder: str) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the matrices of a result, by name, as its configuration has them."""
+    original = stock_config(load_config(folder))
+    sites = inspect_structure(meta_model(original)).sites
+    return {site.name: (site.out_features, site.in_features) for site in sites}

@@ -141,9 +141,10 @@ class _Source(Protocol):
 
 def _open(source: str, settings: TuneSettings, tokenizer: Any, model_type: str) -> _Source:
     length = settings.data.seq_len
-    if _holds_instructions(source):
+    column = settings.data.text_column
+    if column is None and _holds_instructions(source):
         return _Instructions(source, tokenizer, length, settings.data.train_on == "all")
-    return _Text(TokenStream(source, tokenizer, settings.bos, model_type), length)
+    return _Text(TokenStream(source, tokenizer, settings.bos, model_type, column), length)
 
 
 class _Text:
@@ -182,7 +183,7 @@ class _Instructions:
 def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and content of every row of a .jsonl file that is in the source's slice."""
     name, start, stop = split_slice(source)
-    with Path(name).expanduser().open(encoding="utf-8") as file:
+    with Path(name).expanduser().open(encoding="utf-8-sig") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in itertools.islice(lines, start, stop):
             try:

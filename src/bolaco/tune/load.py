@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import INFO_FILE, CompressedInfo, TunedInfo, read_any_info
+from bolaco.evaluation.objective import check_tokens
 from bolaco.models.load import (
     check_finite,
     load_config,
@@ -64,6 +65,8 @@ def load(settings: TuneSettings, processes: int) -> Loaded:
     stored_dtype = model.dtype
     to_run_dtype(model, settings)
     check_finite(model)
+    for example in (*data.train, *data.evaluation):
+        check_tokens(model, example["input_ids"])
     model.requires_grad_(False)
     identity = f"{weights_fingerprint(model)} {model.device.type}"
     return Loaded(model, stored_dtype, tokenizer, info, data, identity)

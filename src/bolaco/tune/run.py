@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from bolaco.checkpoint.info import Info, TuningPerplexities, TuningRecord, Unchanged, versions, write_info
+from bolaco.checkpoint.info import (
+    Info,
+    TuningPerplexities,
+    TuningRecord,
+    Unchanged,
+    read_any_info,
+    versions,
+    write_info,
+)
 from bolaco.checkpoint.result import Result
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
 from bolaco.models.load import check_finite, load_model, resolve_device
@@ -33,8 +41,7 @@ from bolaco.tune.settings import TuneSettings
 from bolaco.tune.teacher import load_original, load_teacher, to_run_dtype
 from bolaco.tune.trainer import TRAINED, Trained, load_trained, save_trained, total_steps, train, training_arguments
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, Artefact, Clock, WorkFolder
-from bolaco.work.output import new_folder, work_beside
+from bolaco.work.folder import LOG_FILE, Artefact, Clock, WorkFolder, work_beside
 
 
 def tune(
@@ -55,15 +62,21 @@ def tune(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
-    work = work_beside(out, work)
     mode = MODES.get(settings.mode)
     settings, options = resolve(settings, mode)
+    # Processes of torchrun cannot know of each other whether there is anything left to do.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    work = work_beside(out, work, settings if alone else None)
     resolve_device(settings.device)
-    folder = WorkFolder(work, settings)
+    folder = WorkFolder(work, settings, out)
     if int(os.environ.get("RANK", "0")) > 0:
         _help_train(_begin(mode, settings, options, folder, Reporter(quiet=True), first=False))
         return None
     with folder, reporter.logged(folder.path / LOG_FILE):
+        if folder.finished:
+            folder.close(keep_work)
+            reporter.say(f"{out} is complete already")
+            return Result(out, read_any_info(out))
         reporter.detail(f"{type(settings).__name__} {settings.model_dump_json()}")
         clock = Clock(folder.path, settings, reporter.detail)
         with clock.timed("load"):
@@ -77,7 +90,7 @@ def tune(
             _require_space(run, ready, out)
         with clock.timed("train"):
             trained = _train_or_reload(run, ready)
-        with new_folder(out) as partial_out, folder.unfinished(partial_out):
+        with folder.output(out) as partial_out:
             with clock.timed("write"):
                 frozen = _write(partial_out, run, ready)
             with clock.timed("evaluation"):
@@ -87,8 +100,7 @@ def tune(
             write_info(partial_out, info)
             (partial_out / REPORT_FILE).write_text(tuned_page(info, out.name), encoding="utf-8")
             (partial_out / "README.md").write_text(tuned_card(info, out.name), encoding="utf-8")
-        if not keep_work:
-            folder.remove()
+        folder.close(keep_work)
     return Result(out, info)
 
 

@@ -20,6 +20,7 @@ class Data(Section):
     """What the model is trained on."""
 
     source: str = Field(description="a text source, or a .jsonl file of instructions")
+    text_column: str | None = Field(None, description="of rows of text, for the evaluation too; default: text")
     seq_len: int = Field(1024, ge=2, description="tokens of a text block; instructions are cut to this length")
     sequences: int | None = Field(None, gt=0, description="use only the first so many blocks or instructions")
     train_on: Literal["responses", "all"] = Field(
@@ -105,6 +106,7 @@ WORDS = {
     "mode": "mode",
     "data": "data.source",
     "evaluation": "evaluation.source",
+    "text_column": "data.text_column",
     "seq_len": "data.seq_len",
     "max_steps": "training.max_steps",
     "epochs": "training.epochs",

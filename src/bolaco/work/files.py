@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from bolaco.errors import BolacoError
+from bolaco.errors import BolacoError, no_space
 
 # What a file is called while it is written.
 PARTIAL = ".partial"
@@ -28,6 +29,35 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def preallocate(file: Path, size: int, what: str) -> None:
+    """Gives a file room for so many bytes on its disk: a file that is mapped has no other way to say that it is full.
+
+    Raises:
+        BolacoError: the disk has no such room; the file is removed.
+    """
+    with file.open("ab") as opened:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, max(size, 1))
+            else:
+                _fill(opened, size)
+        except OSError as error:
+            file.unlink()
+            if not no_space(error):
+                raise
+            raise BolacoError(
+                f"{file}: no space left for {what}: {size / 2**20:,.1f} MiB are needed; free some, or choose another "
+                "--work on a larger disk"
+            ) from error
+
+
+def _fill(opened: IO[bytes], size: int) -> None:
+    """Zeros up to a size, where a system has no call for it."""
+    while (missing := size - opened.seek(0, os.SEEK_END)) > 0:
+        opened.write(bytes(min(missing, 2**24)))
+    opened.flush()
 
 
 def require_space(needs: Iterable[tuple[Path, int]], what: str) -> None:

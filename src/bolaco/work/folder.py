@@ -5,13 +5,15 @@ text, weights, and other artefacts. A stage finds its artefact again exactly whe
 that was changed repeats what depends on the change and nothing else.
 
 Files are written under a temporary name and renamed, so one that exists is whole. The folder is locked while a run uses
-it (the lock dies with the process). A run that ends before anything is finished leaves no folder behind.
+it (the lock dies with the process). A run that ends before anything is finished leaves no folder behind. One that was
+ended when its output was there already, but this folder still too, is taken up by the same command: it is finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,10 +25,10 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from bolaco.errors import ResumeError
+from bolaco.errors import RecipeError, ResumeError
 from bolaco.work.files import PARTIAL, write_text
 from bolaco.work.memory import largest_resident
-from bolaco.work.output import UNFINISHED
+from bolaco.work.output import new_folder, refuse_existing, remove_unfinished, sweep
 
 V = TypeVar("V")
 
@@ -36,13 +38,68 @@ _MARK = "recipe.json"
 LOG_FILE = "log.txt"
 # In a folder of factors: the ranks up to which they go.
 TOP_FILE = "top.json"
-_BOOKKEEPING = (_MARK, TOP_FILE, "unfinished.json", LOG_FILE)
+_BOOKKEEPING = (_MARK, TOP_FILE, LOG_FILE)
 _ENDINGS = (PARTIAL, ".cache", ".seconds.json")
 
 
 def digest(value: Any) -> str:
     """Twelve digits that change with ``value``: anything JSON can hold, pydantic models, artefacts."""
     return hashlib.sha256(json.dumps(_plain(value), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def work_beside(out: Path, work: Path | None, run: BaseModel | None = None) -> Path:
+    """The work folder of a run that writes ``out``: ``work`` if it is given, else ``<out>.work``.
+
+    It is removed at the end, and the output must not exist before, so neither may hold the other. What killed runs have
+    left of ``out`` is removed.
+
+    Args:
+        out: the output.
+        work: the work folder, if it is not that beside the output.
+        run: everything the run depends on, if an output that it has finished before may be taken for its result.
+
+    Raises:
+        OutputExistsError: ``out`` exists, and is not that of this run, ended in its last moment.
+        RecipeError: one is inside the other.
+    """
+    work = work or out.with_name(out.name + ".work")
+    if run is None or not _has_written(work, run, out):
+        if out.exists():
+            _remove_rest(work)
+        refuse_existing(out)
+    a, b = out.resolve(), work.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
+    sweep(out)
+    return work
+
+
+def _remove_rest(work: Path) -> None:
+    """Removes an empty work folder and its lock: what a run leaves that is ended when it has removed all the rest."""
+    lock_path = _lock_of(work)
+    if not lock_path.is_file() or (work.exists() and (not work.is_dir() or any(work.iterdir()))):
+        return
+    with suppress(OSError, Timeout), FileLock(lock_path, timeout=0):
+        if work.exists():
+            work.rmdir()
+        lock_path.unlink()
+
+
+def _lock_of(work: Path) -> Path:
+    return work.with_name(work.name + ".lock")
+
+
+def _has_written(work: Path, run: BaseModel, out: Path) -> bool:
+    """Whether ``out`` is the folder that this very run was writing when it left its mark in ``work``."""
+    try:
+        mark = json.loads((work / _MARK).read_bytes())
+        place = os.lstat(out)
+        return bool(
+            mark["recipe"] == run.model_dump(mode="json")
+            and [mark["writes"]["device"], mark["writes"]["inode"]] == [place.st_dev, place.st_ino]
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _plain(value: Any) -> Any:
@@ -109,14 +166,20 @@ class WorkFolder:
     Args:
         path: the folder; made if it does not exist.
         recipe: what the run does, kept in the folder for whoever looks into it.
+        out: what the run writes.
+
+    Attributes:
+        finished: ``out`` is there already, written by this very run before it was ended in its last moment.
 
     Raises:
+        OutputExistsError: ``out`` is there already, and not of this run.
         ResumeError: in use by another run, or not a work folder.
     """
 
-    def __init__(self, path: Path, recipe: BaseModel) -> None:
-        self.path, self.recipe = path, recipe
-        self._lock_path = path.with_name(path.name + ".lock")
+    def __init__(self, path: Path, recipe: BaseModel, out: Path | None = None) -> None:
+        self.path, self.recipe, self.out = path, recipe, out
+        self.finished = False
+        self._lock_path = _lock_of(path)
         self._lock = FileLock(self._lock_path)
         self._made = False
 
@@ -147,18 +210,31 @@ class WorkFolder:
             theirs = self._mark()
             if theirs is None and any(file.suffix != PARTIAL for file in self.path.iterdir()):
                 raise ResumeError(f"{self.path}: not a work folder of bolaco (no {_MARK} in it); choose another --work")
-            if theirs is not None and theirs.keys() != {"format", "recipe"}:
+            if theirs is not None and theirs.keys() - {"writes"} != {"format", "recipe"}:
                 what = (
                     "started by an earlier version of bolaco; delete the folder to start anew"
                     if "version" in theirs
                     else f"not a work folder of bolaco (its {_MARK} is none of ours); choose another --work"
                 )
                 raise ResumeError(f"{self.path}: {what}")
+            if self.out is not None and _has_written(self.path, self.recipe, self.out):
+                self.finished = True
+                return
             if theirs is None or not self._started():
                 self._forget()
+            self._remove_unfinished(theirs)
+        if self.out is not None:
+            refuse_existing(self.out)
         self.path.mkdir(exist_ok=True)
-        write_text(self.path / _MARK, json.dumps({"format": 2, "recipe": self.recipe.model_dump(mode="json")}))
-        self._remove_unfinished()
+        self._write_mark()
+
+    def _write_mark(self, writes: Path | None = None) -> None:
+        """Says what the run does, and the folder that it is writing, which keeps its inode when it gets its name."""
+        mark: dict[str, Any] = {"format": 2, "recipe": self.recipe.model_dump(mode="json")}
+        if writes is not None:
+            place = writes.stat()
+            mark["writes"] = {"folder": str(writes.absolute()), "device": place.st_dev, "inode": place.st_ino}
+        write_text(self.path / _MARK, json.dumps(mark))
 
     def _mark(self) -> dict[str, Any] | None:
         """The recipe that the folder was last used for."""
@@ -224,39 +300,40 @@ class WorkFolder:
             else:
                 path.unlink()
 
-    def _remove_unfinished(self) -> None:
-        """Removes the output folder that a killed run was writing (see :meth:`unfinished`)."""
-        file = self.path / "unfinished.json"
-        if not file.exists():
-            return
-        with suppress(OSError, ValueError):
-            folder = TypeAdapter(str).validate_json(file.read_bytes())
-            # Only ever what new_folder() makes, whatever the file says.
-            if UNFINISHED in Path(folder).name:
-                shutil.rmtree(folder, ignore_errors=True)
-        file.unlink()
+    def _remove_unfinished(self, mark: dict[str, Any] | None) -> None:
+        """Removes the output folder that a killed run was writing, by the mark that it has left."""
+        writes = (mark or {}).get("writes")
+        if isinstance(writes, dict) and isinstance(writes.get("folder"), str):
+            remove_unfinished(Path(writes["folder"]))
 
     @contextmanager
-    def unfinished(self, folder: Path) -> Iterator[None]:
-        """Remembers a folder that is being written outside this one; if this run is killed, the next one removes it."""
-        file = self.path / "unfinished.json"
-        write_text(file, json.dumps(str(folder.absolute())))
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
+    def output(self, out: Path) -> Iterator[Path]:
+        """:func:`bolaco.work.output.new_folder`, remembered here: a run that is killed leaves nothing of it behind."""
+        with new_folder(out) as partial:
+            self._write_mark(partial)
+            try:
+                yield partial
+            except BaseException:
+                with suppress(OSError):
+                    self._write_mark()
+                raise
 
-    def remove(self) -> None:
-        """Deletes the folder; the lock stays until the ``with`` block ends.
+    def close(self, keep: bool = False) -> None:
+        """Deletes the folder, or keeps it for another run; the lock stays until the ``with`` block ends.
 
-        Results go first: what an interruption leaves is still a work folder.
+        What tells that it is a work folder, and that its output is there, goes last: a run that is ended meanwhile is
+        finished by the next call.
         """
+        if keep:
+            self._write_mark()
+            return
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
             elif entry.name != _MARK:
                 entry.unlink()
-        shutil.rmtree(self.path)
+        (self.path / _MARK).unlink(missing_ok=True)
+        self.path.rmdir()
 
 
 class Clock:

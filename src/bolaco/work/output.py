@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bolaco.errors import OutputExistsError, RecipeError
+from bolaco.errors import OutputExistsError
 
-UNFINISHED = ".partial-"
+# What new_folder() calls a folder until it is complete: by what it will be called, and the process that writes it.
+_UNFINISHED = re.compile(r"\.(?P<out>.+)\.partial-\d+(-[0-9a-f]+)?", re.DOTALL)
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that becomes ``out`` when the block succeeds and vanishes when it fails.
 
+    It is locked while it is written, and the lock dies with the process: what a killed run has left is removed here.
     Its files are as readable as it is: safetensors writes for the owner alone, whatever the umask says.
 
     Raises:
         OutputExistsError: ``out`` exists.
     """
     refuse_existing(out)
-    partial = out.with_name(f".{out.name}{UNFINISHED}{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    sweep(out)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}-{secrets.token_hex(3)}")
     partial.mkdir(parents=True)
+    lock = _locked(partial)
     try:
         yield partial
         readable = partial.stat().st_mode & 0o666
@@ -36,6 +42,39 @@ def new_folder(out: Path) -> Iterator[Path]:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(out: Path) -> None:
+    """Removes what killed runs have left of ``out``, but nothing that a process is still writing."""
+    with suppress(OSError):
+        for folder in list(out.parent.iterdir()):
+            found = _UNFINISHED.fullmatch(folder.name)
+            if found is not None and found["out"] == out.name:
+                remove_unfinished(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes a folder that :func:`new_folder` made, unless a process is writing it."""
+    lock = _locked(folder) if _UNFINISHED.fullmatch(folder.name) else None
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """The open folder, locked until it is closed; None where it is none, is in use, or cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -50,20 +89,3 @@ def refuse_existing(out: Path) -> None:
     """Raises OutputExistsError if ``out`` is there already."""
     if out.exists() or out.is_symlink():  # a link that leads nowhere too
         raise OutputExistsError(f"{out}: exists already and is not overwritten; choose another name or remove it first")
-
-
-def work_beside(out: Path, work: Path | None) -> Path:
-    """The work folder of a run that writes ``out``: ``work`` if it is given, else ``<out>.work``.
-
-    It is removed at the end, and the output must not exist before, so neither may hold the other.
-
-    Raises:
-        OutputExistsError: ``out`` exists.
-        RecipeError: one is inside the other.
-    """
-    refuse_existing(out)
-    work = work or out.with_name(out.name + ".work")
-    a, b = out.resolve(), work.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
-    return work
