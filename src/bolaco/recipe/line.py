@@ -5,6 +5,7 @@ from __future__ import annotations
 from bolaco.factorize.method import METHODS
 from bolaco.recipe.presets import PRESETS
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe
+from bolaco.recipe.words import SIZES
 from bolaco.refine.settings import Refinement
 from bolaco.settings import Values
 
@@ -23,7 +24,9 @@ def recipe_name(recipe: Recipe) -> str | None:
 
     Of presets with the same parts it is the one that agrees in most fields: they differ in options and texts.
     """
-    least = {"model": recipe.model, "keep": recipe.keep}
+    least = {"model": recipe.model} | {
+        size: getattr(recipe, size) for size in SIZES if getattr(recipe, size) is not None
+    }
     known = {name: make_recipe(least, name) for name in PRESETS}
     method = recipe.method.name
     if method in METHODS and method not in PRESETS:
