@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -11,24 +10,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from bolaco.errors import BolacoError, RecipeError, no_memory, no_space
 from bolaco.parser import command_parser
+from bolaco.progress import plain_console
 from bolaco.recipe.words import COMPARED, WORDS
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    from bolaco.settings import parsed_yaml
+
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair}: expected FIELD=VALUE")
         try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {pair}: the value is no YAML") from None
+            options[name] = parsed_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"--set {name}: the value is no plain YAML: {error}") from None
     return options
 
 
@@ -47,7 +48,8 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
     if args.dry_run:
         from bolaco.runs.dry_run import described
 
-        for part in described(recipe):
+        places = [None if place is None else Path(place).expanduser() for place in (args.out, args.work)]
+        for part in described(recipe, *places):
             console.print(part)
         return
     if not args.out:
@@ -114,6 +116,7 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
     from bolaco.models.load import load_model, load_tokenizer
     from bolaco.progress import Reporter
     from bolaco.report.tables import tasks_table
+    from bolaco.settings import json_text
 
     # What can be wrong with the tasks is found before the hours a perplexity can take.
     tasks = None if args.tasks is None else read_tasks(args.tasks)
@@ -135,7 +138,7 @@ def _eval(args: argparse.Namespace, console: Console) -> None:
         console.print(tasks_table(scores))
         record["tasks"] = {score.task: score.record for score in scores}
     if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json_text(record), encoding="utf-8")
 
 
 def _bench(args: argparse.Namespace, console: Console) -> None:
@@ -150,6 +153,7 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
     from bolaco.evaluation.speed import measure_apart
     from bolaco.progress import Reporter
     from bolaco.report.tables import speed_table
+    from bolaco.settings import json_text
 
     found = []
     with Reporter().stage("measure", len(args.models)) as tick:
@@ -159,7 +163,7 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
             tick(1)
     console.print(speed_table(found))
     if args.json:
-        Path(args.json).write_text(json.dumps([asdict(speed) for speed in found], indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json_text(found), encoding="utf-8")
 
 
 # Options of `tune` that are fields of its settings.
@@ -274,9 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Names of models and files are printed as they are: no markup, no emoji codes in them.
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = plain_console(soft_wrap=True)
+    errors = plain_console(soft_wrap=True, stderr=True)
     try:
         _COMMANDS[args.command](args, console)
     except BolacoError as error:

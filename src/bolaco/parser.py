@@ -46,6 +46,7 @@ def command_parser() -> argparse.ArgumentParser:
     _words(compress, *WORDS, required=("keep",))
     compress.add_argument(
         "--preset",
+        type=_preset,
         choices=tuple(PRESETS),
         default="default",
         help="a published recipe instead of ours; paper: all settings of arXiv 2405.10616",
@@ -145,6 +146,15 @@ def command_parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="list what is registered, or the options of one of it")
     methods.add_argument("name", metavar="NAME", nargs="?", help="of a method, storage, search, preset or mode")
     return parser
+
+
+def _preset(name: str) -> str:
+    """The name of a preset; argparse itself would list all there are and not say what was probably meant."""
+    if name not in PRESETS:
+        from bolaco.settings import meant
+
+        raise argparse.ArgumentTypeError(f"unknown preset {name!r}{meant(name, PRESETS)}")
+    return name
 
 
 def _words(parser: argparse.ArgumentParser, *names: str, required: tuple[str, ...] = ()) -> None:

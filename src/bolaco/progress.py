@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +16,22 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from bolaco.errors import printable
+
+
+class _PlainConsole(Console):
+    """Prints text as it is: what a terminal would obey in a name from outside is shown as its code."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed comes by here, those in tables too."""
+        return super().render_str(printable(text), **options)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console for names of models and files: no markup, no emoji codes, no control characters in them."""
+    return _PlainConsole(highlight=False, markup=False, emoji=False, **options)
 
 
 def _clock(seconds: float) -> str:
@@ -37,7 +53,7 @@ class Reporter:
     seconds_between_lines = 10.0
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
+        self.console = console or plain_console(stderr=True, quiet=quiet)
         self.quiet = quiet
 
     def say(self, text: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bolaco.errors import DataError
+from bolaco.work.hub import check_hub
 
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$", re.DOTALL)
@@ -33,6 +34,12 @@ def _is_path(name: str) -> bool:
     return bool(name) and (
         Path(name).expanduser().exists() or Path(name).suffix in _SUFFIXES or name.startswith((".", "/", "~"))
     )
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source is neither here nor pydoc: to read it is to download it."""
+    name = split_slice(source)[0]
+    return not _is_path(name) and name != "pydoc"
 
 
 def read_documents(source: str) -> Iterator[str]:
@@ -69,6 +76,7 @@ def _all_documents(name: str) -> Iterator[str]:
         dataset, config, split = (*name.split(":"), "", "")[:3]
         # C4 asks for a configuration; English is what the field calibrates on.
         arguments = {"name": config or ("en" if dataset == "allenai/c4" else None), "split": split or "train"}
+        check_hub(dataset, "README.md", DataError, "dataset")
         yield from _read(name, dataset, arguments)
     else:
         raise DataError(f"{name}: neither a file, a folder nor a hub data set id")
@@ -104,7 +112,8 @@ def _texts_of(file: Path) -> Iterator[str]:
 def _text(row: Mapping[str, Any], name: object) -> str:
     text = row.get("text")
     if isinstance(text, str):
-        return text
+        # JSON can write half a character; no tokenizer takes it.
+        return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
     found = f"text is {type(text).__name__}" if "text" in row else f"they have {', '.join(map(str, row))}"
     raise DataError(f"{name}: rows have no 'text' string ({found})")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bolaco.data.settings import Calibration, Evaluation, Validation
-from bolaco.data.sources import TokenStream, fingerprint
+from bolaco.data.sources import TokenStream, fingerprint, on_hub
 from bolaco.errors import DataError
 from bolaco.models.structure import positions_of
 
@@ -51,6 +51,7 @@ def prepare_texts(
     searches: bool = False,
     bos: str = "auto",
     more: Sequence[str] = (),
+    local: bool = False,
 ) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
@@ -63,6 +64,7 @@ def prepare_texts(
         searches: whether allocations are compared.
         bos: see :class:`TokenStream`.
         more: sources of further texts to report on, each as long as the evaluation text.
+        local: leaves what is on the hub there; it then has no sequences.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -77,6 +79,8 @@ def prepare_texts(
             raise DataError(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
             )
+        if local and on_hub(source):
+            return torch.empty(0, length, dtype=torch.int64)
         if source not in streams:
             streams[source] = TokenStream(source, tokenizer, bos, config.model_type)
         return streams[source].take(count, length, purpose)

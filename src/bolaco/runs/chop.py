@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo, Curves, versions
 from bolaco.checkpoint.result import Result
+from bolaco.checkpoint.write import check_savable
 from bolaco.data.texts import Texts
+from bolaco.evaluation.objective import check_tokens
 from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Structure, parameter_limit
@@ -74,6 +76,8 @@ def chop_loaded(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
+    check_tokens(loaded.model, texts.evaluation)
+    check_savable(loaded.model, loaded.tokenizer, compressed=False)
     structure = loaded.structure
     kept = kept_blocks(recipe, structure)
     require_space([(out, loaded.parameters * loaded.itemsize)], "the checkpoint")

@@ -85,7 +85,7 @@ def compress_loaded(
     """
     for tokens in (texts.calibration, texts.evaluation):
         check_tokens(loaded.model, tokens)
-    check_savable(loaded.model)
+    check_savable(loaded.model, loaded.tokenizer)
     made = subject_artefact(recipe, loaded, texts, session)
     preview = preview_task(recipe, loaded.structure)
     units, budget = preview.structure, preview.budget

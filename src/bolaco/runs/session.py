@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bolaco.data.texts import Texts, prepare_texts
+from bolaco.evaluation.objective import check_tokens
 from bolaco.models.experts import unfused
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, weights_fingerprint
@@ -89,7 +90,9 @@ def open_source(name: str, model: PreTrainedModel | None, tokenizer: Any) -> Sou
     return Source(name, model, config, tokenizer if tokenizer is not None else load_tokenizer(name))
 
 
-def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, more: tuple[str, ...] = ()) -> Texts:
+def texts_for(
+    recipe: Recipe, source: Source, calibrates: bool | None = None, more: tuple[str, ...] = (), local: bool = False
+) -> Texts:
     """The texts of a recipe; see :func:`bolaco.data.texts.prepare_texts`."""
     return prepare_texts(
         recipe.calibration,
@@ -101,6 +104,7 @@ def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, mo
         searches=recipe.searches,
         bos=recipe.bos,
         more=more,
+        local=local,
     )
 
 
@@ -112,6 +116,8 @@ def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) 
     """
     model = source.model if source.model is not None else load_model(source.name, dtype, device, "refuse")
     check_finite(model)
+    if tokens is not None:
+        check_tokens(model, tokens)
     working = unfused(model)
     structure = observed(working, inspect_structure(working), tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"

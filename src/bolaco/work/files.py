@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and room for them."""
+"""Files that are written whole or not at all, room for them, and values read from them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from bolaco.errors import BolacoError
+from bolaco.errors import BolacoError, CheckpointError
+from bolaco.settings import parsed_json
 
 # What a file is called while it is written.
 PARTIAL = ".partial"
@@ -28,6 +30,20 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON.
+    """
+    try:
+        return parsed_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
 def require_space(needs: Iterable[tuple[Path, int]], what: str) -> None:

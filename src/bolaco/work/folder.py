@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bolaco.errors import ResumeError
+from bolaco.settings import json_text
 from bolaco.work.files import PARTIAL, write_text
 from bolaco.work.output import UNFINISHED
 
@@ -93,7 +94,7 @@ class Artefact:
 
     def write(self, value: Any) -> None:
         """Writes its JSON value, whole or not at all."""
-        write_text(self.file, json.dumps(_plain(value)))
+        write_text(self.file, json_text(_plain(value)))
 
     def damaged(self, why: str) -> ResumeError:
         """The error to raise for a JSON value that is not what was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -51,10 +52,18 @@ def work_beside(out: Path, work: Path | None) -> Path:
 
     Raises:
         OutputExistsError: ``out`` exists.
-        RecipeError: one is inside the other.
+        RecipeError: one is inside the other, one cannot be written, or the work folder is a link.
     """
     refuse_existing(out)
     work = work or out.with_name(out.name + ".work")
+    if work.is_symlink():
+        raise RecipeError(f"{work}: a link, which cannot be removed in the end; name the folder it leads to by --work")
+    for path in (out, work):
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+            closed = os.statvfs(parent).f_flag & os.ST_RDONLY
+            why = os.strerror(errno.EROFS if closed else errno.EACCES)
+            raise RecipeError(f"{path}: cannot be written, {parent}: {why}")
     a, b = out.resolve(), work.resolve()
     if a == b or a in b.parents or b in a.parents:
         raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
