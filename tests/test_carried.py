@@ -25,7 +25,7 @@ from tests.test_checkpoint import MEASURE, config_of, edit_config, logits, must
 Entry = dict[str, Any]
 
 # What every carried file has, beside the layers.
-COMMON = {"FactoredLinear", "LowRankMixin"}
+COMMON = {"EntryError", "FactoredLinear", "LowRankMixin"}
 PIVOTED = {"preset": "default", "search": "spectral", "options": {"refinement.steps": 2}}
 # Words of a run -> the layers its checkpoint must carry, whatever they are made of included, and no others.
 CARRIED: dict[str, tuple[str, dict[str, Any], set[str]]] = {
@@ -208,7 +208,8 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
     done = without_bolaco(code, tmp_path, folder)
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "ValueError: unknown kind of layer 'pivoted'; known are two-factor"
+    said = f"EntryError: config.json: lowrank.matrices: {name}: unknown kind of layer 'pivoted'; known are two-factor"
+    assert done.stderr.splitlines()[-1].endswith(said)
 
 
 # --- the entry of the configuration ------------------------------------------------------------------------------
@@ -256,12 +257,74 @@ def test_an_unknown_format_is_refused(known: object, copied: Path) -> None:
     assert refused(copied).startswith(f"config.json: 'lowrank' is of format {known!r}, known are 1 and 2; ")
 
 
-@pytest.mark.parametrize("damage", [{"kind": "split", "parts": [7]}, "two-factor", {"out": 3}, None])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"kind": "split", "parts": [7]},
+        {"kind": "split", "parts": 7},
+        {"kind": "sketch", "bits": 2, "groups": 1, "layer": 3},
+        "two-factor",
+        {"out": 3},
+        None,
+    ],
+)
 def test_a_damaged_entry_is_refused(damage: object, copied: Path) -> None:
     lowrank = config_of(copied)["lowrank"]
     lowrank["matrices"][next(iter(lowrank["matrices"]))] = damage
     edit_config(copied, lowrank=lowrank)
     assert "config.json" in refused(copied)
+
+
+# What is changed in the entry of a matrix of 32 columns -> what is said of it.
+HALF: dict[str, Any] = {"kind": "dense", "out": 16, "bias": False}
+FULL = HALF | {"out": 32}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "rank of nothing": ({"rank": None}, "rank must be a number from 1 to "),
+    "rank of 0": ({"rank": 0}, "rank must be a number from 1 to "),
+    "rank of millions": ({"rank": 10**9}, "rank must be a number from 1 to "),
+    "rank in words": ({"rank": "eight"}, "rank must be a number from 1 to "),
+    "rank that is true": ({"rank": True}, "rank must be a number from 1 to "),
+    "fraction": ({"rank": 1.5}, "rank must be a number from 1 to "),
+    "no outputs": ({"out": -1}, "out must be a number from 1 to "),
+    "other outputs": ({"out": 31}, "has 31 outputs, the matrix in its place has "),
+    "outputs for all memory": ({"out": 2**24}, "outputs, the matrix in its place has "),
+    "bias": ({"bias": "yes"}, "bias must be true or false, not 'yes'"),
+    "side": ({"kind": "pivoted", "side": "left"}, "side must be rows or columns, not 'left'"),
+    "no side": ({"kind": "pivoted"}, "side must be rows or columns, not 'None'"),
+    "no lead": ({"kind": "follower"}, "lead must be the name of a matrix, not 'None'"),
+    "a lead that is not there": ({"kind": "follower", "lead": "layers.7"}, "the model has no 'layers.7'"),
+    "a lead that is none": ({"kind": "follower", "lead": "layers.0"}, "cannot share the factor of "),
+    "no parts": ({"kind": "split", "parts": []}, "parts must be a list of entries"),
+    "parts of one name": ({"kind": "split", "parts": [{"name": "a"} | HALF] * 2}, "a part must have a name of its own"),
+    "a part called as a method": ({"kind": "split", "parts": [{"name": "keys"} | FULL]}, "name of its own"),
+    "outputs of parts": ({"kind": "split", "parts": [{"name": "a"} | HALF]}, "has 16 outputs"),
+    "bits": ({"kind": "sketch", "bits": 9, "groups": 1, "layer": FULL}, "bits must be a number from 1 to 4"),
+    "outputs inside": ({"kind": "sketch", "bits": 2, "groups": 1, "layer": HALF}, "has 16 outputs"),
+    "experts of a matrix": ({"kind": "experts", "experts": 2, "parts": [{"name": "a"} | HALF]}, "parts must be two"),
+    "inputs for all memory": ({"in": 2**30}, "in must be a number from 1 to "),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_an_entry_that_describes_no_layer_is_refused(what: str, copied: Path) -> None:
+    """Before anything of its size is made."""
+    change, said = WRONG[what]
+    lowrank = config_of(copied)["lowrank"]
+    name = next(name for name, entry in lowrank["matrices"].items() if entry["out"] == 32)
+    lowrank["matrices"][name] |= change
+    edit_config(copied, lowrank=lowrank)
+    line = refused(copied)
+    assert line.startswith(f"config.json: lowrank.matrices: {name}: ")
+    assert said in line
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize("name", ["", "layers", "layers.0", "layers.7.mlp.up_proj", "x"])
+def test_an_entry_of_what_is_no_matrix_is_refused(name: str, copied: Path) -> None:
+    lowrank = config_of(copied)["lowrank"]
+    lowrank["matrices"][name] = next(iter(lowrank["matrices"].values()))
+    edit_config(copied, lowrank=lowrank)
+    assert refused(copied).startswith(f"config.json: lowrank.matrices: {name}: ")
 
 
 def test_no_matrices_are_refused(copied: Path) -> None:

@@ -602,7 +602,9 @@ def test_dry_run_of_a_search_without_trials(search: str, place: Path) -> None:
 
 
 def test_dry_run_of_a_recipe_file(place: Path) -> None:
-    Path("recipe.yaml").write_text("model: model\nkeep: 0.5\nsearch: {name: hand, rank_multiple: 4}\n")
+    recipe = "model: model\nkeep: 0.5\nsearch: {name: hand, rank_multiple: 4}\n"
+    recipe += "calibration: {source: text.txt, sequences: 4, seq_len: 32}\nevaluation: {windows: 2}\n"
+    Path("recipe.yaml").write_text(recipe)
     done = ok("run", "recipe.yaml", "--dry-run")
     assert "budget 7,680 of 15,360" in done.out
     assert "trials" not in done.out

@@ -232,6 +232,7 @@ def test_hub_ids_carry_configuration_and_split(monkeypatch: pytest.MonkeyPatch) 
         return [{"text": "a"}, {"text": "b"}]
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("bolaco.data.sources.check_hub", lambda *_: None)
     for source in ("allenai/c4", "owner/data:config:test", "wikitext:raw", "owner/data::validation"):
         assert read(f"{source}[:1]") == ["a"]
     assert [(name, a["name"], a["split"]) for name, a in asked] == [

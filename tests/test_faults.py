@@ -6,28 +6,37 @@ import copy
 import json
 import math
 import pickle
+import re
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
+from bolaco import api
 from bolaco.checkpoint.info import Perplexities, read_info
 from bolaco.data import read_documents
 from bolaco.errors import BolacoError, CheckpointError, DataError, OutputExistsError, ResumeError, UnsupportedModelError
 from bolaco.evaluation.objective import check_tokens
 from bolaco.factorize import InputMetric, OutputMetric, low_rank
+from bolaco.layers.tensor_train import TensorTrain, TrainAdapter
+from bolaco.models.adapters import save_trains
+from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config, load_model, load_tokenizer, weights_fingerprint
 from bolaco.models.match import check_rebuildable
+from bolaco.settings import json_text
 from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.stored import StatisticStore
 from bolaco.storage.pivot import pivot
 from bolaco.work.blockstore import BlockStore
+from bolaco.work.folder import Artefact
+from bolaco.work.hub import check_hub
 from bolaco.work.output import refuse_existing
-from tests.models import compress_tiny, save_tiny, tiny_llama
+from tests.models import compress_tiny, save_tiny, text_file, tiny_llama
 
 # --- a model in memory that is not what its configuration makes ------------------------------------------------------
 
@@ -138,6 +147,114 @@ def test_weights_of_pickle_that_are_cut_off(tmp_path: Path):
             load_model(str(folder))
 
 
+OUTSIDE = ["../x.safetensors", "/dev/zero", "/etc/hosts", "..", "a/../../x.safetensors", "x" * 300 + ".safetensors"]
+NO_FILES = ["gone.safetensors", "", ".", "config.json", "linked.safetensors", 7, None, ["model.safetensors"]]
+
+
+@pytest.mark.parametrize("place", [*OUTSIDE, *NO_FILES])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_that_leads_elsewhere_is_not_followed(place, index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_tiny(tmp_path / "sharded")
+    (folder / "linked.safetensors").symlink_to("/dev/zero")
+    name = "model.embed_tokens.weight"
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": {name: place}}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(CheckpointError, match=f"{index}: ") as caught:
+        load_model(str(folder))
+    assert name in str(caught.value)
+    wanted = "not in this folder" if place in OUTSIDE else "no (name of a )?file"
+    assert re.search(wanted, str(caught.value))
+    for damage in ("[]", "{", '{"weight_map": []}', "[" * 10**5):
+        (folder / index).write_text(damage)
+        with pytest.raises(CheckpointError, match=f"{index}: damaged"):
+            load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: no model has 1000000000"),
+        ({"num_hidden_layers": 1e9}, "num_hidden_layers: no model has 1000000000.0"),
+        ({"num_local_experts": -(10**9)}, "num_local_experts: no model has"),
+        ({"vocab_size": 10**15}, "vocab_size: no model has"),
+        ({"text_config": {"n_layers": 10**7}}, "text_config.n_layers: no model has"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(change, part, tmp_path: Path):
+    folder = save_tiny(tmp_path / "large")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(UnsupportedModelError, match=re.escape(part)):
+            load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [{"vocab_size": 10**8}, {"hidden_size": 10**5, "head_dim": 8}, {"num_hidden_layers": 500}]
+)
+def test_a_model_far_larger_than_its_weights(change, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers would make what they lack, in all the memory there is."""
+    folder = save_tiny(tmp_path / "larger")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("made"))
+    with pytest.raises(CheckpointError, match=r"config\.json: makes a model of [\d,]+ parameters, its files"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [{"intermediate_size": -1}, {"pad_token_id": 10**6}, {"vocab_size": -1}, {"head_dim": 0}]
+)
+def test_sizes_of_which_no_model_can_be_made(change, tmp_path: Path):
+    folder = save_tiny(tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BolacoError) as caught:
+        inspect_structure(meta_model(load_config(str(folder))))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_fails_only_when_it_is_used(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": {"x": 64}}))
+    with pytest.raises(UnsupportedModelError, match="no usable tokenizer"):
+        load_tokenizer(str(folder))
+
+
+def test_a_folder_that_is_not_there_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    """The hub's client retries for minutes where it cannot be reached."""
+    asked = []
+
+    def unreachable(url: str, **_: object) -> None:
+        asked.append(url)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for load in (load_config, load_tokenizer, load_model):
+        with pytest.raises(UnsupportedModelError, match=r"^gone: no such folder here, and the hub cannot be reached"):
+            load("gone")
+    with pytest.raises(DataError, match=r"^some/gone: no such folder here, and the hub cannot be reached"):
+        list(read_documents("some/gone:config"))
+    assert len(asked) == 4
+    assert asked[0].endswith("/gone/resolve/main/config.json")
+    assert "/datasets/some/gone/" in asked[3]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UnsupportedModelError, match="from the hub"):
+        load_config("gone")
+    assert len(asked) == 4
+
+
+def test_what_the_hub_says_of_a_name_is_left_to_it(monkeypatch: pytest.MonkeyPatch):
+    def missing(*_: object, **__: object) -> None:
+        raise HFValidationError("no such name")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", missing)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    check_hub("gone", "config.json", UnsupportedModelError)
+
+
 def test_an_output_that_is_a_link_to_nowhere(tmp_path: Path):
     (tmp_path / "out").symlink_to(tmp_path / "gone")
     with pytest.raises(OutputExistsError, match="out"):
@@ -159,6 +276,20 @@ def test_what_cannot_be_saved_is_said_before_anything_is_computed(kind, tmp_path
     assert not list((tmp_path / "out.work").glob("factors-*"))
 
 
+def test_what_cannot_be_saved_is_known_by_those_who_tune_and_compare(tmp_path: Path):
+    folder = save_tiny(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"output_attentions": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = {"evaluation": str(text_file()), "seq_len": 32}
+    sizes = {"calibration.sequences": 4, "evaluation.windows": 2}
+    words = text | {"calibration": str(text_file()), "options": sizes}
+    with pytest.raises(UnsupportedModelError, match="cannot be saved"):
+        api.compare(str(folder), ["asvd"], [0.7], tmp_path / "out", **words)
+    with pytest.raises(UnsupportedModelError, match="cannot be saved"):
+        api.tune(str(folder), "lora", str(text_file()), tmp_path / "out", **text, max_steps=1, batch=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_numbers_that_json_does_not_have(tmp_path: Path):
     found = Perplexities(dense=math.inf, compressed=1.0, data="x", seq_len=1, windows=1, tokens=1)
     values = json.loads(found.model_dump_json(), parse_constant=lambda name: pytest.fail(name))
@@ -169,6 +300,14 @@ def test_numbers_that_json_does_not_have(tmp_path: Path):
     for name in ("bolaco.json", "curves.json"):
         json.loads((run.path / name).read_text(), parse_constant=lambda name: pytest.fail(name))
     assert read_info(run.path).perplexity == run.info.perplexity
+    # Work files and what `--json` writes.
+    values = {"a": math.inf, "b": [math.nan, found]}
+    strict = json.loads(json_text(values), parse_constant=lambda name: pytest.fail(name))
+    assert (strict["a"], strict["b"][0], strict["b"][1]["dense"]) == ("Infinity", "NaN", "Infinity")
+    artefact = Artefact(tmp_path, "losses", "0")
+    artefact.write({"0": [math.inf, 1.0]})
+    json.loads(artefact.file.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert artefact.read(dict[str, list[float]]) == {"0": [math.inf, 1.0]}
 
 
 def test_pickled_configurations_and_models(tmp_path: Path):
@@ -193,6 +332,12 @@ def test_rows_without_text_and_columns_of_any_kind(tmp_path: Path):
     assert list(read_documents(str(whole))) == ["one", "two"]
     Dataset.from_list([{"text": "one", "n": 1}, {"text": None, "n": 2}]).to_parquet(tmp_path / "rows.parquet")
     assert list(read_documents(str(tmp_path / "rows.parquet"))) == ["one"]
+
+
+def test_half_a_character_is_no_text_that_fails(tmp_path: Path):
+    """JSON can write one, and files cut by the letter have them."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "the \ud83d house"}) + "\n", encoding="utf-8")
+    assert list(read_documents(str(tmp_path / "a.jsonl"))) == ["the ? house"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
@@ -268,8 +413,6 @@ def test_moments_of_small_gradients(scale, tmp_path: Path):
 
 
 def compressible():
-    from bolaco.models.find import inspect_structure
-
     return inspect_structure(tiny_llama()).sites
 
 
@@ -314,3 +457,49 @@ def test_the_fingerprint_of_weights_is_of_their_bytes():
     first, second = float(weight[0, 0]), float(weight[3, 1])
     weight[0, 0], weight[3, 1] = second, first
     assert weights_fingerprint(model) != before
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> Path:
+    """A tiny model's folder with a tensor-train adapter on one matrix."""
+    model = tiny_llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    train = TensorTrain((8, 4), (8, 4), 3)
+    folder = save_tiny(tmp_path / "adapted", model)
+    save_trains(folder, {"model.layers.0.self_attn.q_proj": TrainAdapter(layer, train, 2.0)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"rank": 10**9}, "rank 1000000000, its first core says 3"),
+        ({"rank": "x"}, "rank x, its first core says 3"),
+        ({"in": [2**20, 2**20]}, "the adapter is for 1099511627776 to 32"),
+        ({"in": [32, 1, 1]}, "damaged, or of another model"),
+        ({"out": "x"}, "damaged, or of another model"),
+        ({"alpha": None}, "damaged, or of another model"),
+    ],
+)
+def test_an_adapter_that_is_none_is_not_made(change, part, adapted: Path):
+    assert isinstance(load_model(str(adapted)).model.layers[0].self_attn.q_proj, TrainAdapter)
+    values = json.loads((adapted / "adapter_tt.json").read_text())
+    values["matrices"]["model.layers.0.self_attn.q_proj"] |= change
+    (adapted / "adapter_tt.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"adapter_tt\.json: damaged") as caught:
+        load_model(str(adapted))
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{"r": 10**9}, {"r": "8"}, {"r": 0}, {}, {"r": 8, "rank_pattern": {"q": 10**9}}])
+def test_a_rank_of_lora_that_is_none(values, tmp_path: Path):
+    pytest.importorskip("peft")
+    folder = save_tiny(tmp_path / "adapted")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | values))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: a rank of "):
+        load_model(str(folder))

@@ -21,8 +21,8 @@ from bolaco.factorize import run as factorize_run
 from bolaco.models.load import load_model
 from bolaco.parser import SHELLS, command_parser
 from bolaco.progress import Reporter
-from bolaco.report.document import document
 from bolaco.runs import several
+from bolaco.settings import json_text
 from bolaco.version import __version__
 from tests.command import Done, bolaco, compress, furnish, info, ok, snapshot, what_counts
 from tests.models import save_tiny, tiny_deep
@@ -123,7 +123,7 @@ def test_bench_and_eval_print_what_they_write(place: Path, measured: None) -> No
 
 
 def test_what_is_not_finite_is_a_string() -> None:
-    assert json.loads(document({"a": [float("inf"), float("nan"), -float("inf"), 1.5]})) == {
+    assert json.loads(json_text({"a": [float("inf"), float("nan"), -float("inf"), 1.5]})) == {
         "a": ["Infinity", "NaN", "-Infinity", 1.5]
     }
 

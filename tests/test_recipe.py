@@ -135,7 +135,7 @@ def test_fields_are_checked_against_each_other() -> None:
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"unknown preset 'papr'; there is default, paper"):
+    with pytest.raises(RecipeError, match=r"unknown preset 'papr'; did you mean 'paper'\?"):
         make_recipe(LEAST, "papr")
 
 
@@ -221,7 +221,7 @@ def test_yaml_gives_the_recipe_back(tmp_path: Path, preset: str) -> None:
     model=st.one_of(st.text(min_size=1), st.sampled_from(["null", "1.0", "yes", "2024-01-01", "a: b", "ü # x", " "])),
     keep=st.floats(0, 1, exclude_min=True),
     kl_weight=st.floats(0, 1e300),
-    seed=st.integers(),
+    seed=st.integers(0, 2**32 - 1),
     windows=st.one_of(st.none(), st.integers(1, 10**9)),
 )
 def test_any_value_survives_yaml(
@@ -254,12 +254,15 @@ def test_a_recipe_file_may_name_a_preset_and_write_numbers_as_people_do(tmp_path
         (b"model: [m\n", "not a readable recipe"),
         (b"model: m\n\tkeep: 0.8\n", "not a readable recipe"),
         (b"\xff\xfe\x00", "not a readable recipe"),
-        (b"model: m\nkeep: 2024-13-45\n", "not a readable recipe.*month"),
+        (b"model: m\nkeep: 2024-13-45\n", "keep: Input should be a valid number"),
         (b"model: !!python/object/apply:os.getcwd []\nkeep: 0.8\n", "not a readable recipe"),
         (b"", "a recipe is a YAML mapping .* found NoneType"),
         (b"- model\n", "a recipe is a YAML mapping .* found list"),
         (b"just words\n", "a recipe is a YAML mapping .* found str"),
-        (b"model: m\nkeep: 0.8\n1: 2\n", "1: "),
+        (
+            b"model: m\nkeep: 0.8\n1: 2\n",
+            "not a readable recipe: line 3: a key is a name in quotes .*, not '1'",
+        ),
         (b"model: m\nkeep: yes\n", "keep: expected a value, not true"),
         (b"model: m\nkeep: 0.8\npreset: papr\n", "unknown preset 'papr'"),
         (b"model: m\nkeep: 0.8\nversion: 1\npreset: papr\n", "unknown preset 'papr'"),

@@ -235,6 +235,23 @@ INFO_DAMAGE = {
     "tuning.curve.0.loss": "low",
     "tuning.perplexity.after": None,
     "tuning.steps": None,
+    # Of the right type, and no such number there can be.
+    "format ": 2,
+    "keep ": -1.0,
+    "parameters_dense": 0,
+    "parameters_linears_dense": 0,
+    "bytes_dense": 0,
+    "bytes": -1,
+    "parameters ": 10**30,
+    "layers.0": -1,
+    "layers_dense": 10**9,
+    "perplexity.dense": 0.0,
+    "perplexity.compressed ": -2.5,
+    "ranks.model.layers.0.self_attn.q_proj ": -8,
+    "seconds.load ": -1.0,
+    "trials.0.keep": {"something else": 0.5},
+    "tuning.perplexity.before": 0.0,
+    "tuning.bytes": -1,
 }
 CURVES_DAMAGE = {
     "matrices": None,
@@ -242,6 +259,10 @@ CURVES_DAMAGE = {
     "matrices.model.layers.0.self_attn.q_proj.shape": [1],
     "matrices.model.layers.0.self_attn.q_proj.energy": 0.5,
     "refinement.0.0": "high",
+    "format": 7,
+    "matrices.model.layers.0.self_attn.q_proj.shape ": [0, 32],
+    "matrices.model.layers.0.self_attn.q_proj.energy ": [0.5, math.nan],
+    "matrices.model.layers.0.self_attn.q_proj.kept": math.inf,
 }
 RESULTS_DAMAGE = {
     "format": None,
@@ -251,13 +272,20 @@ RESULTS_DAMAGE = {
     "dense.perplexity.0": "low",
     "rows": None,
     "seconds.load": "long",
+    "format ": 7,
+    "keep.0": -1.0,
+    "texts.0.tokens": -1,
+    "dense.bytes": 10**30,
 }
 
 
 def damaged(values: Any, field: str, value: Any) -> Any:
-    """A copy with one field set to ``value``, or without it for None; names of matrices have dots of their own."""
+    """A copy with one field set to ``value``, or without it for None; names of matrices have dots of their own.
+
+    A space behind a field tells two damages of it apart.
+    """
     result = copy.deepcopy(values)
-    part, rest = result, field
+    part, rest = result, field.rstrip()
     while True:
         keys = [int(k) for k in [rest.partition(".")[0]] if isinstance(part, list)] or [
             key for key in part if rest == key or rest.startswith(f"{key}.")
@@ -287,7 +315,8 @@ def test_a_damaged_info_names_its_field(field: str, tmp_path: Path) -> None:
     folder = V1 / ("tuned" if field.startswith("tuning") else "two-factor")
     write(tmp_path / "bolaco.json", damaged(values_of(folder / "bolaco.json"), field, INFO_DAMAGE[field]))
     said = one_line(read_info, tmp_path)
-    assert said.startswith(f"{tmp_path / 'bolaco.json'}: damaged ({field}: "), said
+    where = {"trials.0.keep": "trials"}.get(field, field.rstrip())
+    assert said.startswith(f"{tmp_path / 'bolaco.json'}: damaged ({where}: "), said
     done = bolaco("inspect", tmp_path)
     assert (done.code, done.out) == (1, "")
     assert done.err == f"bolaco: error: {said}\n"
@@ -299,7 +328,7 @@ def test_damaged_curves_name_their_field(field: str, tmp_path: Path) -> None:
     values = values_of(V1 / "pivoted/curves.json")
     write(tmp_path / "curves.json", damaged(values, field, CURVES_DAMAGE[field]))
     said = one_line(read_curves, tmp_path)
-    assert re.match(rf"{tmp_path}/curves\.json: damaged \({re.escape(field)}(\.1)?: ", said), said
+    assert re.match(rf"{tmp_path}/curves\.json: damaged \({re.escape(field.rstrip())}(\.1|\.0)?: ", said), said
     done = bolaco("inspect", tmp_path, "--html", tmp_path / "page.html")
     assert done.code == 1
     assert done.err == f"bolaco: error: {said}\n"
@@ -309,7 +338,7 @@ def test_damaged_curves_name_their_field(field: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", RESULTS_DAMAGE)
 def test_damaged_results_name_their_field(field: str, tmp_path: Path) -> None:
     path = write(tmp_path / "results.json", damaged(values_of(RESULTS), field, RESULTS_DAMAGE[field]))
-    assert one_line(read_record, path).startswith(f"{path}: damaged ({field}: ")
+    assert one_line(read_record, path).startswith(f"{path}: damaged ({field.rstrip()}: ")
 
 
 @pytest.mark.parametrize("field", ["parameters", "gap", "recipe", "curves", "name", "storage"])
@@ -329,6 +358,76 @@ def test_a_file_that_is_something_else_is_one_line(name: str, content: str, tmp_
         "results.json": (read_record, path),
     }[name]
     assert one_line(call, given).startswith(f"{path}: damaged (")
+
+
+@pytest.mark.parametrize("name", ["", "x", "model.layers.x.q_proj", "model.layers.2.q_proj", "a.²", "a.99999999999999"])
+def test_a_matrix_that_is_in_no_block(name: str, tmp_path: Path) -> None:
+    """Tables and charts have a place for each block."""
+    values = values_of(V1 / "pivoted/bolaco.json")
+    values["ranks"][name] = 8
+    said = one_line(read_info, write(tmp_path / "bolaco.json", values).parent)
+    assert "bolaco.json: damaged (ranks: " in said
+    assert "names no matrix of 2 decoder blocks" in said
+
+
+def test_curves_that_cannot_be_drawn_over_each_other(tmp_path: Path) -> None:
+    values = values_of(V1 / "pivoted/curves.json")
+    next(iter(values["matrices"].values()))["energy"].pop()
+    write(tmp_path / "curves.json", values)
+    assert "points of its energy, others have 32" in one_line(read_curves, tmp_path)
+    for layer in ("x", "-1", "1.5", "9" * 30):
+        write(tmp_path / "curves.json", {"matrices": {}, "refinement": {layer: [1.0]}})
+        assert "curves.json: damaged (refinement: " in one_line(read_curves, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["dense.perplexity", "rows.0.perplexity", "rows.0.gap"])
+def test_as_many_numbers_as_texts(part: str, tmp_path: Path) -> None:
+    values = values_of(RESULTS)
+    path = write(tmp_path / "results.json", damaged(values, part, [1.0, 2.0]))
+    assert "of 2 texts, there are 1)" in one_line(read_record, path)
+    scores = {"piqa": {"acc": 0.5}}
+    path = write(tmp_path / "results.json", damaged(values, "dense.tasks", scores) | {"task_keep": 0.8})
+    assert "dense.tasks.piqa: has no number of examples" in one_line(read_record, path)
+    values = damaged(values, "dense.tasks", {"piqa": {"acc": 0.5, "examples": 3}}) | {"task_keep": None}
+    assert "task_keep does not say" in one_line(read_record, write(path, values))
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"format": ' + "[" * 60 + "]" * 60 + "}", "nested too deeply (more than 50 levels)"),
+        ('{"format": ' + "9" * 5000 + "}", "4300 digits"),
+        ('{"format": 1, "model": "\\ud800"}', "half a character"),
+        ('{"format": 1, "\\udfff": 1}', "half a character"),
+    ],
+)
+def test_json_that_nothing_else_could_take(content: str, part: str, tmp_path: Path) -> None:
+    (tmp_path / "bolaco.json").write_text(content, encoding="utf-8")
+    assert part in one_line(read_any_info, tmp_path)
+
+
+def test_a_recipe_that_is_none_names_its_file(tmp_path: Path) -> None:
+    values = values_of(V1 / "pivoted/bolaco.json")
+    values["recipe"]["keep"] = "much"
+    write(tmp_path / "bolaco.json", values)
+    ok("inspect", tmp_path)
+    done = bolaco("inspect", tmp_path, "--html", tmp_path / "page.html")
+    assert done.err.startswith("bolaco: error: bolaco.json: recipe: keep: Input should be a valid number")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0, 0.0, 1e308, 1e-320])
+def test_numbers_at_the_ends_are_drawn(value: float, tmp_path: Path) -> None:
+    """What can be written can be shown: losses and objectives of a model that broke."""
+    values = values_of(V1 / "two-factor/bolaco.json")
+    values["trials"][0] |= {"objective": value, "perplexity": value, "kl": value}
+    info = CompressedInfo.model_validate(values)
+    curves = read_curves(V1 / "pivoted")
+    for losses in ([value, 1.0], [1.0, value], [value, value]):
+        result_page(info, curves.model_copy(update={"refinement": {"0": losses, "1": [1.0, 0.5]}}), "x")
+    tuned = values_of(V1 / "tuned/bolaco.json")
+    tuned["tuning"]["curve"][0]["loss"] = value
+    tuned_page(CompressedInfo.model_validate(tuned), "x")
 
 
 def test_records_do_not_change() -> None:

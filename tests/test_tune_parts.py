@@ -13,17 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bolaco.errors import DataError
+from bolaco.errors import DataError, RecipeError
 from bolaco.evaluation.objective import Head
 from bolaco.evaluation.perplexity import perplexity
 from bolaco.layers import LowRankLinear, PivotedLinear
+from bolaco.recipe.recipe import make_recipe
 from bolaco.storage.block import low_rank_linear
 from bolaco.storage.pivot import pivot
-from bolaco.tune.data import TuneData, prepare_data
+from bolaco.tune.data import TuneData, _rows, prepare_data
 from bolaco.tune.factored import balanced, stored
 from bolaco.tune.loss import IGNORED, Student, mean_loss, summed_losses
 from bolaco.tune.mode import Matrix
 from bolaco.tune.modes.diagonal import DiagonalLinear
+from bolaco.tune.resolve import trainer_fields
 from bolaco.tune.settings import make_settings
 from bolaco.tune.trainer import total_steps
 from tests.models import BOS, EOS, FAMILIES, english, text_file, tiny_llama, tiny_tokenizer, token_blocks
@@ -367,3 +369,42 @@ def test_jsonl_of_text_is_text(tmp_path: Path) -> None:
 def test_steps(fields: dict[str, Any], steps: int) -> None:
     made = make_settings("m", {"mode": "factors", "data": "d", "batch": 4}, fields)
     assert total_steps(made, 10, 1) == steps
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        ("nowhere", "nowhere is not supported"),
+        (["none", "nowhere"], "nowhere is not supported"),
+        ({"a": 1}, "expected a name, or a list of names"),
+        (True, "expected a name"),
+        ([1], "expected a name"),
+        ("comet_ml", "requires"),
+    ],
+)
+def test_reports_that_cannot_be_sent_are_known_before_the_model_is_read(value: Any, part: str) -> None:
+    with pytest.raises(RecipeError, match=r"^trainer\.report_to: ") as caught:
+        trainer_fields({"report_to": value})
+    assert part in str(caught.value)
+    for fine in ("none", "all", ["none"], []):
+        assert trainer_fields({"report_to": fine}) == {"report_to": fine}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, "x", True])
+def test_seeds_that_no_generator_takes(seed: Any) -> None:
+    with pytest.raises(RecipeError, match=r"^seed: "):
+        make_settings("m", {"mode": "factors", "data": "x"}, {"seed": seed})
+    with pytest.raises(RecipeError, match=r"^seed: "):
+        make_recipe({"model": "m", "keep": 0.5, "seed": seed})
+    make_settings("m", {"mode": "factors", "data": "x", "seed": 2**32 - 1})
+
+
+def test_instructions_that_are_no_text_name_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "the river", "response": "the house"}).encode()
+    for bad in (b"\xff\xfe", b'{"prompt": "\\ud800", "response": "x"}', b"[" * 10**5, b"9" * 5000, b"{"):
+        file.write_bytes(good + b"\n" + bad + b"\n")
+        with pytest.raises(DataError, match=r"rows\.jsonl, line 2: no JSON"):
+            list(_rows(str(file)))
+    file.write_bytes(b"\xef\xbb\xbf" + good)
+    assert [number for number, _ in _rows(str(file))] == [1]

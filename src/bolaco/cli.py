@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from bolaco.errors import BolacoError, MissingPackageError, RecipeError, no_memory, no_space
 from bolaco.parser import command_parser
+from bolaco.progress import plain_console
 from bolaco.recipe.words import COMPARED, WORDS
 
 if TYPE_CHECKING:
@@ -26,15 +26,17 @@ if TYPE_CHECKING:
 
 
 def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    from bolaco.settings import parsed_yaml
+
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
             raise RecipeError(f"--set {pair}: expected FIELD=VALUE")
         try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {pair}: the value is no YAML") from None
+            options[name] = parsed_yaml(value)
+        except ValueError as error:
+            raise RecipeError(f"--set {name}: the value is no plain YAML: {error}") from None
     return options
 
 
@@ -46,9 +48,9 @@ def _reporter(args: argparse.Namespace) -> Reporter:
 
 
 def _print_json(value: Any) -> None:
-    from bolaco.report.document import document
+    from bolaco.settings import json_text
 
-    print(document(value))  # noqa: T201 - it is the output
+    print(json_text(value), end="")  # noqa: T201 - it is the output
 
 
 def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
@@ -112,14 +114,15 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
 def _dry_run(args: argparse.Namespace, console: Console, recipes: Mapping[str, Recipe]) -> None:
     from bolaco.runs.dry_run import described, values
 
+    places = [None if place is None else Path(place).expanduser() for place in (args.out, args.work)]
     if args.json:
-        found = {name: values(recipe) for name, recipe in recipes.items()}
+        found = {name: values(recipe, *places) for name, recipe in recipes.items()}
         _print_json(found.get("", found))
         return
     for name, recipe in recipes.items():
         if name:
             console.print(f"{name}:")
-        for part in described(recipe):
+        for part in described(recipe, *places):
             console.print(part)
 
 
@@ -228,12 +231,12 @@ def _check_json_file(args: argparse.Namespace) -> None:
 
 def _write_json(args: argparse.Namespace, value: Any) -> None:
     """The result where ``--json`` says, if it says something."""
-    from bolaco.report.document import document
+    from bolaco.settings import json_text
 
     if args.json == "-":
         _print_json(value)
     elif args.json:
-        Path(args.json).write_text(document(value) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json_text(value), encoding="utf-8")
 
 
 def _bench(args: argparse.Namespace, console: Console) -> None:
@@ -412,9 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Names of models and files are printed as they are: no markup, no emoji codes in them.
-    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    console = plain_console(soft_wrap=True)
+    errors = plain_console(soft_wrap=True, stderr=True)
     try:
         with _asked_to_end():
             _COMMANDS[args.command](args, console)

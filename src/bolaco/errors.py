@@ -4,6 +4,11 @@ Every leaf also inherits the standard type it refines, so callers who do not kno
 """
 
 import errno
+import re
+
+# What a terminal obeys, turns the direction of text around, or cannot be written: controls but tab and newline,
+# marks of direction, halves of characters.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class BolacoError(Exception):
@@ -70,3 +75,8 @@ def no_memory(error: BaseException) -> bool:
         return True
     # torch is not imported for this; its own error for a GPU is a RuntimeError too.
     return isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error))
+
+
+def printable(text: str) -> str:
+    """Text from outside with what a terminal would obey written as its code, such as ``\\x1b``."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)

@@ -63,6 +63,7 @@ def command_parser() -> argparse.ArgumentParser:
     _words(compress, *(name for name in WORDS if name not in SIZES))
     compress.add_argument(
         "--preset",
+        type=_preset,
         choices=tuple(PRESETS),
         help="a whole recipe: ours (default), or a published one; paper: all settings of arXiv 2405.10616",
     )
@@ -184,6 +185,15 @@ def _ratios(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(
             f"expected numbers with commas between, such as 0.9,0.8, not {text!r}"
         ) from None
+
+
+def _preset(name: str) -> str:
+    """The name of a preset; argparse itself would list all there are and not say what was probably meant."""
+    if name not in PRESETS:
+        from bolaco.settings import meant
+
+        raise argparse.ArgumentTypeError(f"unknown preset {name!r}{meant(name, PRESETS)}")
+    return name
 
 
 def _words(parser: argparse._ActionsContainer, *names: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,22 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from bolaco.errors import printable
+
+
+class _PlainConsole(Console):
+    """Prints text as it is: what a terminal would obey in a name from outside is shown as its code."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed comes by here, those in tables too."""
+        return super().render_str(printable(text), **options)
+
+
+def plain_console(**options: Any) -> Console:
+    """A console for names of models and files: no markup, no emoji codes, no control characters in them."""
+    return _PlainConsole(highlight=False, markup=False, emoji=False, **options)
 
 
 def _clock(seconds: float) -> str:
@@ -47,14 +63,14 @@ class Reporter:
     seconds_between_lines = 10.0
 
     def __init__(self, console: Console | None = None, quiet: bool = False, verbose: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, emoji=False)
+        self.console = console or plain_console(stderr=True, quiet=quiet)
         self.quiet, self.verbose = quiet, verbose
         self._log: TextIO | None = None
 
     @classmethod
     def watched(cls, console: Console | None = None) -> Reporter:
         """What functions of Python use by default: it speaks in a terminal and in a notebook, and nowhere else."""
-        console = console or Console(stderr=True, highlight=False, emoji=False)
+        console = console or plain_console(stderr=True)
         return cls(console, quiet=not (console.is_terminal or console.is_jupyter))
 
     def say(self, text: str) -> None:

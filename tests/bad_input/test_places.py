@@ -318,7 +318,8 @@ def test_really_full_disk(
 
 def test_read_only_disk(place: Path, mount: Callable[..., Path]) -> None:
     mount("size=1m", "ro")
-    refused(compress("disk/out"), "disk/out.work.lock: Read-only file system")
+    for work in ("disk/out.work", "work"):
+        refused(compress("disk/out", "--work", work), "disk/out: cannot be written", "Read-only file system")
 
 
 # --- Ctrl-C -------------------------------------------------------------------------------------------------------

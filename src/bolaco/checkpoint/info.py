@@ -7,22 +7,57 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version as _version_of
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from bolaco.errors import CheckpointError
-from bolaco.settings import Values, problems
-from bolaco.storage.budget import Ranks
+from bolaco.settings import Values, first_problem
+from bolaco.work.files import read_json
 
 INFO_FILE = "bolaco.json"
 CURVES_FILE = "curves.json"
+FORMAT = 1
 _PACKAGES = ("bolaco", "torch", "transformers", "safetensors", "botorch", "optuna")
+# Of one model; more is damage, and would be drawn.
+_MOST_LAYERS = 100_000
 
 M = TypeVar("M", bound="Record")
+
+
+def _positive(value: float) -> float:
+    """A perplexity; infinity and NaN are those of a model that broke."""
+    if value <= 0:
+        raise ValueError(f"must be above 0, not {value:g}")
+    return value
+
+
+def _known(value: int) -> int:
+    if value != FORMAT:
+        raise ValueError(f"of format {value}, known is {FORMAT}; take a newer bolaco")
+    return value
+
+
+Format = Annotated[int, AfterValidator(_known)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Total = Annotated[int, Field(gt=0, lt=2**63)]  # what others are a share of
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+RankOf = Annotated[int, Field(ge=0, lt=2**31)] | None
+Share = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Perplexity = Annotated[float, AfterValidator(_positive)]
+
+
+def check_layers(names: Iterable[str], layers: int = _MOST_LAYERS) -> None:
+    """Raises ValueError for a matrix whose name has no number of one of so many decoder blocks."""
+    for name in names:
+        number = next((part for part in name.split(".") if part.isdecimal()), "")
+        if not number or len(number) > len(str(_MOST_LAYERS)) or int(number) >= layers:
+            raise ValueError(f"{name!r:.80} names no matrix of {layers:,} decoder blocks")
 
 
 class Record(BaseModel):
@@ -41,46 +76,46 @@ class Record(BaseModel):
 class Perplexities(Record):
     """Before and after compression, on ``windows`` x ``seq_len`` tokens of ``data``; ``tokens`` are predicted."""
 
-    dense: float
-    compressed: float
+    dense: Perplexity
+    compressed: Perplexity
     data: str
-    seq_len: int
-    windows: int
-    tokens: int
+    seq_len: Count
+    windows: Count
+    tokens: Count
 
 
 class TrialRecord(Record):
     """An allocation that a search evaluated; see :class:`bolaco.allocate.allocator.Trial`."""
 
-    keep: dict[str, float]
+    keep: dict[str, Share]
     ranks: dict[str, list[int | None]]
     objective: float
     perplexity: float
     kl: float
-    seconds: float
+    seconds: Seconds
 
 
 class TuningPerplexities(Record):
     """Before and after tuning, on ``windows`` blocks of ``data``; ``tokens`` are predicted."""
 
-    before: float
-    after: float
+    before: Perplexity
+    after: Perplexity
     data: str
-    windows: int
-    tokens: int
+    windows: Count
+    tokens: Count
 
 
 class CurvePoint(Record):
     """Mean training loss of the steps up to this one."""
 
-    step: int
+    step: Count
     loss: float
 
 
 class Unchanged(Record):
     """What of the input is in the result bit by bit: how many tensors, and a hash of them."""
 
-    tensors: int
+    tensors: Count
     sha256: str
 
 
@@ -91,20 +126,20 @@ class TuningRecord(Record):
     paper: str
     model: str
     result_type: str
-    trainable_parameters: int
-    parameters: int
-    bytes: int
+    trainable_parameters: Count
+    parameters: Count
+    bytes: Count
     frozen_sha256: dict[str, str]
     unchanged: Unchanged
-    steps: int
-    of_steps: int
+    steps: Count
+    of_steps: Count
     out_of_time: bool
-    examples: int
+    examples: Count
     kind: str
     note: str
     perplexity: TuningPerplexities
     curve: list[CurvePoint]
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     settings: Values
     versions: dict[str, str]
     earlier: TuningRecord | None = None
@@ -113,7 +148,7 @@ class TuningRecord(Record):
 class Info(Record):
     """What ``bolaco.json`` says of a folder."""
 
-    format: int
+    format: Format
     model_type: str
     tuning: TuningRecord | None = None
 
@@ -128,7 +163,7 @@ class KeptRecord(Record):
     """What of the decoder blocks stays dense whatever the recipe says, and why."""
 
     name: str
-    parameters: int
+    parameters: Count
     reason: str
 
 
@@ -164,32 +199,32 @@ class CompressedInfo(Info):
     model: str
     method: str
     storage: str | None
-    keep: float
-    keep_linears: float
-    keep_model: float
-    parameters: int
-    parameters_dense: int
-    parameters_active: int | None = None
-    parameters_active_dense: int | None = None
-    parameters_linears: int
-    parameters_linears_dense: int
-    bytes: int
-    bytes_dense: int
-    bytes_dense_here: int | None = None
+    keep: Share
+    keep_linears: Share
+    keep_model: Share
+    parameters: Count
+    parameters_dense: Total
+    parameters_active: Count | None = None
+    parameters_active_dense: Total | None = None
+    parameters_linears: Count
+    parameters_linears_dense: Total
+    bytes: Count
+    bytes_dense: Total
+    bytes_dense_here: Count | None = None
     dtype: str
     dtype_dense: str | None = None
-    layers: list[int]
-    layers_dense: int
-    ranks: Ranks
+    layers: list[Count]
+    layers_dense: Annotated[int, Field(gt=0, lt=_MOST_LAYERS)]
+    ranks: dict[str, RankOf]
     stacks: list[list[str]] = []
     pivot_growth: dict[str, float] = {}
     kept: list[KeptRecord] = []
     walk: str = ""
-    tokens_per_expert: dict[str, int] = {}
+    tokens_per_expert: dict[str, Count] = {}
     perplexity: Perplexities
     dimensions: list[str] = []
     trials: list[TrialRecord]
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     recipe: Values
     versions: dict[str, str]
 
@@ -199,21 +234,51 @@ class CompressedInfo(Info):
         """Format 1 said "dense" where nothing is factored."""
         return None if value == "dense" else value
 
+    @field_validator("ranks", "tokens_per_expert")
+    @classmethod
+    def _of_a_layer(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        check_layers(value, info.data.get("layers_dense", _MOST_LAYERS))
+        return value
+
+    @field_validator("trials")
+    @classmethod
+    def _of_one_search(cls, value: list[TrialRecord]) -> list[TrialRecord]:
+        return alike(value)
+
 
 class MatrixCurve(Record):
     """Shape ``[out, in]`` of a matrix; of a factored one, see :func:`bolaco.report.curves.matrix_curves`."""
 
-    shape: tuple[int, int]
-    energy: list[float] | None = None
-    kept: float | None = None
+    shape: tuple[Size, Size]
+    energy: list[Annotated[float, Field(ge=-1, le=2, allow_inf_nan=False)]] | None = None
+    kept: Annotated[float, Field(ge=-1, le=2, allow_inf_nan=False)] | None = None
 
 
 class Curves(Record):
     """Spectra of the matrices by name, and by layer the losses of a block's training, thinned."""
 
-    format: int = 1
+    format: Format = FORMAT
     matrices: dict[str, MatrixCurve]
     refinement: dict[str, list[float]]
+
+    @field_validator("matrices")
+    @classmethod
+    def _as_long(cls, value: dict[str, MatrixCurve]) -> dict[str, MatrixCurve]:
+        """All spectra have as many points: they are drawn over each other."""
+        points = {name: len(curve.energy) for name, curve in value.items() if curve.energy is not None}
+        for name, count in points.items():
+            if count != max(points.values()):
+                raise ValueError(f"{name!r:.80} has {count} points of its energy, others have {max(points.values())}")
+        return value
+
+    @field_validator("refinement")
+    @classmethod
+    def _of_a_layer(cls, value: dict[str, list[float]]) -> dict[str, list[float]]:
+        check_layers(value)
+        for name in value:
+            if not name.isdecimal():
+                raise ValueError(f"{name!r:.80} is no number of a decoder block")
+        return value
 
 
 version = cache(_version_of)  # reads files
@@ -239,6 +304,14 @@ def write_info(folder: Path, info: Info) -> None:
     (folder / INFO_FILE).write_text(json.dumps(info_values(info), indent=1) + "\n", encoding="utf-8")
 
 
+def alike(trials: list[TrialRecord]) -> list[TrialRecord]:
+    """Trials of one search: they give a keep ratio to the same things. Raises ValueError for others."""
+    for number, trial in enumerate(trials):
+        if trial.keep.keys() != trials[0].keep.keys() or not trial.keep:
+            raise ValueError(f"trial {number} has keep ratios of other things than trial 0")
+    return trials
+
+
 def read_info(folder: str | Path) -> CompressedInfo:
     """Reads ``bolaco.json`` of a compressed folder.
 
@@ -258,17 +331,14 @@ def read_any_info(folder: str | Path) -> CompressedInfo | TunedInfo:
         CheckpointError: the folder has none, or it is damaged.
     """
     path = Path(folder).expanduser() / INFO_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CheckpointError(f"{folder}: no {INFO_FILE} in it; not a folder that `bolaco compress` wrote") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {INFO_FILE} in it; not a folder that `bolaco compress` wrote")
+    values = read_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: damaged (a {type(values).__name__}, not an object)")
     if "tuning" in values and "ranks" not in values:
-        return _validated(TunedInfo, values, path)
-    return _validated(CompressedInfo, values, path)
+        return validated(TunedInfo, values, path)
+    return validated(CompressedInfo, values, path)
 
 
 def write_curves(folder: Path, curves: Curves) -> None:
@@ -286,19 +356,19 @@ def read_curves(folder: str | Path) -> Curves:
     path = Path(folder).expanduser() / CURVES_FILE
     if not path.exists():
         return Curves(matrices={}, refinement={})
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-    return _validated(Curves, values, path)
+    return validated(Curves, read_json(path), path)
 
 
-def _validated(kind: type[M], values: Any, path: Path) -> M:
+def validated(kind: type[M], values: Any, path: Path) -> M:
+    """The record that the values of a file are.
+
+    Raises:
+        CheckpointError: they are not; names the file and the first field that is wrong.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = problems(error, "the file").split("; ")[0]
-        raise CheckpointError(f"{path}: damaged ({first})") from None
+        raise CheckpointError(f"{path}: damaged ({first_problem(error, 'the file')})") from None
 
 
 def weight_bytes(folder: Path) -> int:

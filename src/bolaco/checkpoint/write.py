@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,20 +108,26 @@ def _packed(block: nn.Module, site: Site, name: str, storage: Storage, growth: d
     return packed.entry()
 
 
-def check_savable(model: PreTrainedModel) -> None:
-    """Stops if a model of this configuration could not be saved in the end; nothing is computed.
+def check_savable(model: PreTrainedModel, tokenizer: Any, compressed: bool = True) -> None:
+    """Stops if a model of this configuration, or its tokenizer, could not be saved in the end; nothing is computed.
+
+    Args:
+        model: whose configuration and settings for generation the result will have.
+        tokenizer: of the model.
+        compressed: the result will be of the compressed type; else of the model's own.
 
     Raises:
         UnsupportedModelError: what transformers refuses to write, and why.
     """
     try:
         with quiet(), TemporaryDirectory() as folder:
-            config = compressed_config(model, {})
+            config = compressed_config(model, {}) if compressed else copy.deepcopy(model.config)
             # What a model makes of it, and what some values do not go with.
             config._attn_implementation = model.config._attn_implementation
             config.save_pretrained(folder)
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except Exception as error:
         why = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(f"a model of this configuration cannot be saved: {why}") from error

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import versions
+from bolaco.checkpoint.write import check_savable
 from bolaco.comparison.plan import Comparison, row_name
 from bolaco.comparison.rows import (
     Common,
@@ -96,6 +97,7 @@ def compare(
             source = open_source(comparison.model, model, tokenizer, given)
             texts = _texts(comparison, source)
             loaded = load(source, first.dtype, first.device)
+            check_savable(loaded.model, loaded.tokenizer)
         common = Common(comparison, loaded, texts, tasks, session)
         dense = measured_dense(common)
         failed = _prepare(common)

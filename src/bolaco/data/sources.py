@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bolaco.data.memory import IN_MEMORY, InMemory
 from bolaco.errors import DataError
+from bolaco.work.hub import check_hub
 
 _SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _SLICE = re.compile(r"^(?P<name>.*)\[(?P<start>\d*):(?P<stop>\d*)\]$", re.DOTALL)
@@ -41,6 +42,12 @@ def _is_path(name: str) -> bool:
 # The turns of a conversation: role, content, and what else its chat template reads.
 Conversation = list[dict[str, Any]]
 _COLUMNS = ("text", "messages")
+
+
+def on_hub(source: str) -> bool:
+    """Whether a source is neither here nor pydoc: to read it is to download it."""
+    name = split_slice(source)[0]
+    return not _is_path(name) and name != "pydoc" and not name.startswith(IN_MEMORY)
 
 
 def read_documents(source: str, column: str | None = None) -> Iterator[str]:
@@ -91,6 +98,7 @@ def _all_documents(name: str, column: str | None) -> Iterator[str | Conversation
         dataset, config, split = (*name.split(":"), "", "")[:3]
         # C4 asks for a configuration; English is what the field calibrates on.
         arguments = {"name": config or ("en" if dataset == "allenai/c4" else None), "split": split or "train"}
+        check_hub(dataset, "README.md", DataError, "dataset")
         yield from _read(name, dataset, arguments, column)
     else:
         raise DataError(f"{name}: neither a file, a folder nor a hub data set id")
@@ -141,8 +149,11 @@ def _document(row: Mapping[str, Any], column: str | None, name: object) -> str |
     if column not in row:
         raise _no_column(name, column, row)
     found = row[column]
-    if found is None or isinstance(found, str):
-        return found
+    if isinstance(found, str):
+        # JSON can write half a character; no tokenizer takes it.
+        return found if found.isascii() else found.encode("utf-8", "replace").decode("utf-8")
+    if found is None:
+        return None
     if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
         raise DataError(f"{name}: rows have no {column!r} string ({column} is {type(found).__name__})")
     if not all(isinstance(turn.get("role"), str) and "content" in turn for turn in found):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bolaco.data.memory import BlockStream, InMemory
 from bolaco.data.settings import Calibration, Evaluation, Validation
-from bolaco.data.sources import TokenStream, fingerprint
+from bolaco.data.sources import TokenStream, fingerprint, on_hub
 from bolaco.errors import DataError
 from bolaco.models.structure import positions_of
 
@@ -53,6 +53,7 @@ def prepare_texts(
     bos: str = "auto",
     more: Sequence[str] = (),
     given: Mapping[str, InMemory] | None = None,
+    local: bool = False,
 ) -> Texts:
     """Reads the sources; those that are the same source share one stream, so no token serves two purposes.
 
@@ -66,6 +67,7 @@ def prepare_texts(
         bos: see :class:`TokenStream`.
         more: sources of further texts to report on, each as long as the evaluation text.
         given: texts in memory by the name that stands for a source.
+        local: leaves what is on the hub there; it then has no sequences.
 
     Raises:
         DataError: unreadable or too short text, or sequences longer than the model's positions.
@@ -82,6 +84,8 @@ def prepare_texts(
             raise DataError(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
             )
+        if local and on_hub(source):
+            return torch.empty(0, length, dtype=torch.int64)
         stream = streams.get((source, column))
         if stream is None:
             text = (given or {}).get(source, source)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bolaco.errors import DataError
+from bolaco.settings import parsed_json
 
 _SUFFIXES = (".jsonl", ".json", ".yaml")  # the last two to say that they are not read
 
@@ -119,15 +120,13 @@ def _read(file: Path) -> LocalTask:
             if not line.strip():
                 continue
             try:
-                raw = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                raw = parsed_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 shape = shape or _shape_of(raw)
                 items.append(_SHAPES[shape](raw))
             except json.JSONDecodeError as error:
                 raise DataError(f"{file}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
             except UnicodeDecodeError:
                 raise DataError(f"{file}, line {number}: not UTF-8") from None
-            except RecursionError:
-                raise DataError(f"{file}, line {number}: nested too deeply") from None
             except ValueError as error:
                 raise DataError(f"{file}, line {number}: {error}") from None
     if not items:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 Entry = dict[str, Any]
 Builder = Callable[[Any, Entry], nn.Module]
 
+# Rows or columns of a matrix that nobody has.
+LARGEST = 2**24
+
 BUILDERS: dict[str, Builder] = {}
 # Kinds whose builder is given the module that the layer takes the place of, because parts of that go on living in it.
 OF_MODULE: set[str] = set()
@@ -38,17 +41,75 @@ def build_layer(in_features: Any, entry: Entry) -> nn.Module:
     """The layer that an entry describes, on ``in_features`` inputs (for some kinds the module it replaces).
 
     Raises:
-        ValueError: its kind is not known here.
+        ValueError: its kind is not known here, or it is no entry of that kind.
     """
     kind = entry.get("kind")
-    if kind not in BUILDERS:
+    if not isinstance(kind, str) or kind not in BUILDERS:
         raise ValueError(f"unknown kind of layer {kind!r}; known are {', '.join(BUILDERS)}")
     return BUILDERS[kind](in_features, entry)
 
 
 @builds("dense")
 def _dense(in_features: int, entry: Entry) -> nn.Linear:
-    return nn.Linear(in_features, entry["out"], bias=entry["bias"])
+    return nn.Linear(in_features, size_in(entry, "out", LARGEST), bias=bias_in(entry))
+
+
+def size_in(entry: Entry, name: str, most: int) -> int:
+    """A whole number from 1 to ``most`` in an entry.
+
+    Raises:
+        ValueError: it is none, or is not there.
+    """
+    value = entry.get(name)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(f"{name} must be a number from 1 to {most}, not {str(value)[:40]!r}")
+    return value
+
+
+def bias_in(entry: Entry) -> bool:
+    """Whether the layer of an entry has a bias; ValueError if it does not say so."""
+    value = entry.get("bias")
+    if not isinstance(value, bool):
+        raise ValueError(f"bias must be true or false, not {str(value)[:40]!r}")
+    return value
+
+
+def parts_in(entry: Entry) -> list[Entry]:
+    """The entries of the layers inside a layer; ValueError if they are none."""
+    parts = entry.get("parts")
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError("parts must be a list of entries")
+    return parts
+
+
+def named_parts(entry: Entry) -> dict[str, Entry]:
+    """The same by their names, which must be names of attributes and not twice the same."""
+    found: dict[str, Entry] = {}
+    for part in parts_in(entry):
+        name = part.get("name")
+        if not isinstance(name, str) or not name.isidentifier() or name in found or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"a part must have a name of its own, not {str(name)[:40]!r}")
+        found[name] = part
+    return found
+
+
+def inner_in(entry: Entry) -> Entry:
+    """The entry of the layer inside a layer; ValueError if it is none."""
+    layer = entry.get("layer")
+    if not isinstance(layer, dict):
+        raise ValueError(f"layer must be an entry, not {str(layer)[:40]!r}")
+    return layer
+
+
+def module_at(root: nn.Module, name: str) -> nn.Module:
+    """The module at a dotted name inside ``root``; ValueError if there is none."""
+    try:
+        found = root.get_submodule(name)
+    except AttributeError:
+        found = root
+    if found is root:
+        raise ValueError(f"the model has no {name[:200]!r}")
+    return found
 
 
 def put_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -72,6 +133,12 @@ def grouped_linear(x: Tensor, sizes: list[int], weight: Tensor, bias: Tensor | N
         if len(run)
     ]
     return torch.cat(runs) if runs else x.new_zeros(0, weight.shape[1])
+
+
+def matrix_in(in_features: int, entry: Entry) -> tuple[int, int, bool]:
+    """Output size, rank and bias of a factored matrix in its entry; ValueError if one of them cannot be."""
+    out = size_in(entry, "out", LARGEST)
+    return out, size_in(entry, "rank", max(in_features, out)), bias_in(entry)
 
 
 class FactoredLinear(nn.Module):

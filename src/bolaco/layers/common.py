@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, FactoredLinear, builds
+from bolaco.layers.base import Entry, FactoredLinear, builds, matrix_in, module_at
 from bolaco.layers.low_rank import LowRankLinear
 
 
@@ -84,13 +84,14 @@ class FollowerLinear(FactoredLinear):
     def follow(self, module: nn.Module) -> None:
         """Takes ``module`` for its lead; ValueError if it is no :class:`LeadLinear` of this rank."""
         if not isinstance(module, LeadLinear) or module.rank != self.rank:
-            raise ValueError(f"a factored matrix of rank {self.rank} cannot share the factor of {module}")
+            what = " ".join(str(module).split())[:80]
+            raise ValueError(f"a factored matrix of rank {self.rank} cannot share the factor of {what}")
         # In a tuple, so that it is not registered as a child: its parameters are counted and stored once.
         self._lead = (module,)
 
     def connect(self, base_model: nn.Module) -> None:
-        """Finds its lead by name."""
-        self.follow(base_model.get_submodule(self.lead_name))
+        """Finds its lead by name; ValueError if there is none."""
+        self.follow(module_at(base_model, self.lead_name))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_replicas_of": ([], 0)}
@@ -134,9 +135,12 @@ class FollowerLinear(FactoredLinear):
 
 @builds(LeadLinear.kind)
 def _lead(in_features: int, entry: Entry) -> LeadLinear:
-    return LeadLinear(in_features, entry["out"], entry["rank"], entry["bias"])
+    return LeadLinear(in_features, *matrix_in(in_features, entry))
 
 
 @builds(FollowerLinear.kind)
 def _follower(in_features: int, entry: Entry) -> FollowerLinear:
-    return FollowerLinear(in_features, entry["out"], entry["rank"], entry["bias"], entry["lead"])
+    lead = entry.get("lead")
+    if not isinstance(lead, str):
+        raise ValueError(f"lead must be the name of a matrix, not {str(lead)[:40]!r}")
+    return FollowerLinear(in_features, *matrix_in(in_features, entry), lead)

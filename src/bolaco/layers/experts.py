@@ -7,7 +7,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bolaco.layers.base import Entry, build_layer, builds, grouped_linear
+from bolaco.layers.base import (
+    LARGEST,
+    Entry,
+    build_layer,
+    builds,
+    grouped_linear,
+    inner_in,
+    named_parts,
+    parts_in,
+    size_in,
+)
+
+MOST_EXPERTS = 2**16
 
 
 class EachExpert(nn.ModuleList):
@@ -178,25 +190,28 @@ def rule_of(module: nn.Module) -> nn.Module:
     return rule
 
 
-def _matrices(entry: Entry) -> dict[str, nn.Module]:
-    return {part["name"]: build_layer(part["in"], part) for part in entry["parts"]}
+def _matrices(module: nn.Module, entry: Entry) -> dict[str, nn.Module]:
+    parts = named_parts(entry)
+    if len(parts) != 2 or not all(hasattr(module, name) for name in parts):
+        raise ValueError(f"parts must be two matrices of a {type(module).__name__}, not {', '.join(parts)[:80]}")
+    return {name: build_layer(size_in(part, "in", LARGEST), part) for name, part in parts.items()}
 
 
 @builds(EachExpert.kind)
 def _each(in_features: int, entry: Entry) -> EachExpert:
-    return EachExpert([build_layer(in_features, part) for part in entry["parts"]])
+    return EachExpert([build_layer(in_features, part) for part in parts_in(entry)])
 
 
 @builds(GroupedExperts.kind)
 def _grouped(in_features: int, entry: Entry) -> GroupedExperts:
-    return GroupedExperts(build_layer(in_features, entry["layer"]), entry["experts"])
+    return GroupedExperts(build_layer(in_features, inner_in(entry)), size_in(entry, "experts", MOST_EXPERTS))
 
 
 @builds(RoutedExperts.kind, of_module=True)
 def _routed(module: nn.Module, entry: Entry) -> RoutedExperts:
-    return RoutedExperts(rule_of(module), _matrices(entry), entry["experts"])
+    return RoutedExperts(rule_of(module), _matrices(module, entry), size_in(entry, "experts", MOST_EXPERTS))
 
 
 @builds(SortedExperts.kind, of_module=True)
 def _sorted(module: nn.Module, entry: Entry) -> SortedExperts:
-    return SortedExperts(rule_of(module), _matrices(entry), entry["experts"])
+    return SortedExperts(rule_of(module), _matrices(module, entry), size_in(entry, "experts", MOST_EXPERTS))

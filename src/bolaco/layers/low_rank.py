@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear
+from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear, matrix_in
 
 
 class LowRankLinear(FactoredLinear):
@@ -41,4 +41,4 @@ class LowRankLinear(FactoredLinear):
 
 @builds(LowRankLinear.kind)
 def _low_rank(in_features: int, entry: Entry) -> LowRankLinear:
-    return LowRankLinear(in_features, entry["out"], entry["rank"], entry["bias"])
+    return LowRankLinear(in_features, *matrix_in(in_features, entry))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear
+from bolaco.layers.base import Entry, FactoredLinear, builds, grouped_linear, matrix_in
 
 
 class PivotedLinear(FactoredLinear):
@@ -88,4 +88,10 @@ class PivotedLinear(FactoredLinear):
 
 @builds(PivotedLinear.kind)
 def _pivoted(in_features: int, entry: Entry) -> PivotedLinear:
-    return PivotedLinear(in_features, entry["out"], entry["rank"], entry["bias"], entry["side"])
+    out, rank, bias = matrix_in(in_features, entry)
+    side = entry.get("side")
+    if side not in ("rows", "columns"):
+        raise ValueError(f"side must be rows or columns, not {str(side)[:40]!r}")
+    if rank > (out if side == "rows" else in_features):
+        raise ValueError(f"rank {rank} is more than the {side} of a matrix of {out} x {in_features}")
+    return PivotedLinear(in_features, out, rank, bias, side)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bolaco.layers.base import Entry, build_layer, builds
+from bolaco.layers.base import LARGEST, Entry, build_layer, builds, inner_in, size_in
 
 
 class SketchLinear(nn.Module):
@@ -79,4 +79,5 @@ def sketched(layer: nn.Module, bits: int, groups: int) -> nn.Module:
 
 @builds(SketchLinear.kind)
 def _sketch(in_features: int, entry: Entry) -> nn.Module:
-    return sketched(build_layer(in_features, entry["layer"]), entry["bits"], entry["groups"])
+    bits, groups = size_in(entry, "bits", 4), size_in(entry, "groups", LARGEST)
+    return sketched(build_layer(in_features, inner_in(entry)), bits, groups)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bolaco.layers.base import Entry, build_layer, builds
+from bolaco.layers.base import Entry, build_layer, builds, named_parts
 
 
 class SplitLinear(nn.Module):
@@ -23,4 +23,4 @@ class SplitLinear(nn.Module):
 @builds(SplitLinear.kind)
 def _split(in_features: int, entry: Entry) -> SplitLinear:
     # A list, top to bottom, each with its name: transformers sorts the keys of a configuration.
-    return SplitLinear({part["name"]: build_layer(in_features, part) for part in entry["parts"]})
+    return SplitLinear({name: build_layer(in_features, part) for name, part in named_parts(entry).items()})

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,10 +16,14 @@ from bolaco.errors import CheckpointError, MissingPackageError
 from bolaco.layers import put_module
 from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of
 from bolaco.models.quiet import quiet
+from bolaco.settings import parsed_json
 
 # Folder of a LoRA adapter as PEFT writes it; files of tensor-train adapters.
 PEFT_FOLDER = "adapter"
 TRAIN_JSON, TRAIN_TENSORS = "adapter_tt.json", "adapter_tt.safetensors"
+
+# Of an adapter; more is damage, and would be made.
+LARGEST_RANK = 2**16
 
 Attach = Callable[[PreTrainedModel, Path], None]
 
@@ -51,10 +55,16 @@ def attach_peft(model: PreTrainedModel, folder: Path) -> None:
         return
     import_peft()
     try:
+        settings = parsed_json((kept / "adapter_config.json").read_text(encoding="utf-8"))
+        patterns = settings.get("rank_pattern") or {}
+        for rank in (settings.get("r"), *patterns.values()):
+            if not isinstance(rank, int) or not 0 < rank <= LARGEST_RANK:
+                raise ValueError(f"adapter_config.json: a rank of {str(rank)[:40]}")
         with quiet():
             model.load_adapter(str(kept))
     except Exception as error:
-        raise CheckpointError(f"{kept}: damaged, or of another model ({str(error).splitlines()[0]})") from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{kept}: damaged, or of another model ({why[:300]})") from error
     model.eval().requires_grad_(False)
 
 
@@ -81,19 +91,24 @@ def attach_trains(model: PreTrainedModel, folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        matrices = json.loads(file.read_text(encoding="utf-8"))["matrices"]
+        matrices = parsed_json(file.read_text(encoding="utf-8"))["matrices"]
         tensors = load_file(folder / TRAIN_TENSORS)
         for name, entry in matrices.items():
             layer = model.get_submodule(name)
-            train = TensorTrain(tuple(entry["in"]), tuple(entry["out"]), entry["rank"])
-            train.load_state_dict({f"cores.{t}": tensors[f"{name}.{t}"] for t in range(len(train.cores))})
-            made = TrainAdapter(layer, train.to(model.device, model.dtype), entry["alpha"]).requires_grad_(False)
-            product = [int(torch.tensor(sizes).prod()) for sizes in (train.inputs, train.outputs)]
+            # Before anything of that size is made: it is multiplied with, and its cores are in the other file.
+            product = [math.prod(map(int, sizes)) for sizes in (entry["in"], entry["out"])]
             if product != [*shape_of(layer)]:
                 raise ValueError(f"{name}: the adapter is for {product[0]} to {product[1]}, the matrix is not")
+            if tensors[f"{name}.0"].shape[-1] != entry["rank"]:
+                raise ValueError(f"{name}: rank {entry['rank']}, its first core says {tensors[f'{name}.0'].shape[-1]}")
+            train = TensorTrain(tuple(entry["in"]), tuple(entry["out"]), entry["rank"])
+            train.load_state_dict({f"cores.{t}": tensors[f"{name}.{t}"] for t in range(len(train.cores))})
+            alpha = float(entry["alpha"])
+            made = TrainAdapter(layer, train.to(model.device, model.dtype), alpha).requires_grad_(False)
             put_module(model, name, made.eval())
     except Exception as error:  # files can hold anything
-        raise CheckpointError(f"{file}: damaged, or of another model ({error})") from error
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{file}: damaged, or of another model ({why[:300]})") from error
 
 
 # What lies in a model's folder -> what puts it on.

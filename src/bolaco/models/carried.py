@@ -41,7 +41,11 @@ class {causal}(LowRankMixin, {dense_causal}):
 
 
 def kinds_in(entry: Entry) -> Iterator[str]:
-    """Kinds of the layers that an entry of the configuration describes: its own, and those inside it."""
+    """Kinds of the layers that an entry of the configuration describes: its own, and those inside it.
+
+    Raises:
+        AttributeError, KeyError, TypeError: it is no entry.
+    """
     yield entry["kind"]
     for inner in (*entry.get("parts", ()), *([entry["layer"]] if "layer" in entry else ())):
         yield from kinds_in(inner)

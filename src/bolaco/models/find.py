@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.errors import UnsupportedModelError
+from bolaco.errors import UnsupportedModelError, no_memory
 from bolaco.layers import EachExpert, FactoredLinear
 from bolaco.models.experts import unfused
 from bolaco.models.labels import TYPES, own_type, types_of
@@ -72,7 +72,10 @@ def meta_model(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+    # What classes do with values that they do not expect.
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        if no_memory(error):
+            raise
         why = " ".join(str(error).split()).partition(" Model type should be")[0][:200]
         raise UnsupportedModelError(f"no causal language model of type {config.model_type}: {why}") from error
     return skeleton

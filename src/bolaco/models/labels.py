@@ -80,7 +80,7 @@ def own_type(name: str) -> str:
 
 def layer_of(name: str) -> int:
     """Index of the decoder block that a matrix of this name is in."""
-    return next(int(part) for part in name.split(".") if part.isdigit())
+    return next(int(part) for part in name.split(".") if part.isdecimal())
 
 
 def type_of(name: str) -> str:

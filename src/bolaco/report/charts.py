@@ -163,8 +163,12 @@ def refinement_chart(ident: str, curves: Curves) -> Markup | None:
         return None
     first = [(float(layer), values[0]) for layer, values in losses]
     last = [(float(layer), values[-1]) for layer, values in losses]
-    ratio = math.exp(sum(math.log(max(b, 1e-12) / max(a, 1e-12)) for (_, a), (_, b) in zip(first, last)) / len(first))
-    text = f"Over {len(first)} blocks the last loss is {ratio:.2f} times the first (geometric mean)."
+    pairs = [(a, b) for (_, a), (_, b) in zip(first, last, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    ratios = [math.log(max(b, 1e-12)) - math.log(max(a, 1e-12)) for a, b in pairs]
+    text = f"Over {len(first)} blocks no loss is finite."
+    if ratios:
+        mean = math.exp(min(math.fsum(ratios) / len(ratios), 700.0))
+        text = f"Over {len(ratios)} blocks the last loss is {mean:.2f} times the first (geometric mean)."
     series = [Series("first steps", first, "dots"), Series("last steps", last, "dots")]
     return chart(ident, "Block refinement", text, series, "layer", "loss", logarithmic=True, height=230)
 

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ByteSize
 from rich.table import Table
 
+from bolaco.report.markdown import plain
 from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, Scores
 from bolaco.report.tables import mib
 
@@ -210,29 +211,24 @@ def markdown(record: ComparisonRecord) -> str:
         lines.append(_line([*cells, *("" for _ in columns[len(cells) :])]))
     texts = "; ".join(f"{text.source}: {text.windows} windows of {text.seq_len} tokens" for text in record.texts)
     parts = [
-        f"# {_safe(record.model)}: methods compared",
+        f"# {plain(record.model)}: methods compared",
         "\n".join(lines),
-        f"Perplexity on {_safe(texts)}. Gaps are log-perplexity over the dense model, in nats a token. "
-        f"{_safe(calibration_note(record))} Seconds of a row are its own; shared by all: "
-        + ", ".join(f"{stage} {value:.1f}" for stage, value in record.seconds.items())
+        f"Perplexity on {plain(texts)}. Gaps are log-perplexity over the dense model, in nats a token. "
+        f"{plain(calibration_note(record))} Seconds of a row are its own; shared by all: "
+        + plain(", ".join(f"{stage} {value:.1f}" for stage, value in record.seconds.items()))
         + f". {memory_note(record)}{size_note(record)}",
     ]
     for table in task_tables(record):
         lines = [_line(table.columns), _line(["---", *("---:" for _ in table.columns[1:])]), *map(_line, table.rows)]
         parts += [
-            f"## Tasks at {asked_words(record.size, record.task_keep or 1)}: {_safe(table.metric)}",
+            f"## Tasks at {asked_words(record.size, record.task_keep or 1)}: {plain(table.metric)}",
             "\n".join(lines),
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def _safe(text: str) -> str:
-    """Text that neither ends a line of a Markdown table nor a cell."""
-    return " ".join(text.split()).replace("|", "\\|")
-
-
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_safe(cell) for cell in cells) + " |"
+    return "| " + " | ".join(plain(cell) for cell in cells) + " |"
 
 
 def comma_separated(record: ComparisonRecord) -> str:

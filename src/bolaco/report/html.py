@@ -14,7 +14,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from bolaco.checkpoint.info import CompressedInfo, Curves, TunedInfo
+from bolaco.checkpoint.info import INFO_FILE, CompressedInfo, Curves, TunedInfo
+from bolaco.errors import RecipeError
 from bolaco.models.labels import layer_of, type_of
 from bolaco.recipe.recipe import read_recipe
 from bolaco.report.charts import (
@@ -134,10 +135,22 @@ def result_page(info: CompressedInfo, curves: Curves, name: str) -> str:
             notes=size_notes(info),
             ppl=ppl,
             log_gap=_log_gap(ppl.compressed, ppl.dense),
-            recipe=read_recipe(info.recipe).to_yaml(),
+            recipe=_recipe_text(info),
             **_result("result", info, curves),
         )
     )
+
+
+def _recipe_text(info: CompressedInfo) -> str:
+    """The recipe of a result as YAML.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        return read_recipe(info.recipe).to_yaml()
+    except RecipeError as error:
+        raise RecipeError(f"{INFO_FILE}: recipe: {error}") from None
 
 
 def tuned_page(info: CompressedInfo | TunedInfo, name: str) -> str:

@@ -4,25 +4,47 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
-    ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
     model_serializer,
 )
 
-from bolaco.checkpoint.info import Curves, Record, TrialRecord
-from bolaco.errors import CheckpointError
-from bolaco.settings import Values, problems
-from bolaco.storage.budget import Ranks
+from bolaco.checkpoint.info import (
+    Count,
+    Curves,
+    Format,
+    RankOf,
+    Record,
+    Seconds,
+    Share,
+    TrialRecord,
+    alike,
+    check_layers,
+    validated,
+)
+from bolaco.settings import Values
+from bolaco.work.files import read_json
+
+
+def _counted(scores: dict[str, int | float | None]) -> dict[str, int | float | None]:
+    if not isinstance(scores.get("examples"), int):
+        raise ValueError("has no number of examples")
+    return scores
+
 
 # Of one task: ``examples``, ``shots``, every metric, and its standard error as ``<metric>_stderr``; see
 # bolaco.evaluation.tasks.TaskResult.record. None is a value that the task does not define.
-Scores = dict[str, int | float | None]
+Scores = Annotated[
+    dict[str, Annotated[int, Field(ge=-(2**63), lt=2**63)] | float | None],
+    AfterValidator(_counted),
+]
 
 
 class _Later(Record):
@@ -40,9 +62,9 @@ class TextRecord(Record):
     """A text that perplexity is measured on: ``windows`` of ``seq_len`` tokens, of which ``tokens`` are predicted."""
 
     source: str
-    windows: int
-    seq_len: int
-    tokens: int
+    windows: Count
+    seq_len: Count
+    tokens: Count
 
 
 class DenseRecord(_Later):
@@ -60,9 +82,9 @@ class DenseRecord(_Later):
 
     perplexity: list[float | None]
     tasks: dict[str, Scores]
-    parameters: int
-    parameters_linears: int
-    bytes: int
+    parameters: Count
+    parameters_linears: Count
+    bytes: Count
     format: str | None = None
 
 
@@ -76,7 +98,7 @@ class RowRecord(Record):
 
     name: str
     method: str
-    keep: float
+    keep: Share
 
 
 class RowResult(RowRecord):
@@ -102,21 +124,21 @@ class RowResult(RowRecord):
 
     failed: ClassVar[bool] = False
 
-    keep_linears: float
-    keep_model: float
-    parameters: int
-    parameters_linears: int
-    bytes: int
+    keep_linears: Share
+    keep_model: Share
+    parameters: Count
+    parameters_linears: Count
+    bytes: Count
     storage: str | None
-    ranks: Ranks
+    ranks: dict[str, RankOf]
     stacks: list[list[str]] = Field(default_factory=list)
     trials: list[TrialRecord]
     versions: dict[str, str]
     perplexity: list[float | None]
     gap: list[float | None]
     tasks: dict[str, Scores]
-    seconds: dict[str, float]
-    peak_bytes: int | None
+    seconds: dict[str, Seconds]
+    peak_bytes: Count | None
     curves: Curves
     recipe: Values
     recipe_yaml: str
@@ -126,6 +148,17 @@ class RowResult(RowRecord):
     def _none(cls, value: str | None) -> str | None:
         """As in :class:`bolaco.checkpoint.info.CompressedInfo`: format 1 said "dense" where nothing is factored."""
         return None if value == "dense" else value
+
+    @field_validator("ranks")
+    @classmethod
+    def _of_a_layer(cls, value: dict[str, RankOf]) -> dict[str, RankOf]:
+        check_layers(value)
+        return value
+
+    @field_validator("trials")
+    @classmethod
+    def _of_one_search(cls, value: list[TrialRecord]) -> list[TrialRecord]:
+        return alike(value)
 
     @field_serializer("curves")
     def _without_none(self, curves: Curves) -> dict[str, Any]:
@@ -167,7 +200,7 @@ class ComparisonRecord(_Later):
 
     later: ClassVar[tuple[str, ...]] = ("dtype", "size")
 
-    format: int
+    format: Format
     model: str
     methods: list[str]
     size: Literal["keep_model", "target_size"] | None = None
@@ -177,15 +210,38 @@ class ComparisonRecord(_Later):
     texts: list[TextRecord]
     dense: DenseRecord
     rows: list[Row]
-    seconds: dict[str, float]
+    seconds: dict[str, Seconds]
     dtype: str | None = None
     memory: Literal["row", "process"]
     versions: dict[str, str]
+
+    @field_validator("dense")
+    @classmethod
+    def _measured(cls, value: DenseRecord, info: ValidationInfo) -> DenseRecord:
+        _check_texts("perplexity", value.perplexity, info)
+        if value.tasks and info.data.get("task_keep", 0.0) is None:
+            raise ValueError("has tasks, but task_keep does not say which rows have")
+        return value
+
+    @field_validator("rows")
+    @classmethod
+    def _as_many(cls, value: list[Row], info: ValidationInfo) -> list[Row]:
+        for row in value:
+            if isinstance(row, RowResult):
+                _check_texts(f"{row.name!r:.80}: perplexity", row.perplexity, info)
+                _check_texts(f"{row.name!r:.80}: gap", row.gap, info)
+        return value
 
     @property
     def results(self) -> list[RowResult]:
         """The rows that did not fail."""
         return [row for row in self.rows if isinstance(row, RowResult)]
+
+
+def _check_texts(what: str, found: list[float | None], info: ValidationInfo) -> None:
+    texts = info.data.get("texts")
+    if texts is not None and len(found) != len(texts):
+        raise ValueError(f"{what} of {len(found)} texts, there are {len(texts)}")
 
 
 def write_record(path: Path, record: ComparisonRecord) -> None:
@@ -200,14 +256,4 @@ def read_record(path: str | Path) -> ComparisonRecord:
         CheckpointError: it cannot be read, or is damaged; in one line.
     """
     path = Path(path).expanduser()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged ({error})") from None
-    try:
-        return ComparisonRecord.model_validate(values)
-    except ValidationError as error:
-        first = problems(error, "the file").split("; ")[0]
-        raise CheckpointError(f"{path}: damaged ({first})") from None
+    return validated(ComparisonRecord, read_json(path), path)

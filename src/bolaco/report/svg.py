@@ -17,6 +17,7 @@ COLOURS = 8
 WIDTH = 480
 _LEFT, _RIGHT, _TOP = 62, 14, 12
 _LETTER = 7.2  # mean width of a letter in the legend
+_LARGEST = 1e100  # that is drawn: differences of it and of its logarithm are still numbers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def ticks(low: float, high: float, logarithmic: bool = False, whole: bool = Fals
         if len(found) > 2:
             return found
     span = high - low or 1.0
-    base = 10.0 ** math.floor(math.log10(span / 4))
+    base = 10.0 ** max(math.floor(math.log10(max(span / 4, 1e-300))), -300)
     step = next(base * m for m in (1, 2, 2.5, 5, 10) if span / (base * m) <= 5)
     if whole:
         step = max(math.ceil(step), 1)
@@ -142,14 +143,15 @@ def chart(
 
     Args:
         ident, title, text: see :func:`figure`.
-        series: what is drawn; points whose y is not finite, or not positive on a logarithmic axis, are left out.
+        series: what is drawn; points whose y is not finite (or has a hundred digits), or not positive on a logarithmic
+            axis, are left out.
         x_label, y_label: of the axes.
         logarithmic: makes the vertical axis logarithmic.
         descending: makes the horizontal axis run from high to low.
         span: the least length of the horizontal axis, in units of x.
         height: of the plot without the legend.
     """
-    shown = [[(x, y) for x, y in item.points if math.isfinite(y) and (y > 0 or not logarithmic)] for item in series]
+    shown = [[(x, y) for x, y in item.points if abs(y) <= _LARGEST and (y > 0 or not logarithmic)] for item in series]
     xs = [x for points in shown for x, _ in points] or [0.0, 1.0]
     ys = [y for points in shown for _, y in points] or [1.0, 2.0]
     margin = max((max(xs) - min(xs)) * 0.04, (span - max(xs) + min(xs)) / 2) or 0.05

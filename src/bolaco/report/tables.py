@@ -34,7 +34,7 @@ def mib(count: float) -> str:
 def _change(before: float, after: float) -> str:
     """Difference of two log-perplexities, in nats a token."""
     finite = math.isfinite(before) and math.isfinite(after)
-    return f"{math.log(after / before):+.3f} nats" if finite else "not finite"
+    return f"{math.log(after) - math.log(before):+.3f} nats" if finite else "not finite"
 
 
 def summary_rows(info: CompressedInfo) -> list[tuple[str, str, str, str]]:

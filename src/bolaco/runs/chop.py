@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo, Curves, read_info, versions
 from bolaco.checkpoint.result import Result
+from bolaco.checkpoint.write import check_savable
 from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
+from bolaco.evaluation.objective import check_tokens
 from bolaco.models.find import meta_model
 from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
@@ -84,6 +86,8 @@ def chop_loaded(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
+    check_tokens(loaded.model, texts.evaluation)
+    check_savable(loaded.model, loaded.tokenizer, compressed=False)
     structure = loaded.structure
     asked, recipe = recipe, settled(recipe, loaded.shapes)
     with refused_as_asked(asked, loaded.shapes):

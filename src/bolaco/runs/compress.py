@@ -95,7 +95,7 @@ def compress_loaded(
     """
     for tokens in (texts.calibration, texts.evaluation):
         check_tokens(loaded.model, tokens)
-    check_savable(loaded.model)
+    check_savable(loaded.model, loaded.tokenizer)
     asked, recipe = recipe, settled(recipe, loaded.shapes)
     made = subject_artefact(recipe, loaded, texts, session)
     preview = preview_task(recipe, loaded.structure)

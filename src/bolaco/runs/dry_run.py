@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor
 
 from bolaco.allocate.allocator import AllocationTask
-from bolaco.models.find import inspect_structure, meta_model
-from bolaco.models.load import load_config
-from bolaco.models.lowrank import refuse_compressed
+from bolaco.checkpoint.write import check_savable
+from bolaco.data.sources import on_hub
+from bolaco.evaluation.objective import check_tokens
+from bolaco.models.find import inspect_structure
+from bolaco.models.load import resolve_device, skeleton_of
 from bolaco.models.structure import Structure
 from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
 from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, kept_lines, larger_note, mib, plan_table
 from bolaco.runs.chop import kept_blocks
+from bolaco.runs.session import open_source, texts_for
 from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
+from bolaco.work.files import require_space
+from bolaco.work.folder import work_beside
 
 
 def _no_spectra() -> Mapping[str, Tensor]:
@@ -69,18 +75,30 @@ class Preview:
         return self.shapes.bytes_at(self.linears + self.biases)
 
 
-def preview(recipe: Recipe) -> Preview:
-    """Looks at a model's configuration and files.
+def preview(recipe: Recipe, out: Path | None = None, work: Path | None = None) -> Preview:
+    """Does everything but read weights. Texts are read and cut, but for those that are on the hub.
+
+    Args:
+        recipe: of the run.
+        out, work: where it would write, if that is known.
 
     Raises:
         BolacoError: what would stop the run and can be known before its weights are read.
     """
-    config = load_config(recipe.model)
-    refuse_compressed(config)
-    model = meta_model(config)
+    if out is not None:
+        work_beside(out, work)
+    resolve_device(recipe.device)
+    source = open_source(recipe.model, None, None)
+    model = skeleton_of(recipe.model, source.config)
     structure, stored = inspect_structure(model), stored_weights(recipe.model)
     shapes = Shapes(model, structure, result_dtype(recipe.dtype, stored, model.dtype))
     asked, recipe = recipe, settled(recipe, shapes)
+    texts = texts_for(recipe, source, local=True)
+    for tokens in (texts.calibration, texts.evaluation):
+        check_tokens(model, tokens)
+    check_savable(model, source.tokenizer, compressed=isinstance(recipe, LowRankRecipe))
+    if out is not None:
+        require_space([(out, shapes.bytes_at(shapes.linears))], "the checkpoint")
     if isinstance(recipe, TransformRecipe):
         with refused_as_asked(asked, shapes):
             kept = kept_blocks(recipe, structure)
@@ -96,13 +114,9 @@ def preview(recipe: Recipe) -> Preview:
     return Preview(recipe, shapes, stored, task.budget.cost(ranks), blocks, task, ranks, biases)
 
 
-def described(recipe: Recipe) -> Iterator[Table | str]:
-    """What there is to say of a run, in order.
-
-    Raises:
-        BolacoError: as :func:`preview`.
-    """
-    found = preview(recipe)
+def described(recipe: Recipe, out: Path | None = None, work: Path | None = None) -> Iterator[Table | str]:
+    """What there is to say of a run, in order; arguments and errors are those of :func:`preview`."""
+    found = preview(recipe, out, work)
     yield recipe_line(recipe)
     size, shapes = found.linears, found.shapes
     if found.task is None or found.ranks is None or not isinstance(found.recipe, LowRankRecipe):
@@ -113,13 +127,9 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
     yield from _sizes(found)
 
 
-def values(recipe: Recipe) -> dict[str, Any]:
-    """The same for programs; the fields are in docs/json.md.
-
-    Raises:
-        BolacoError: as :func:`preview`.
-    """
-    found = preview(recipe)
+def values(recipe: Recipe, out: Path | None = None, work: Path | None = None) -> dict[str, Any]:
+    """The same for programs; the fields are in docs/json.md."""
+    found = preview(recipe, out, work)
     shapes, stored = found.shapes, found.stored
     return {
         "dry_run": True,
@@ -155,7 +165,8 @@ def _factoring(recipe: LowRankRecipe, task: AllocationTask, ranks: Ranks) -> Ite
     allocator, calibration, validation = recipe.allocator, recipe.calibration, recipe.validation
     yield plan_table(task.structure, task.budget, ranks, allocator.shows)
     yield from kept_lines(task.structure)
-    yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}"
+    unread = ", which is on the hub and was not read" if on_hub(calibration.source) else ""
+    yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}{unread}"
     if allocator.shows != allocator.name and not allocator.searches:
         yield f"ranks come from the spectra of the matrices; the {allocator.shows} allocation is shown for its size"
     if allocator.searches:

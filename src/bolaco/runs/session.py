@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bolaco.checkpoint.info import versions
 from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts, prepare_texts
+from bolaco.evaluation.objective import check_tokens
 from bolaco.models.experts import unfused
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, weights_fingerprint
@@ -128,7 +129,9 @@ def open_source(
     return Source(name, model, config, tokenizer if tokenizer is not None else load_tokenizer(name), given or {})
 
 
-def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, more: tuple[str, ...] = ()) -> Texts:
+def texts_for(
+    recipe: Recipe, source: Source, calibrates: bool | None = None, more: tuple[str, ...] = (), local: bool = False
+) -> Texts:
     """The texts of a recipe; see :func:`bolaco.data.texts.prepare_texts`."""
     return prepare_texts(
         recipe.calibration,
@@ -141,6 +144,7 @@ def texts_for(recipe: Recipe, source: Source, calibrates: bool | None = None, mo
         bos=recipe.bos,
         more=more,
         given=source.given,
+        local=local,
     )
 
 
@@ -154,6 +158,8 @@ def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) 
     in_memory = "auto" if stored is not None and stored.gguf else dtype
     model = source.model if source.model is not None else load_model(source.name, in_memory, device, "refuse")
     check_finite(model)
+    if tokens is not None:
+        check_tokens(model, tokens)
     working = unfused(model)
     structure = observed(working, inspect_structure(working), tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"

@@ -17,7 +17,6 @@ Batches are padded on the right. That needs no attention mask: a causal model ne
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor
 from bolaco.data.sources import TokenStream, adds_bos, fingerprint, split_slice
 from bolaco.errors import DataError
 from bolaco.models.structure import positions_of
+from bolaco.settings import parsed_json
 from bolaco.tune.loss import IGNORED
 from bolaco.tune.settings import TuneSettings
 
@@ -183,11 +183,11 @@ class _Instructions:
 def _rows(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and content of every row of a .jsonl file that is in the source's slice."""
     name, start, stop = split_slice(source)
-    with Path(name).expanduser().open(encoding="utf-8-sig") as file:
+    with Path(name).expanduser().open("rb") as file:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
         for number, line in itertools.islice(lines, start, stop):
             try:
-                row = json.loads(line)
+                row = parsed_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 raise DataError(f"{name}, line {number}: no JSON ({error})") from None
             if not isinstance(row, dict):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import INFO_FILE, CompressedInfo, TunedInfo, read_any_info
+from bolaco.checkpoint.write import check_savable
 from bolaco.evaluation.objective import check_tokens
 from bolaco.models.load import (
     check_finite,
@@ -62,6 +63,7 @@ def load(settings: TuneSettings, processes: int) -> Loaded:
     data = prepare_data(settings, tokenizer, config, processes)
     check_teacher(settings, info, config, tokenizer)
     model = load_model(settings.model, device=settings.device, adapters="refuse")
+    check_savable(model, tokenizer, compressed=False)
     stored_dtype = model.dtype
     to_run_dtype(model, settings)
     check_finite(model)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
 from pydantic import ValidationError
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from bolaco.errors import RecipeError
 from bolaco.settings import meant, problems
@@ -82,7 +84,7 @@ def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
     """Checks values of ``TrainingArguments`` by field; makes numbers of those that YAML reads as text (``1e-7``).
 
     Raises:
-        RecipeError: there is no such field, or it must not be set directly.
+        RecipeError: there is no such field, it must not be set directly, or it names what is not installed.
     """
     known = {field.name: str(field.type) for field in fields(TrainingArguments) if field.name not in OWNED}
     found = {}
@@ -93,8 +95,22 @@ def trainer_fields(values: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             hint = meant(name, known)
             raise RecipeError(f"trainer.{name}: transformers.TrainingArguments has no such field{hint}")
+        if name == "report_to":
+            _check_reporters(value)
         found[name] = value
         if isinstance(value, str) and "float" in known[name]:
             with suppress(ValueError):
                 found[name] = float(value)
     return found
+
+
+def _check_reporters(value: Any) -> None:
+    """Raises RecipeError for a place of reports that is unknown, or whose package is not here: not after hours."""
+    names = [value] if isinstance(value, str) else value
+    try:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("expected a name, or a list of names")
+        for callback in get_reporting_integration_callbacks([name for name in names if name not in ("all", "none")]):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise RecipeError(f"trainer.report_to: {textwrap.shorten(str(error), 300)}") from error

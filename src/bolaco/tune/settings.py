@@ -73,7 +73,7 @@ class TuneSettings(Section):
     model: str
     mode: str
     types: tuple[str, ...] | None = Field(None, description="matrix types that are tuned; default: all")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["float32", "auto"] = Field(
         "float32",
         description="of the frozen weights in memory; auto: as they are stored. The result is stored like the input",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and room for them."""
+"""Files that are written whole or not at all, room for them, and values read from them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from bolaco.errors import BolacoError, no_space
+from bolaco.errors import BolacoError, CheckpointError, no_space
+from bolaco.settings import parsed_json
 
 # What a file is called while it is written.
 PARTIAL = ".partial"
@@ -58,6 +59,20 @@ def _fill(opened: IO[bytes], size: int) -> None:
     while (missing := size - opened.seek(0, os.SEEK_END)) > 0:
         opened.write(bytes(min(missing, 2**24)))
     opened.flush()
+
+
+def read_json(path: Path) -> Any:
+    """The values in a JSON file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON.
+    """
+    try:
+        return parsed_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged ({error})") from None
 
 
 def require_space(needs: Iterable[tuple[Path, int]], what: str) -> None:

@@ -25,10 +25,11 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from bolaco.errors import RecipeError, ResumeError
+from bolaco.errors import ResumeError
+from bolaco.settings import json_text
 from bolaco.work.files import PARTIAL, write_text
 from bolaco.work.memory import largest_resident
-from bolaco.work.output import new_folder, refuse_existing, remove_unfinished, sweep
+from bolaco.work.output import check_places, new_folder, refuse_existing, remove_unfinished, sweep
 
 V = TypeVar("V")
 
@@ -60,16 +61,14 @@ def work_beside(out: Path, work: Path | None, run: BaseModel | None = None) -> P
 
     Raises:
         OutputExistsError: ``out`` exists, and is not that of this run, ended in its last moment.
-        RecipeError: one is inside the other.
+        RecipeError: see :func:`bolaco.work.output.check_places`.
     """
     work = work or out.with_name(out.name + ".work")
     if run is None or not _has_written(work, run, out):
         if out.exists():
             _remove_rest(work)
         refuse_existing(out)
-    a, b = out.resolve(), work.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")
+    check_places(out, work)
     sweep(out)
     return work
 
@@ -153,7 +152,7 @@ class Artefact:
 
     def write(self, value: Any) -> None:
         """Writes its JSON value, whole or not at all."""
-        write_text(self.file, json.dumps(_plain(value)))
+        write_text(self.file, json_text(_plain(value)))
 
     def damaged(self, why: str) -> ResumeError:
         """The error to raise for a JSON value that is not what was written."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from bolaco.errors import OutputExistsError
+from bolaco.errors import OutputExistsError, RecipeError
 
 # What new_folder() calls a folder until it is complete: by what it will be called, and the process that writes it.
 _UNFINISHED = re.compile(r"\.(?P<out>.+)\.partial-\d+(-[0-9a-f]+)?", re.DOTALL)
@@ -89,3 +90,22 @@ def refuse_existing(out: Path) -> None:
     """Raises OutputExistsError if ``out`` is there already."""
     if out.exists() or out.is_symlink():  # a link that leads nowhere too
         raise OutputExistsError(f"{out}: exists already and is not overwritten; choose another name or remove it first")
+
+
+def check_places(out: Path, work: Path) -> None:
+    """Stops if an output or a work folder could not be written, or not be removed in the end.
+
+    Raises:
+        RecipeError: one is inside the other, one cannot be written, or the work folder is a link.
+    """
+    if work.is_symlink():
+        raise RecipeError(f"{work}: a link, which cannot be removed in the end; name the folder it leads to by --work")
+    for path in (out, work):
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if parent.is_dir() and not os.access(parent, os.W_OK | os.X_OK):
+            closed = os.statvfs(parent).f_flag & os.ST_RDONLY
+            why = os.strerror(errno.EROFS if closed else errno.EACCES)
+            raise RecipeError(f"{path}: cannot be written, {parent}: {why}")
+    a, b = out.resolve(), work.resolve()
+    if a == b or a in b.parents or b in a.parents:
+        raise RecipeError(f"{out} and {work}: the output and the work folder must not be one inside the other")

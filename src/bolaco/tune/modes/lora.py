@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import UnsupportedModelError
 from bolaco.layers import FactoredLinear
-from bolaco.models.adapters import PEFT_FOLDER, attach_peft, import_peft
+from bolaco.models.adapters import LARGEST_RANK, PEFT_FOLDER, attach_peft, import_peft
 from bolaco.models.quiet import quiet
 from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
 
@@ -30,7 +30,7 @@ _NOTE = (
 class LoraOptions(Options):
     """Size and place of the adapters."""
 
-    rank: int = Field(8, gt=0)
+    rank: int = Field(8, gt=0, le=LARGEST_RANK)
     alpha: int = Field(16, gt=0, description="an adapter's output is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1)
     on: Literal["factored", "dense", "all"] = Field("all", description="which matrices get adapters")

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import RecipeError, UnsupportedModelError
 from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of, train_sizes
-from bolaco.models.adapters import TRAIN_JSON, TRAIN_TENSORS, attach_trains, save_trains
+from bolaco.models.adapters import LARGEST_RANK, TRAIN_JSON, TRAIN_TENSORS, attach_trains, save_trains
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared
 
 # Matrix types that get adapters if the settings name none.
@@ -32,7 +32,7 @@ _NOTE = (
 class TrainOptions(Options):
     """Size of the trains, and what becomes of them."""
 
-    rank: int = Field(5, gt=0, description="size of every bond between two cores")
+    rank: int = Field(5, gt=0, le=LARGEST_RANK, description="size of every bond between two cores")
     alpha: float = Field(16.0, gt=0, description="an adapter's output is multiplied by it")
     factors: int = Field(
         4, gt=0, description="a matrix's size is the product of at most so many numbers; published ones are kept"
