@@ -24,6 +24,7 @@ from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_values
 from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
+from bolaco.runs.tuned import compress_and_tune
 from bolaco.settings import merge
 
 __all__ = [
@@ -93,6 +94,8 @@ def run(
     place = Path(out).expanduser()
     words = (reporter or Reporter(quiet=True), _folder(work), keep_work, model, tokenizer)
     with nullcontext() if model is None else evaluation_mode(model):
+        if recipe.tuning is not None:
+            return compress_and_tune(recipe, place, *words)
         if isinstance(recipe, LowRankRecipe):
             return compress_recipe(recipe, place, *words)
         return chop(recipe, place, *words)

@@ -54,11 +54,14 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
         raise RecipeError("-o OUT is missing: the folder to write")
     from bolaco.api import run
     from bolaco.progress import Reporter
-    from bolaco.report.tables import seconds_line, summary_table
+    from bolaco.report.tables import seconds_line, summary_table, tuning_table
 
     result = run(recipe, args.out, work=args.work, keep_work=args.keep_work, reporter=Reporter())
     console.print(summary_table(result.info))
     console.print(seconds_line(result.info))
+    if result.info.tuning is not None:
+        console.print(tuning_table(result.info.tuning))
+        console.print(seconds_line(result.info.tuning))
     console.print(f"written to {result.path}")
 
 
@@ -187,12 +190,15 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
     if record.out_of_time:
         console.print(f"stopped at the budget of {record.settings['training']['minutes']:g} minutes")
     console.print(seconds_line(record))
+    if record.note:
+        console.print(record.note)
     console.print(f"written to {result.path}")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
+        allocation_line,
         blocks_line,
         experts_table,
         kept_line,
@@ -215,6 +221,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     console.print(summary_table(info))
     if info.ranks:
         console.print(ranks_table(info.ranks))
+        if info.allocation:
+            console.print(allocation_line(info))
     else:
         console.print(blocks_line(info.layers, info.layers_dense))
     if info.tokens_per_expert:

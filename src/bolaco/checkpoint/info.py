@@ -61,9 +61,14 @@ class TrialRecord(Record):
 
 
 class TuningPerplexities(Record):
-    """Before and after tuning, on ``windows`` blocks of ``data``; ``tokens`` are predicted."""
+    """Before and after tuning, on ``windows`` blocks of ``data``; ``tokens`` are predicted.
+
+    ``start`` is what training begins with, where the mode has changed the model by then (``sketch``: coded, not yet
+    tuned).
+    """
 
     before: float
+    start: float | None = None
     after: float
     data: str
     windows: int
@@ -85,7 +90,12 @@ class Unchanged(Record):
 
 
 class TuningRecord(Record):
-    """What ``bolaco tune`` did to a model; ``earlier`` is what was done to it before."""
+    """What ``bolaco tune`` did to a model.
+
+    ``best_step`` is the step whose weights were kept, where there was early stopping. ``adapter_of`` is the model that
+    was tuned where the folder holds an adapter for it and nothing else; then ``bytes`` is the adapter's. ``earlier`` is
+    what was done to the model before.
+    """
 
     mode: str
     paper: str
@@ -99,9 +109,11 @@ class TuningRecord(Record):
     steps: int
     of_steps: int
     out_of_time: bool
+    best_step: int | None = None
     examples: int
     kind: str
     note: str
+    adapter_of: str | None = None
     perplexity: TuningPerplexities
     curve: list[CurvePoint]
     seconds: dict[str, float]
@@ -155,6 +167,7 @@ class CompressedInfo(Info):
         perplexity: before and after.
         dimensions: of the search.
         trials: of the search, in order.
+        allocation: what else the rule for ranks came to; of ``welore`` its threshold and the effective rank reduction.
         seconds: of each stage.
         recipe: everything the run depended on.
         versions: of the packages that it ran with.
@@ -186,6 +199,7 @@ class CompressedInfo(Info):
     perplexity: Perplexities
     dimensions: list[str] = []
     trials: list[TrialRecord]
+    allocation: dict[str, float] = {}
     seconds: dict[str, float]
     recipe: Values
     versions: dict[str, str]
@@ -293,6 +307,6 @@ def _validated(kind: type[M], values: Any, path: Path) -> M:
         raise CheckpointError(f"{path}: damaged ({first})") from None
 
 
-def weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path, files: str = "model*.safetensors") -> int:
     """Bytes of the model's weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob(files))

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bolaco.allocate.allocator import ALLOCATORS, Allocator
 from bolaco.data.settings import Calibration, Evaluation, Validation
@@ -83,6 +91,22 @@ class _Run(Section):
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
+    tuning: Values | None = Field(
+        None, description="settings of `bolaco tune` that the result is tuned with: its mode, and what else is given"
+    )
+
+    @field_validator("tuning")
+    @classmethod
+    def _with_mode(cls, value: Values | None) -> Values | None:
+        if value is not None and not isinstance(value.get("mode"), str):
+            raise ValueError("mode is missing: what is trained (--tune MODE)")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_tuning(self, dump: SerializerFunctionWrapHandler) -> Values:
+        """A recipe without tuning does not speak of it."""
+        values: Values = dump(self)
+        return values if self.tuning is not None else {k: v for k, v in values.items() if k != "tuning"}
 
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back unchanged."""

@@ -149,6 +149,7 @@ def compress_loaded(
                 "perplexity": found,
                 "dimensions": list(allocation.dimensions),
                 "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
+                "allocation": dict(allocation.notes),
                 "seconds": {},
                 "recipe": recipe.model_dump(mode="json"),
                 "versions": versions(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from rich.table import Table
 from torch import Tensor
@@ -15,6 +16,7 @@ from bolaco.models.structure import Structure
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, kept_lines, plan_table
 from bolaco.runs.chop import kept_blocks
+from bolaco.runs.tuning import tuning_settings
 from bolaco.storage.budget import Budget
 
 
@@ -36,6 +38,9 @@ def described(recipe: Recipe) -> Iterator[Table | str]:
         BolacoError: what would stop the run and can be known before its weights are read.
     """
     config = load_config(recipe.model)
+    if recipe.tuning is not None:
+        settings = tuning_settings(recipe, Path(recipe.model))
+        yield f"the result is tuned: mode {settings.mode} on {settings.data.source}"
     refuse_compressed(config)
     structure = inspect_structure(meta_model(config))
     if isinstance(recipe, TransformRecipe):
