@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bolaco.allocate.allocators.welore import welore_ranks
+from bolaco.allocate.allocators.welore import welore_cut
 from bolaco.allocate.space import make_space
 from bolaco.data.settings import Calibration
 from bolaco.evaluation.perplexity import perplexity
@@ -149,7 +149,7 @@ def welore(bench: Bench, keeps: Sequence[float] = (0.7, 0.6, 0.5)) -> list[Row]:
     """One threshold on all singular values against one ratio for all, the same factors."""
     spectra, rows = bench.svd.spectra(bench.structure.num_layers), []
     for keep in keeps:
-        ranks = welore_ranks(bench.sites, spectra, Budget(bench.sites, keep, TWO_FACTOR), MULTIPLE)
+        ranks = welore_cut(bench.sites, spectra, Budget(bench.sites, keep, TWO_FACTOR), MULTIPLE).ranks
         found = [bench.loss(bench.products(bench.svd, r)) for r in (ranks, bench.uniform(keep))]
         rows.append(Row("WeLore / uniform SVD", f"keep {keep}", "loss", *found))
     return rows

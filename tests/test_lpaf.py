@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bolaco.errors import NonFiniteError, RecipeError
+from bolaco.evaluation.losses import summed_losses
+from bolaco.evaluation.objective import SLAB
 from bolaco.factorize import (
     INPUT_IMPORTANCE,
     METHODS,
@@ -37,6 +42,7 @@ from bolaco.transform.prune import (
     sparsity_at,
     with_weights,
 )
+from bolaco.tune.loss import Student
 from tests.models import FAMILIES, compress_tiny, compressed_once, slow, tiny_llama, token_blocks
 
 SHORT = PruningOptions(steps=6, batch=2, learning_rate=1e-3)
@@ -215,3 +221,46 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     for method in ({"sparsity": 1.0}, {"sparsity": 0}, {"steps": 0}, {"score": "guess"}, {"keep_sparse": 3}):
         with pytest.raises(RecipeError, match=rf"^method\.{next(iter(method))}: "):
             make_recipe(values | {"method": {"name": "lpaf"} | method})
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made while this lasts."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(one, torch.Tensor):
+                self.bytes = max(self.bytes, one.nbytes)
+        return made
+
+
+def test_no_step_holds_the_logits_of_a_large_vocabulary() -> None:
+    """Neither the first stage nor the third, whose loss can have a teacher: a slab of them at a time."""
+    sizes = {"vocab_size": 262_144, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = tiny_llama(**sizes, num_attention_heads=1, num_key_value_heads=1)
+    tokens = token_blocks(1, 40)
+    logits = tokens.numel() * 262_144 * 4
+    with Largest() as first:
+        prune(model, inspect_structure(model), tokens, 0.5, PruningOptions(steps=1, batch=1))
+    student, teacher = Student(copy.deepcopy(model).requires_grad_(True), 0.5, model), model.get_output_embeddings()
+    with Largest() as third:
+        student(input_ids=tokens, labels=tokens)["loss"].backward()
+    assert teacher.weight.nbytes < first.bytes <= SLAB < logits
+    assert third.bytes <= SLAB
+
+
+def test_the_loss_of_pruning_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    tokens = token_blocks(2, 24)
+    losses = []
+    monkeypatch.setattr(
+        "bolaco.transform.prune.summed_losses", lambda *args: losses.append(summed_losses(*args)[0]) or (losses[-1],)
+    )
+    prune(model, inspect_structure(model), tokens, 0.5, PruningOptions(steps=1, batch=2))
+    expected = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    torch.testing.assert_close(losses[0] / (2 * 23), expected)

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from bolaco import api
+from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import DataError
 from bolaco.evaluation.speed import linear_macs, measure, median_seconds
 from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
-from tests.models import compressed, save_tiny, slow, tiny_llama
+from tests.models import compressed, save_tiny, slow, text_file, tiny_llama
 from tests.processes import with_bolaco
 
 
@@ -40,6 +43,20 @@ def test_operations_are_those_of_the_matrices(family: str) -> None:
     head = run.original.get_output_embeddings().weight.numel()
     assert linear_macs(run.original) == run.info.parameters_linears_dense + head
     assert linear_macs(load_model(str(run.path))) == run.info.parameters_linears + head
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_coded_model_counts_as_what_it_stands_for(dense: bool, tmp_path: Path) -> None:
+    source = save_tiny(tmp_path / "model") if dense else compressed("llama").path
+    options = {"training.autocast": False, "training.warmup": 0, "data.sequences": 2, "evaluation.windows": 2}
+    api.tune(str(source), "sketch", str(text_file()), tmp_path / "out", options=options, max_steps=1, seq_len=32)
+    model, found = load_model(str(source)), measure(str(tmp_path / "out"), (1,), prompt=8, new=1, repeats=1)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.macs == linear_macs(model)
+    file = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.bytes == sum(tensor.nbytes for tensor in file.values())
+    counts = export_dense(str(tmp_path / "out"), tmp_path / "stock", drop_bias=True)
+    assert counts["parameters"] == found.parameters
 
 
 def test_the_median_leaves_out_the_first_call() -> None:

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bolaco import api
-from bolaco.errors import CheckpointError
+from bolaco.errors import CheckpointError, RecipeError
 from bolaco.layers import LowRankLinear, PivotedLinear
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import load_model
 from bolaco.models.subject import Subject
 from bolaco.storage.block import low_rank_linear
 from bolaco.tune.mode import Context, Prepared, matrices_of
-from bolaco.tune.modes.mixed_rank import MODE, MixedLinear, coin, probability
+from bolaco.tune.modes.mixed_rank import MODE, MixedLinear, draw, probability, replaced_in
 from bolaco.tune.resolve import resolve
 from bolaco.tune.settings import make_settings
 from tests.models import FAMILIES, compress_tiny, compressed, save_tiny, slow, text_file, token_blocks
@@ -54,6 +54,12 @@ def prepared(path: Path, original: Any, **options: Any) -> tuple[Any, Prepared]:
     return model, made
 
 
+def replace_all(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, MixedLinear):
+            module.mixed = True
+
+
 # --- schedule ---------------------------------------------------------------------------------------------------------
 
 
@@ -65,14 +71,27 @@ def test_probability_falls_to_zero_and_stays_there() -> None:
 
 
 def test_coins_fall_with_their_probability_and_alike_every_time() -> None:
-    thrown = [coin(3, step, "q", 0.3) for step in range(4000)]
-    assert sum(thrown) / 4000 == pytest.approx(0.3, abs=0.03)
-    assert thrown == [coin(3, step, "q", 0.3) for step in range(4000)]
-    for other in ([coin(4, s, "q", 0.3) for s in range(4000)], [coin(3, s, "k", 0.3) for s in range(4000)]):
-        both = sum(a and b for a, b in zip(thrown, other, strict=True)) / 4000
+    def thrown(seed: int, name: str) -> list[bool]:
+        return [draw(seed, step, name) < 0.3 for step in range(4000)]
+
+    first = thrown(3, "q")
+    assert sum(first) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert first == thrown(3, "q")
+    for other in (thrown(4, "q"), thrown(3, "k")):
+        both = sum(a and b for a, b in zip(first, other, strict=True)) / 4000
         assert both == pytest.approx(0.09, abs=0.03)  # independent of seed and matrix
-    assert all(coin(0, step, "q", 1.0) for step in range(100))
-    assert not any(coin(0, step, "q", 0.0) for step in range(100))
+
+
+@pytest.mark.parametrize("names", [["q"], ["q", "k"], ["q", "k", "v", "o"]])
+def test_no_step_replaces_all_matrices(names: list[str]) -> None:
+    for chance in (0.0, 0.3, 0.999, 1.0):
+        found = [replaced_in(0, step, names, chance) for step in range(300)]
+        assert all(len(step) < len(names) for step in found)
+        assert found == [replaced_in(0, step, names, chance) for step in range(300)]
+        free = [{name for name in names if draw(0, step, name) < chance} for step in range(300)]
+        assert all(a == b for a, b in zip(found, free, strict=True) if len(b) < len(names))
+    if len(names) > 1:  # the one that is left changes
+        assert len({frozenset(step) for step in found}) == len(names)
 
 
 # --- the mixture ------------------------------------------------------------------------------------------------------
@@ -94,15 +113,15 @@ def test_layer_is_one_or_the_other() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_both_ends_of_the_mixture(family: str) -> None:
-    """At p = 1 the model is the original, as far as matrices go; at p = 0 the factored model."""
+    """With all weights in place the model is the original, as far as matrices go; at p = 0 the factored model."""
     source = compressed(family)
     model, made = prepared(source.path, source.original)
     assert made.on_step is not None
-    made.on_step(0, 10)
+    replace_all(model)
     torch.testing.assert_close(logits(model), logits(source.original), rtol=1e-4, atol=1e-4)
     made.on_step(5, 10)
     torch.testing.assert_close(logits(model), logits(load_model(str(source.path))), rtol=1e-4, atol=1e-4)
-    made.on_step(2, 10)  # p = 0.6
+    made.on_step(2, 10)  # p = 0.54
     states = {module.mixed for module in model.modules() if isinstance(module, MixedLinear)}
     assert states == {True, False}
     # Whatever the last coin was, the export is the factors.
@@ -128,7 +147,7 @@ def test_pruned_weights_beside_the_model_are_what_is_mixed_in(family: str, tmp_p
     save_file(weights, source.path / "sparse.safetensors")
     model, made = prepared(source.path, source.original)
     assert made.on_step is not None
-    made.on_step(0, 10)
+    replace_all(model)
     sparse = Subject(source.original, inspect_structure(source.original))
     changed = {matrix.name.replace(".parts.", ".") for matrix in matrices_of(load_model(str(source.path)))}
     factored = {name.replace(".parts.", ".") for name in ranks(load_model(str(source.path)))}
@@ -183,3 +202,23 @@ def test_a_run(storage: str, tmp_path: Path) -> None:
     }.keys()
     measured = api.evaluate(str(result.path), str(text_file()), seq_len=32, limit=4).perplexity
     assert measured == pytest.approx(result.info.tuning.perplexity.after, rel=1e-4)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.5, 0.999999])
+def test_every_step_has_a_gradient(start: float) -> None:
+    """The first one too, where the weights that were factored are used almost everywhere."""
+    source = compressed("llama")
+    model, made = prepared(source.path, source.original, start=start)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert made.on_step is not None
+    for step in range(6):
+        made.on_step(step, 8)
+        tokens = token_blocks(1, 12, seed=step)
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        assert any(bool(parameter.grad.any()) for parameter in trained if parameter.grad is not None)
+        model.zero_grad()
+
+
+def test_a_start_that_trains_nothing_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"options\.start"):
+        prepared(compressed("llama").path, None, start=1.0)

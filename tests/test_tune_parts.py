@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bolaco.errors import DataError, RecipeError
+from bolaco.evaluation.losses import IGNORED, summed_losses
 from bolaco.evaluation.objective import Head
 from bolaco.evaluation.perplexity import perplexity
 from bolaco.layers import LowRankLinear, PivotedLinear
@@ -22,7 +23,7 @@ from bolaco.storage.block import low_rank_linear
 from bolaco.storage.pivot import pivot
 from bolaco.tune.data import TuneData, _rows, prepare_data
 from bolaco.tune.factored import balanced, stored
-from bolaco.tune.loss import IGNORED, Student, mean_loss, summed_losses
+from bolaco.tune.loss import Student, mean_loss
 from bolaco.tune.mode import Matrix
 from bolaco.tune.modes.diagonal import DiagonalLinear
 from bolaco.tune.resolve import trainer_fields

@@ -282,7 +282,7 @@ def test_every_mode_tunes_what_a_package_has_stored(
         key: kind for key, kind in kinds(old).items() if kind != "dense"
     }
     if name == "tt-lora":  # the model itself is the input, and has adapters around it
-        assert digest(tmp_path / "out" / "model.safetensors") == digest(source.path / "model.safetensors")
+        assert not list((tmp_path / "out").glob("model*"))
         adapted = [module.layer for module in new.modules() if isinstance(module, TrainAdapter)]
         assert storage in {getattr(layer, "kind", None) for layer in adapted}
         return

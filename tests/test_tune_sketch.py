@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
-from bolaco.checkpoint.info import TuningRecord
+from bolaco.checkpoint.info import TuningRecord, read_info
 from bolaco.errors import RecipeError, UnsupportedModelError
 from bolaco.layers import SketchLinear, build_layer
 from bolaco.layers.sketch import pack, unpack
-from bolaco.models.load import load_model
+from bolaco.models.load import load_model, weights_fingerprint
 from bolaco.tune.modes import sketch
 from bolaco.tune.tables import Coded, clustering_error, code, coded_layer, inverse_factor, kmeans
 from bolaco.tune.trainer import TuneTrainer
-from tests.command import digest
+from tests.command import digest, ok
 from tests.models import FAMILIES, compressed, save_tiny, slow, text_file, tiny_llama, token_blocks
 
 # One batch, again and again, so that its loss has to fall.
@@ -104,6 +104,81 @@ def test_layer_is_the_table_looked_up(bits: int, columns: int, groups: int) -> N
         gradient[i, j // size, int(codes[i, j])] += dense[i, j]
     torch.testing.assert_close(layer.lut.grad, gradient)
     torch.testing.assert_close(x.grad, (2 * y).detach() @ wanted)
+
+
+def _layer(lookup: str = "once") -> SketchLinear:
+    codes = torch.randint(8, (5, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    layer = coded_layer(torch.nn.Linear(16, 5).double().requires_grad_(False), Coded(normal(5, 2, 8), codes), 3).eval()
+    layer.lookup = lookup
+    return layer
+
+
+@pytest.fixture
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each time that codes are unpacked."""
+    calls: list[int] = []
+    monkeypatch.setattr("bolaco.layers.sketch.unpack", lambda *args: calls.append(1) or unpack(*args))
+    return calls
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_codes_are_looked_up_once(without_gradients: Any, lookups: list[int]) -> None:
+    layer, x = _layer(), normal(3, 16)
+    wanted = torch.nn.functional.linear(x, layer.weight.detach(), layer.bias)
+    lookups.clear()
+    with without_gradients():
+        assert all(torch.equal(layer(x), wanted) for _ in range(4))
+    assert len(lookups) == 1
+    # What was kept is a plain tensor, and no part of the model's state.
+    with torch.no_grad():
+        assert torch.equal(layer(x), wanted)
+    assert layer.state_dict().keys() == {"lut", "codes", "bias"}
+    assert copy.deepcopy(layer)._kept is None
+    assert len(lookups) == 1
+
+
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_codes_can_be_looked_up_always(without_gradients: Any, lookups: list[int]) -> None:
+    layer, x = _layer("always"), normal(3, 16)
+    with without_gradients():
+        for _ in range(3):
+            layer(x)
+    assert len(lookups) == 3
+    assert layer._kept is None
+
+
+def _stepped(layer: SketchLinear) -> None:
+    layer.lut.grad = normal(5, 2, 8, seed=3)
+    torch.optim.SGD([layer.lut], lr=1.0).step()
+
+
+def _replaced(layer: SketchLinear) -> None:
+    layer.lut = torch.nn.Parameter(normal(5, 2, 8, seed=4))
+
+
+CHANGES: dict[str, Any] = {
+    "table in place": lambda layer: layer.lut.add_(1.0),
+    "another table": _replaced,
+    "codes in place": lambda layer: layer.codes.bitwise_not_(),
+    "loaded": lambda layer: layer.load_state_dict(
+        {k: v if k == "codes" else v + 1 for k, v in layer.state_dict().items()}
+    ),
+    "converted": lambda layer: layer.float().double(),
+    "trained": _stepped,
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_what_was_looked_up_is_never_stale(change: str) -> None:
+    layer, x = _layer(), normal(3, 16)
+    with torch.no_grad():
+        before = layer(x)
+        CHANGES[change](layer)
+        found = layer(x)
+        torch.testing.assert_close(found, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+    assert not torch.equal(found, before)
+    layer.train()
+    assert layer._kept is None  # training holds no copy of the weights
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -251,6 +326,74 @@ def test_the_file_is_small(bits: int, tmp_path: Path) -> None:
     assert size == record.bytes
     assert wanted + rest <= size <= wanted + rest + 8192  # the header
     assert record.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "store", "wanted"),
+    [
+        ("float32", "bfloat16", "bfloat16"),
+        slow("float32", "float16", "float16"),
+        ("float32", "input", "float32"),
+        slow("float16", "bfloat16", "float16"),
+    ],
+)
+def test_what_is_not_coded_takes_16_bits(given: str, store: str, wanted: str, tmp_path: Path) -> None:
+    model = tiny_llama().to(getattr(torch, given))
+    record = run(save_tiny(tmp_path / "model", model), tmp_path / "out", {"options.store": store}, max_steps=1)
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    types = {str(tensor.dtype).removeprefix("torch.") for key, tensor in state.items() if not key.endswith("codes")}
+    assert types == {wanted}
+    assert str(load_model(str(tmp_path / "out")).dtype) == f"torch.{wanted}"
+    # What is not coded is that of the input, rounded to the format.
+    embedding = state["model.embed_tokens.weight"]
+    assert torch.equal(embedding, model.model.embed_tokens.weight.to(embedding.dtype))
+    assert record.unchanged.tensors > 2
+
+
+def test_a_compressed_model_says_what_it_is_stored_in_now(tmp_path: Path) -> None:
+    source = compressed("llama")
+    assert source.info.dtype == "float32"
+    run(source.path, tmp_path / "out", max_steps=1)
+    assert read_info(tmp_path / "out").dtype == "bfloat16"
+
+
+def test_the_loss_of_coded_and_not_yet_tuned_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "model")
+    done = run(source, tmp_path / "out", {"options.bits": 2}, max_steps=20).perplexity
+    still = run(source, tmp_path / "coded", {"options.bits": 2}, max_steps=1, learning_rate=1e-12).perplexity
+    assert done.before == still.before
+    assert done.start == still.start
+    assert done.start == pytest.approx(still.after, rel=1e-2)  # stored in 16 bits
+    assert abs(done.after - done.start) > 1e-2 * done.start
+    for text in ((tmp_path / "out" / "README.md").read_text(), ok("inspect", tmp_path / "out").out):
+        assert f"{done.start:.3f}" in text
+    # Modes that begin with the model as it is have no such number.
+    result = api.tune(
+        str(source), "continued", str(text_file()), tmp_path / "all", options=SMALL, max_steps=1, seq_len=32
+    )
+    assert result is not None
+    assert result.info.tuning is not None
+    assert result.info.tuning.perplexity.start is None
+
+
+def test_when_codes_are_looked_up_is_said_in_the_result(tmp_path: Path) -> None:
+    run(compressed("phi3").path, tmp_path / "always", {"options.lookup": "always"}, max_steps=1)
+    run(tmp_path / "always", tmp_path / "once", max_steps=1)
+    for lookup in ("always", "once"):
+        model = load_model(str(tmp_path / lookup))
+        assert {m.lookup for m in model.modules() if isinstance(m, SketchLinear)} == {lookup}
+        entries = model.config.lowrank["matrices"].values()
+        assert ("lookup" in str(entries)) == (lookup == "always")
+
+
+def test_other_codes_are_another_model(tmp_path: Path) -> None:
+    """The work folder of a run is found again by a fingerprint of the weights, which the codes are a part of."""
+    run(save_tiny(tmp_path / "model"), tmp_path / "out", max_steps=1)
+    model = load_model(str(tmp_path / "out"))
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(load_model(str(tmp_path / "out"))) == before
+    next(module for module in model.modules() if isinstance(module, SketchLinear)).codes[0, 0] ^= 1
+    assert weights_fingerprint(model) != before
 
 
 def test_only_the_types_asked_for_are_coded(tmp_path: Path) -> None:

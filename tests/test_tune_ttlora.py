@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 import bolaco
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
-from bolaco.checkpoint.info import TuningRecord
+from bolaco.checkpoint.info import TuningRecord, read_any_info, read_info
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.evaluation.speed import measure
 from bolaco.layers.tensor_train import PUBLISHED, TensorTrain, TrainAdapter, factorization, train_sizes
 from bolaco.models.load import load_model
+from tests.command import ok
 from tests.models import FAMILIES, compressed, save_tiny, slow, text_file, token_blocks
 
 # One batch, again and again, so that its loss has to fall.
@@ -140,7 +142,7 @@ def test_factorization_of_primes() -> None:
 @pytest.mark.parametrize("family", [slow("gpt2"), "phi3", slow("llama")])
 def test_kept_adapter(family: str, tmp_path: Path) -> None:
     source = compressed(family)
-    record = run(source.path, tmp_path / "out")
+    record = run(source.path, tmp_path / "out", {"options.whole": True})
     assert record.curve[-1].loss < record.curve[0].loss - 0.01
     base, adapted = load_model(str(source.path)), bolaco.load(str(tmp_path / "out"))
     adapters = [module for module in adapted.modules() if isinstance(module, TrainAdapter)]
@@ -155,6 +157,75 @@ def test_kept_adapter(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(stock), logits(base))
     assert not torch.allclose(logits(adapted), logits(base))
     assert "Stock transformers loads the model without the adapter" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_adapter_alone_is_the_model_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation, speed and loading take it for the model it names, from whatever folder they are called."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path / "models")
+    source = save_tiny(Path("dense"))
+    words = ("--data", text_file(), "--seq-len", "32", "--max-steps", "8", "--learning-rate", "5e-3", "--batch", "4")
+    options = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+    done = ok("tune", source, "--mode", "tt-lora", *words, *options, "-o", "alone")
+    record = read_any_info("alone").tuning
+    assert record is not None
+    assert "--set options.whole=true writes the model too" in done.out.replace("`", "")
+    whole = run(source, Path("whole"), {"options.whole": True})
+    assert {file.name for file in Path("alone").iterdir()} == {
+        *("adapter_tt.json", "adapter_tt.safetensors", "bolaco.json", "report.html", "README.md"),
+    }
+    assert record.adapter_of == "dense"
+    assert whole.adapter_of is None
+    assert record.bytes == (Path("alone") / "adapter_tt.safetensors").stat().st_size < whole.bytes
+    assert record.parameters == whole.parameters
+    monkeypatch.chdir(tmp_path)
+    alone = tmp_path / "models" / "alone"
+    assert torch.equal(logits(bolaco.load(str(alone))), logits(bolaco.load(str(tmp_path / "models" / "whole"))))
+    found = api.evaluate(str(alone), str(text_file()), seq_len=32, limit=4)
+    assert found.perplexity == pytest.approx(record.perplexity.after, rel=1e-5)
+    assert found.perplexity != pytest.approx(record.perplexity.before, rel=1e-5)
+    speed = measure(str(alone), (1,), prompt=4, new=1, repeats=1)
+    assert speed.parameters == record.parameters + record.trainable_parameters
+    assert ok("inspect", alone).out
+    assert "bolaco.load(" in (alone / "README.md").read_text()
+    assert "from_pretrained" not in (alone / "README.md").read_text()
+
+
+def test_how_it_is_written_is_no_reason_to_train_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_tiny(tmp_path / "model")
+    run(source, tmp_path / "whole", {"options.whole": True})
+    with monkeypatch.context() as patch:
+        patch.setattr("bolaco.tune.run._write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out")
+    monkeypatch.setattr("bolaco.tune.run._train", lambda *_: pytest.fail("trained again"))
+    run(source, tmp_path / "out", {"options.whole": True})
+    file = "adapter_tt.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_an_adapter_of_a_compressed_model_describes_both(tmp_path: Path) -> None:
+    source = compressed("llama")
+    run(source.path, tmp_path / "out", max_steps=1)
+    info = read_info(tmp_path / "out")
+    assert (info.bytes, info.parameters, info.dtype) == (source.info.bytes, source.info.parameters, source.info.dtype)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"holds an adapter for `{source.path}`" in card
+    assert "from_pretrained" not in card
+
+
+@pytest.mark.parametrize("field", [None, 3, "", "nowhere/that/is", "out"])
+def test_an_adapter_whose_model_is_not_there_is_one_line(field: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(save_tiny(tmp_path / "model"), out, max_steps=1)
+    described = json.loads((out / "adapter_tt.json").read_text())
+    assert described["base"] == str(tmp_path / "model")
+    given = str(out) if field == "out" else field
+    (out / "adapter_tt.json").write_text(json.dumps({key: v for key, v in described.items() if key != "base"}))
+    if given is not None:
+        (out / "adapter_tt.json").write_text(json.dumps(described | {"base": given}))
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=r"out.*(adapter for|the model it is for)"):
+        bolaco.load(str(out))
 
 
 def test_only_the_types_asked_for(tmp_path: Path) -> None:
@@ -189,10 +260,12 @@ def test_merging_into_a_factored_matrix_is_refused(tmp_path: Path) -> None:
 
 def test_an_adapter_is_not_lost_silently(tmp_path: Path) -> None:
     run(compressed("llama").path, tmp_path / "out", max_steps=1)
-    with pytest.raises(UnsupportedModelError, match=r"adapter_tt.json\) and would be lost"):
-        export_dense(str(tmp_path / "out"), tmp_path / "dense")
-    with pytest.raises(UnsupportedModelError, match="would be lost"):
-        run(tmp_path / "out", tmp_path / "again", max_steps=1)
+    run(compressed("llama").path, tmp_path / "whole", {"options.whole": True}, max_steps=1)
+    for name in ("out", "whole"):
+        with pytest.raises(UnsupportedModelError, match=r"adapter_tt.json\) and would be lost"):
+            export_dense(str(tmp_path / name), tmp_path / "dense")
+        with pytest.raises(UnsupportedModelError, match="would be lost"):
+            run(tmp_path / name, tmp_path / "again", max_steps=1)
     (tmp_path / "out" / "adapter_tt.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"adapter_tt\.json: damaged"):
         bolaco.load(str(tmp_path / "out"))

@@ -149,6 +149,7 @@ CHANGES: dict[str, tuple[dict[str, Any], bool, bool]] = {
     "training.weight_decay": ({"options": {"training.weight_decay": 0.5}}, False, True),
     "training.gradient_accumulation": ({"options": {"training.gradient_accumulation": 2}}, False, True),
     "training.max_grad_norm": ({"options": {"training.max_grad_norm": 0.01}}, False, True),
+    "training.patience": ({"options": {"training.patience": 5}}, False, True),
     "training.autocast": ({"options": {"training.autocast": True}}, False, True),
     "trainer": ({"options": {"trainer.adam_epsilon": 1e-2}}, False, True),
     "dtype": ({"dtype": "auto"}, False, True),

@@ -8,13 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bolaco.allocate.allocators.welore import normalised, rank_at, welore_ranks
+from bolaco.allocate.allocators.welore import normalised, rank_at, welore_cut
 from bolaco.errors import BudgetError
 from bolaco.models.find import inspect_structure
 from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.storage.budget import Budget
 from bolaco.storage.storage import STORAGES
+from tests.command import ok
 from tests.models import FAMILIES, compress_tiny, slow
 
 MODEST = settings(deadline=None, max_examples=80, derandomize=True)
@@ -77,9 +78,9 @@ def test_lowest_threshold_of_all_that_meets_the_budget(shapes, seed, keep, stora
             break
     if expected is None:
         with pytest.raises(BudgetError):
-            welore_ranks(sites, spectra, budget, multiple, min_ratio)
+            welore_cut(sites, spectra, budget, multiple, min_ratio)
         return
-    found = welore_ranks(sites, spectra, budget, multiple, min_ratio)
+    found = welore_cut(sites, spectra, budget, multiple, min_ratio).ranks
     assert found == expected
     assert budget.cost(found) <= budget.limit
     for site in sites:
@@ -93,10 +94,10 @@ def test_a_larger_budget_takes_nothing_away(shapes, seed, first, second, storage
     sites, spectra = _case(shapes, seed, multiple, storage)
     low, high = sorted((round(first, 3), round(second, 3)))
     try:
-        less = welore_ranks(sites, spectra, Budget(sites, low, storage), multiple, min_ratio)
+        less = welore_cut(sites, spectra, Budget(sites, low, storage), multiple, min_ratio).ranks
     except BudgetError:
         return
-    more = welore_ranks(sites, spectra, Budget(sites, high, storage), multiple, min_ratio)
+    more = welore_cut(sites, spectra, Budget(sites, high, storage), multiple, min_ratio).ranks
     for site in sites:
         a, b = less[site.name], more[site.name]
         assert b is None or (a is not None and a <= b)
@@ -119,10 +120,10 @@ def test_scaling_a_matrix_changes_nothing():
     sites = [_site("a", 24, 24), _site("b", 24, 24)]
     spectra = {"a": torch.logspace(0, -3, 24).double(), "b": torch.logspace(0, -1, 24).double()}
     budget = Budget(sites, 0.6, TWO_FACTOR)
-    ranks = welore_ranks(sites, spectra, budget, 1)
+    ranks = welore_cut(sites, spectra, budget, 1).ranks
     assert ranks["a"] < ranks["b"]
     scaled = {name: value * (1e6 if name == "a" else 1e-6) for name, value in spectra.items()}
-    assert welore_ranks(sites, scaled, budget, 1) == ranks
+    assert welore_cut(sites, scaled, budget, 1).ranks == ranks
 
 
 def test_a_matrix_that_loses_too_little_stays_dense():
@@ -140,9 +141,9 @@ def test_a_matrix_that_loses_too_little_stays_dense():
 def test_all_of_the_budget_leaves_all_dense_and_too_little_is_refused():
     sites = [_site("a", 32, 32)]
     spectra = {"a": torch.logspace(0, -4, 32).double()}
-    assert welore_ranks(sites, spectra, Budget(sites, 1.0, TWO_FACTOR), 4) == {"a": None}
+    assert welore_cut(sites, spectra, Budget(sites, 1.0, TWO_FACTOR), 4).ranks == {"a": None}
     with pytest.raises(BudgetError, match=r"102 parameters .* has 256"):
-        welore_ranks(sites, spectra, Budget(sites, 0.1, TWO_FACTOR), 4)
+        welore_cut(sites, spectra, Budget(sites, 0.1, TWO_FACTOR), 4)
 
 
 @pytest.mark.parametrize("family", [slow("llama"), "phi3", "gpt2", slow("opt")])
@@ -157,7 +158,7 @@ def test_preset(family, tmp_path):
     subject = Subject(run.original, structure)
     # The ranks are those of the weights' own singular values.
     spectra = {s.name: torch.linalg.svdvals(subject.weight(s).double()).square() for s in structure.sites}
-    assert welore_ranks(structure.sites, spectra, Budget(structure.sites, 0.6, TWO_FACTOR), 4) == run.info.ranks
+    assert welore_cut(structure.sites, spectra, Budget(structure.sites, 0.6, TWO_FACTOR), 4).ranks == run.info.ranks
 
 
 def test_min_ratio_reaches_the_rule(tmp_path):
@@ -167,3 +168,46 @@ def test_min_ratio_reaches_the_rule(tmp_path):
         rank = run.info.ranks[site.name]
         assert rank is None or rank <= 0.5001 * min(site.out_features, site.in_features)
     assert None in run.info.ranks.values()
+
+
+@MODEST
+@given(shapes, st.integers(0, 10**6), st.floats(0.05, 0.95), storages, multiples)
+def test_lowest_threshold_that_reaches_a_reduction(shapes, seed, wanted, storage, multiple):
+    sites, spectra = _case(shapes, seed, multiple, storage)
+    if not spectra:
+        return
+    scaled = {name: normalised(spectrum) for name, spectrum in spectra.items()}
+    count = sum(len(values) for values in scaled.values())
+    grid = sorted({0.0, *(float(v) for values in scaled.values() for v in values), 2.0})
+    shares = [sum(int((values < t).sum()) for values in scaled.values()) / count for t in grid]
+    found = welore_cut(sites, spectra, Budget(sites, 1.0, storage), multiple, reduction=wanted)
+    assert found.reduction == min(share for share in shares if share >= wanted)
+    assert found.reduction == sum(int((values < found.threshold).sum()) for values in scaled.values()) / count
+    assert found.ranks == {
+        site.name: _brute(site, spectra[site.name], found.threshold, multiple, storage, 0.0)
+        if site.name in spectra
+        else None
+        for site in sites
+    }
+
+
+def test_threshold_and_reduction_are_in_the_result(tmp_path):
+    """Asked for by its size or by its reduction, it is the same model; both numbers are recorded and shown."""
+    llama = FAMILIES["llama"]()
+    run = compress_tiny(llama, tmp_path / "size", preset="welore", search=None, keep=0.6)
+    threshold, reduction = (run.info.allocation[name] for name in ("threshold", "rank_reduction"))
+    assert 0 < threshold <= 1
+    assert 0 < reduction < 1
+    options = {"search.reduction": reduction}
+    same = compress_tiny(llama, tmp_path / "share", preset="welore", search=None, keep=1.0, options=options)
+    assert same.info.ranks == run.info.ranks
+    assert same.info.allocation == run.info.allocation
+    shown = f"threshold {threshold:.4g}, rank reduction {reduction:.4g}"
+    assert shown in ok("inspect", tmp_path / "share").out
+    assert shown in (tmp_path / "share" / "README.md").read_text()
+    with pytest.raises(BudgetError, match=r"search\.reduction .* more than keep 0\.5; raise keep"):
+        compress_tiny(llama, tmp_path / "less", preset="welore", search=None, keep=0.5, options=options)
+
+
+def test_other_rules_have_nothing_to_record(tmp_path):
+    assert compress_tiny(FAMILIES["llama"](), tmp_path / "out", keep=0.7).info.allocation == {}

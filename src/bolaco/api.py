@@ -27,6 +27,7 @@ from bolaco.recipe.recipe import LowRankRecipe, Recipe, make_recipe, recipe_valu
 from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
 from bolaco.runs.given import fitted, named, named_words
+from bolaco.runs.tuned import compress_and_tune
 from bolaco.settings import merge
 
 __all__ = [
@@ -125,6 +126,8 @@ def run(
     place = Path(out).expanduser()
     words = (reporter or Reporter.watched(), _folder(work), keep_work, model, tokenizer, given)
     with nullcontext() if model is None else evaluation_mode(model):
+        if recipe.tuning is not None:
+            return compress_and_tune(recipe, place, *words)
         if isinstance(recipe, LowRankRecipe):
             return compress_recipe(recipe, place, *words)
         return chop(recipe, place, *words)

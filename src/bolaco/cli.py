@@ -91,7 +91,7 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
         return
     from bolaco.api import run
     from bolaco.report.document import result_document
-    from bolaco.report.tables import seconds_line, size_notes, summary_table
+    from bolaco.report.tables import seconds_line, size_notes, summary_table, tuning_table
 
     reporter = _reporter(args)
     result = run(recipes[""], args.out, work=args.work, keep_work=args.keep_work, reporter=reporter)
@@ -102,6 +102,9 @@ def _compress(args: argparse.Namespace, console: Console) -> None:
         for line in size_notes(result.info):
             console.print(line)
         console.print(seconds_line(result.info))
+        if result.info.tuning is not None:
+            console.print(tuning_table(result.info.tuning))
+            console.print(seconds_line(result.info.tuning))
         console.print(f"written to {result.path}")
     if args.push_to_hub is not None:
         from bolaco.checkpoint.hub import push
@@ -285,12 +288,15 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
     if record.out_of_time:
         console.print(f"stopped at the budget of {record.settings['training']['minutes']:g} minutes")
     console.print(seconds_line(record))
+    if record.note:
+        console.print(record.note)
     console.print(f"written to {result.path}")
 
 
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
+        allocation_line,
         blocks_line,
         experts_table,
         kept_line,
@@ -323,6 +329,8 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         console.print(line)
     if info.ranks:
         console.print(ranks_table(info.ranks))
+        if info.allocation:
+            console.print(allocation_line(info))
     else:
         console.print(blocks_line(info.layers, info.layers_dense))
     if info.tokens_per_expert:

@@ -20,6 +20,7 @@ examples:
   bolaco eval small --data wikitext.txt --seq-len 1024 --json result.json
   bolaco eval small --tasks piqa,arc_easy,my-questions.jsonl --task-limit 500
   bolaco tune small --mode factors --data c4.jsonl[1000:] --distill 1 --max-steps 500 -o tuned
+  bolaco compress smollm2-135m --method lpaf --keep 0.5 --calibration c4.jsonl --tune mixed-rank -o pruned-and-tuned
   bolaco compare smollm2-135m --methods default,kfac-svd,svd-llm --keep 0.9,0.8 --calibration c4.jsonl \
     --eval wikitext.txt -o compared
   bolaco bench meta-llama/Llama-2-7b-hf small

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ class Allocation:
         ranks: of every site.
         dimensions: names of the dimensions of the search, if it was one.
         trials: in order.
+        notes: numbers that say what the rule came to, by name.
     """
 
     ranks: Ranks
     dimensions: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

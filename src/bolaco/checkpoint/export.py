@@ -17,6 +17,7 @@ from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_model, load_tokenizer
 from bolaco.models.lowrank import is_compressed, stock_config
 from bolaco.models.quiet import quiet
+from bolaco.models.size import parameters_in
 from bolaco.models.structure import has_module, prefix_of, weight_of
 from bolaco.work.output import new_folder, refuse_existing
 
@@ -85,7 +86,7 @@ def export_dense(folder: str, out: Path, drop_bias: bool = False) -> dict[str, i
         dense.to(dtype=model.dtype).save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters_in(model),
         "parameters_dense": sum(p.numel() for p in dense.parameters()),
     }
 

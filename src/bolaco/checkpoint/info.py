@@ -96,9 +96,14 @@ class TrialRecord(Record):
 
 
 class TuningPerplexities(Record):
-    """Before and after tuning, on ``windows`` blocks of ``data``; ``tokens`` are predicted."""
+    """Before and after tuning, on ``windows`` blocks of ``data``; ``tokens`` are predicted.
+
+    ``start`` is what training begins with, where the mode has changed the model by then (``sketch``: coded, not yet
+    tuned).
+    """
 
     before: Perplexity
+    start: Perplexity | None = None
     after: Perplexity
     data: str
     windows: Count
@@ -120,7 +125,12 @@ class Unchanged(Record):
 
 
 class TuningRecord(Record):
-    """What ``bolaco tune`` did to a model; ``earlier`` is what was done to it before."""
+    """What ``bolaco tune`` did to a model.
+
+    ``best_step`` is the step whose weights were kept, where there was early stopping. ``adapter_of`` is the model that
+    was tuned where the folder holds an adapter for it and nothing else; then ``bytes`` is the adapter's. ``earlier`` is
+    what was done to the model before.
+    """
 
     mode: str
     paper: str
@@ -134,9 +144,11 @@ class TuningRecord(Record):
     steps: Count
     of_steps: Count
     out_of_time: bool
+    best_step: Count | None = None
     examples: Count
     kind: str
     note: str
+    adapter_of: str | None = None
     perplexity: TuningPerplexities
     curve: list[CurvePoint]
     seconds: dict[str, Seconds]
@@ -191,6 +203,7 @@ class CompressedInfo(Info):
         perplexity: before and after.
         dimensions: of the search.
         trials: of the search, in order.
+        allocation: what else the rule for ranks came to; of ``welore`` its threshold and the effective rank reduction.
         seconds: of each stage.
         recipe: everything the run depended on.
         versions: of the packages that it ran with.
@@ -224,6 +237,7 @@ class CompressedInfo(Info):
     perplexity: Perplexities
     dimensions: list[str] = []
     trials: list[TrialRecord]
+    allocation: dict[str, float] = {}
     seconds: dict[str, Seconds]
     recipe: Values
     versions: dict[str, str]
@@ -371,6 +385,6 @@ def validated(kind: type[M], values: Any, path: Path) -> M:
         raise CheckpointError(f"{path}: damaged ({first_problem(error, 'the file')})") from None
 
 
-def weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path, files: str = "model*.safetensors") -> int:
     """Bytes of the model's weight files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+    return sum(file.stat().st_size for file in folder.glob(files))

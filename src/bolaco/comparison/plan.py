@@ -103,6 +103,8 @@ def make_comparison(
             used |= fitting.keys()
             row = laid_over(laid_over(laid_over(own, common), unflatten(fitting)), unflatten(special[method]))
             recipes[row_name(method, ratio)] = make_recipe(row | {size: _asked(size, ratio)}, preset)
+    if any(recipe.tuning is not None for recipe in recipes.values()):
+        raise RecipeError("tuning: a comparison trains nothing end to end; leave it out")
     unused = [field for field in general if field not in used]
     if unused:
         raise RecipeError(f"--set {unused[0]}: none of the methods compared has such a field")

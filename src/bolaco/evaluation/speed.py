@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
 from bolaco.models.load import evaluation_mode, load_model
+from bolaco.models.size import bytes_in, coded_layers, parameters_in
 from bolaco.models.structure import positions_of, weight_of
 from bolaco.work.memory import largest_resident
 
@@ -31,7 +32,8 @@ class Speed:
     Attributes:
         model: as it was named.
         dtype: of its weights.
-        parameters, bytes: of its weights.
+        parameters: of its weights; a matrix that is coded into tables counts as the matrix that it stands for.
+        bytes: of its weights as they are stored.
         macs: multiplications for one token in all linear layers, the output embedding included.
         load_seconds: from nothing to a model in memory.
         peak_bytes: largest resident memory of the process (the allocator's peak on a GPU).
@@ -80,7 +82,8 @@ def decode_seconds(model: PreTrainedModel, tokens: Tensor, new: int) -> float:
 
 def linear_macs(model: nn.Module) -> int:
     """Multiplications for one token in the linear layers of ``model``."""
-    return sum(weight_of(m).numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    plain = sum(weight_of(m).numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    return plain + sum(layer.in_features * layer.out_features for layer in coded_layers(model))
 
 
 def measure(
@@ -125,8 +128,8 @@ def measure(
     return Speed(
         model=model,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        parameters=sum(p.numel() for p in loaded.parameters()),
-        bytes=sum(p.numel() * p.element_size() for p in loaded.parameters()),
+        parameters=parameters_in(loaded),
+        bytes=bytes_in(loaded),
         macs=linear_macs(loaded),
         load_seconds=seconds,
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else resident,

@@ -68,8 +68,11 @@ def attach_peft(model: PreTrainedModel, folder: Path) -> None:
     model.eval().requires_grad_(False)
 
 
-def save_trains(folder: Path, adapters: Mapping[str, TrainAdapter]) -> None:
-    """Writes tensor-train adapters, by the names of their matrices."""
+def save_trains(folder: Path, adapters: Mapping[str, TrainAdapter], base: str | None) -> None:
+    """Writes tensor-train adapters, by the names of their matrices.
+
+    ``base`` names the model they are for, where it does not lie in the same folder.
+    """
     tensors: dict[str, Tensor] = {}
     matrices: dict[str, Any] = {}
     for name, adapter in adapters.items():
@@ -78,7 +81,26 @@ def save_trains(folder: Path, adapters: Mapping[str, TrainAdapter]) -> None:
         for t, core in enumerate(train.cores):
             tensors[f"{name}.{t}"] = core.detach().cpu().contiguous()
     save_file(tensors, folder / TRAIN_TENSORS, metadata={"format": "pt"})
-    (folder / TRAIN_JSON).write_text(json.dumps({"format": 1, "matrices": matrices}, indent=1) + "\n", encoding="utf-8")
+    described = {"format": 1} | ({} if base is None else {"base": base}) | {"matrices": matrices}
+    (folder / TRAIN_JSON).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+
+def base_of(folder: Path) -> str | None:
+    """The model that the adapter in a folder is for, if the folder holds an adapter and no model.
+
+    Raises:
+        CheckpointError: the adapter does not say.
+    """
+    file = folder / TRAIN_JSON
+    if not file.is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f'{file}: damaged, or without the model it is for; name that in its field "base"')
+    return base
 
 
 def attach_trains(model: PreTrainedModel, folder: Path) -> None:

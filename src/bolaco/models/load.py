@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
-from bolaco.models.adapters import kept_adapters
+from bolaco.models.adapters import TRAIN_JSON, base_of, kept_adapters
 from bolaco.models.find import meta_model
 from bolaco.models.folder import check_config, check_index, check_parameters
 from bolaco.models.gguf import plain_reader
@@ -35,10 +35,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: what ``from_pretrained`` takes, and the GGUF file inside it if there is one."""
+    """Where a model comes from.
+
+    Attributes:
+        path: what ``from_pretrained`` takes.
+        gguf: the GGUF file inside it, if it is one.
+        adapter: the folder of an adapter that was named in place of the model it is for.
+    """
 
     path: str
     gguf: str | None = None
+    adapter: str | None = None
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -56,6 +63,7 @@ def resolve(model: str) -> Source:
     Raises:
         UnsupportedModelError: a path that does not exist, a folder without a model, an alias not installed, or what
             can only be on the hub while that cannot be reached.
+        CheckpointError: a folder with an adapter that does not name its model.
     """
     if model in ALIASES:
         package, hint = ALIASES[model]
@@ -68,12 +76,38 @@ def resolve(model: str) -> Source:
         if not path.is_file():
             raise UnsupportedModelError(f"{model}: no such file")
         return Source(str(path.parent), path.name)
+    base = base_of(path) if path.is_dir() else None
+    if base is not None:
+        return _adapted(path, base)
     if path.is_dir():
         return Source(str(path)) if (path / "config.json").is_file() else _gguf_in(path, model)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or not model.isprintable():
         raise UnsupportedModelError(f"{model}: no such folder")
     check_hub(model, "config.json", UnsupportedModelError)
     return Source(model)
+
+
+def _adapted(folder: Path, base: str) -> Source:
+    """The model that the adapter in a folder is for.
+
+    Raises:
+        UnsupportedModelError: it is not there, or is an adapter itself.
+    """
+    if base_of(Path(base).expanduser()) is not None:
+        raise UnsupportedModelError(f"{folder}: an adapter for {base}, which is an adapter itself")
+    try:
+        source = resolve(base)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f'{folder}: an adapter for a model that is not there ({error}); "base" in {TRAIN_JSON} says where it is'
+        ) from error
+    return replace(source, adapter=str(folder))
+
+
+def lasting_name(model: str) -> str:
+    """A name that means the same model in whatever folder it is used: of a local path, the absolute one."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if model not in ALIASES and path.exists() else model
 
 
 def _gguf_in(folder: Path, model: str) -> Source:
@@ -175,8 +209,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode, as plain tensors that can be saved again.
 
-    An adapter that ``bolaco tune`` has left beside the weights is put on, and is then part of what is measured. Callers
-    that make another model from this one refuse it (``adapters="refuse"``), because it would be lost.
+    An adapter that ``bolaco tune`` has left beside the weights is put on, and is then part of what is measured; a
+    folder with an adapter alone is the model it is for, with it. Callers that make another model from this one refuse
+    it (``adapters="refuse"``), because it would be lost.
 
     ``dtype="auto"`` keeps the checkpoint's own type (float32 for GGUF files, which are dequantized).
     ``device="auto"`` takes a GPU when there is one.
@@ -188,7 +223,8 @@ def load_model(
     """
     source = resolve(model)
     check_index(Path(source.path))
-    kept = kept_adapters(Path(source.path)) if adapters != "leave" else {}
+    beside = Path(source.adapter or source.path)
+    kept = kept_adapters(beside) if adapters != "leave" else {}
     if kept and adapters == "refuse":
         raise UnsupportedModelError(
             f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
@@ -244,7 +280,7 @@ def load_model(
     loaded.eval()
     model_here: PreTrainedModel = loaded.to(resolve_device(device))
     for attach in kept.values():
-        attach(model_here, Path(source.path))
+        attach(model_here, beside)
     return model_here
 
 
@@ -301,11 +337,16 @@ def check_finite(model: PreTrainedModel) -> None:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of every weight's name, type, shape and bytes, in pieces."""
+    """A short hash of every weight's name, type, shape and bytes, in pieces.
+
+    What a checkpoint stores beside parameters, such as the codes of weights, counts too.
+    """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(repr((name, str(parameter.dtype), tuple(parameter.shape))).encode())
-        flat = parameter.detach().contiguous().view(-1)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored = [(name, tensor) for name, tensor in model.state_dict().items() if name not in known]
+    for name, tensor in (*model.named_parameters(), *stored):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        flat = tensor.detach().contiguous().view(-1)
         for piece in flat.split(_PIECE):
             digest.update(piece.view(torch.uint8).cpu().numpy())
     return digest.hexdigest()[:16]

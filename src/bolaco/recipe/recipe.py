@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -93,6 +94,22 @@ class BaseRecipe(Section):
     calibration: Calibration = Calibration()
     validation: Validation = Validation()
     evaluation: Evaluation = Evaluation()
+    tuning: Values | None = Field(
+        None, description="settings of `bolaco tune` that the result is tuned with: its mode, and what else is given"
+    )
+
+    @field_validator("tuning")
+    @classmethod
+    def _with_mode(cls, value: Values | None) -> Values | None:
+        if value is not None and not isinstance(value.get("mode"), str):
+            raise ValueError("mode is missing: what is trained (--tune MODE)")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_tuning(self, dump: SerializerFunctionWrapHandler) -> Values:
+        """A recipe without tuning does not speak of it."""
+        values: Values = dump(self)
+        return values if self.tuning is not None else {k: v for k, v in values.items() if k != "tuning"}
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:

@@ -56,6 +56,7 @@ WORDS: dict[str, Word] = {
     ),
     "seq_len": Word("calibration.seq_len", "length of calibration sequences, and of the others by default (1024)", int),
     "warm_start": Word("search.warm_start", "earlier result whose allocation is started from", metavar="OUT"),
+    "tune": Word("tuning.mode", "train the result too, in a mode of `bolaco tune`", metavar="MODE"),
     "seed": Word("seed", "", int),
     "dtype": Word("dtype", "of the result; auto: that of the source, bfloat16 if it is quantized", choices=DTYPES),
     "device": Word("device", "such as cpu or cuda:1; auto: the GPU if there is one"),

@@ -11,7 +11,7 @@ from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.models.lowrank import PREFIX
 from bolaco.recipe.recipe import Recipe, read_recipe
 from bolaco.report.markdown import code, fenced, plain
-from bolaco.report.tables import asked_size, blocks_line, seconds_line, size_notes, summary_rows
+from bolaco.report.tables import allocation_line, asked_size, blocks_line, seconds_line, size_notes, summary_rows
 
 
 def _refinement(recipe: Recipe) -> str:
@@ -34,7 +34,8 @@ def _what(info: CompressedInfo) -> str:
             f"{blocks_line(info.layers, info.layers_dense)}."
         )
     how = f"method {plain(info.method)}, {plain(info.storage)} storage, {asked_size(info)}"
-    return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how})."
+    found = f" ({allocation_line(info)})" if info.allocation else ""
+    return f"with its decoder matrices replaced by low-rank products, made by bolaco\n({how}){found}."
 
 
 def _use(name: str, argument: str) -> str:
@@ -48,8 +49,28 @@ tokenizer = AutoTokenizer.from_pretrained({quoted}{argument})
     return fenced(lines, "python")
 
 
+def _use_adapter(info: CompressedInfo | TunedInfo, name: str) -> str:
+    """How to load a model with the adapter that is all there is in the folder; empty where there is more."""
+    if info.tuning is None or info.tuning.adapter_of is None:
+        return ""
+    return f"""The folder holds an adapter for `{info.tuning.adapter_of}`, and no model. This loads that model with it:
+
+```python
+import bolaco
+from bolaco.models.load import load_tokenizer
+
+model = bolaco.load("{name}")
+tokenizer = load_tokenizer("{name}")
+```
+
+`base` in `adapter_tt.json` says where the model is."""
+
+
 def _use_compressed(info: CompressedInfo, name: str) -> str:
     """How to load the model, and which other files describe it."""
+    adapter = _use_adapter(info, name)
+    if adapter:
+        return adapter
     # Without factors it has the architecture of the original.
     stock = info.storage is None
     note = (
@@ -71,12 +92,13 @@ def _tuning(info: CompressedInfo | TunedInfo) -> str:
     ppl, settings = record.perplexity, record.settings
     table = "The table above is of the model before that.\n" if isinstance(info, CompressedInfo) else ""
     note = f"{plain(record.note)}\n" if record.note else ""
+    start = "" if ppl.start is None else f"{ppl.start:.3f} before the first step, "
     return f"""
 ## Tuned
 
 {code(record.model)} was tuned by {code(f"bolaco tune --mode {record.mode}")} ({plain(record.paper)}):
 {record.steps} steps on {code(settings["data"]["source"])}, {record.trainable_parameters:,} trained parameters.
-Perplexity on {ppl.tokens:,} tokens of {code(ppl.data)}: {ppl.before:.3f} before, {ppl.after:.3f} after.
+Perplexity on {ppl.tokens:,} tokens of {code(ppl.data)}: {ppl.before:.3f} before, {start}{ppl.after:.3f} after.
 {table}{note}"""
 
 
@@ -85,7 +107,8 @@ def tuned_card(info: CompressedInfo | TunedInfo, name: str) -> str:
     if isinstance(info, CompressedInfo):
         return model_card(info, name)
     front = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["bolaco"]})
-    use = _use(name, ", trust_remote_code=True" if info.tuning.result_type.startswith(PREFIX) else "")
+    adapter = _use_adapter(info, name)
+    use = adapter or _use(name, ", trust_remote_code=True" if info.tuning.result_type.startswith(PREFIX) else "")
     return f"---\n{front}---\n# {plain(name)}\n{_tuning(info)}\n## Use\n\n{use}\n"
 
 

@@ -179,11 +179,14 @@ def tuning_table(record: TuningRecord) -> Table:
     ppl = record.perplexity
     title = f"{record.model}, tuned: perplexity on {ppl.tokens:,} tokens of {ppl.data}"
     table = Table("mode", title=title, title_justify="left")
-    for column in ("steps", "trained parameters", "before", "after", "change"):
+    start = [] if ppl.start is None else [("before training", f"{ppl.start:.3f}")]
+    numbers = [("before", f"{ppl.before:.3f}"), *start, ("after", f"{ppl.after:.3f}")]
+    for column in ("steps", "trained parameters", *(name for name, _ in numbers), "change"):
         table.add_column(column, justify="right")
-    steps = f"{record.steps:,}" + (f" of {record.of_steps:,}" if record.out_of_time else "")
+    steps = f"{record.steps:,}" + (f" of {record.of_steps:,}" if record.steps < record.of_steps else "")
+    steps += "" if record.best_step is None else f", best {record.best_step:,}"
     trained = f"{record.trainable_parameters:,}"
-    table.add_row(record.mode, steps, trained, f"{ppl.before:.3f}", f"{ppl.after:.3f}", _change(ppl.before, ppl.after))
+    table.add_row(record.mode, steps, trained, *(value for _, value in numbers), _change(ppl.before, ppl.after))
     return table
 
 
@@ -229,6 +232,11 @@ def kept_line(info: CompressedInfo) -> str:
     """What of a result's decoder blocks is dense by nature, in one line; empty if nothing is."""
     parts = [f"{kept.name} ({kept.reason}, {kept.parameters:,})" for kept in info.kept]
     return f"dense by nature: {', '.join(parts)}" if parts else ""
+
+
+def allocation_line(info: CompressedInfo) -> str:
+    """What the rule for ranks came to beside them, in one line; empty if nothing."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in info.allocation.items())
 
 
 def trials_table(trials: Sequence[TrialRecord], limit: int = 10) -> Table:

@@ -161,6 +161,7 @@ def compress_loaded(
                 "perplexity": found,
                 "dimensions": list(allocation.dimensions),
                 "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
+                "allocation": dict(allocation.notes),
                 "seconds": {},
                 "recipe": asked.model_dump(mode="json"),
                 "versions": versions(

@@ -24,6 +24,7 @@ from bolaco.report.tables import blocks_line, kept_lines, larger_note, mib, plan
 from bolaco.runs.chop import kept_blocks
 from bolaco.runs.session import open_source, texts_for
 from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
+from bolaco.runs.tuning import tuning_settings
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.work.files import require_space
@@ -118,6 +119,9 @@ def described(recipe: Recipe, out: Path | None = None, work: Path | None = None)
     """What there is to say of a run, in order; arguments and errors are those of :func:`preview`."""
     found = preview(recipe, out, work)
     yield recipe_line(recipe)
+    if recipe.tuning is not None:
+        settings = tuning_settings(recipe, Path(recipe.model))
+        yield f"the result is tuned: mode {settings.mode} on {settings.data.source}"
     size, shapes = found.linears, found.shapes
     if found.task is None or found.ranks is None or not isinstance(found.recipe, LowRankRecipe):
         yield blocks_line(found.kept, shapes.structure.num_layers)

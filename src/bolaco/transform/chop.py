@@ -4,7 +4,8 @@ A pattern says where the removed blocks were. The paper finds ``input`` best at 
 ``both`` at 300M, ``output`` worst, all of it after continued pretraining.
 
 Deviations from the paper: the number of blocks follows from the parameter budget instead of being half of them, and
-nothing is trained before or after. What is measured right after removal decides the default, ``middle``: it leaves
+nothing is trained before or after: ``bolaco tune --mode continued`` is for that, and its option ``fill`` for what comes
+before. What is measured right after removal decides the default, ``middle``: it leaves
 more of SmolLM2 than every other pattern (docs/results.md).
 """
 

@@ -7,7 +7,7 @@ value and its score goes on, so it can come back.
 
 Deviations from the paper: the loss is that of language modelling on the calibration text, not of a task; only the
 decoder's matrices are trained; every matrix gets the same sparsity. What it costs: a copy of the model in float32, with
-five more numbers for each element of these matrices.
+five more numbers for each element of these matrices. Logits are computed a few positions at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import NonFiniteError
+from bolaco.evaluation.losses import summed_losses
+from bolaco.evaluation.objective import Head, final_hidden
 from bolaco.models.structure import Site, Structure, weight_of
 from bolaco.models.subject import Subject
 from bolaco.settings import Section
@@ -153,6 +155,7 @@ def prune(
     """
     dtype = model.dtype
     copied: Any = copy.deepcopy(model).float().requires_grad_(False)
+    head = Head(copied)
     matrices: list[_Matrix] = []
     parameters: dict[str, nn.Parameter] = {}
     for unit in structure.sites:
@@ -177,7 +180,8 @@ def prune(
                 order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
             rows, order = tokens[order[: settings.batch]].to(model.device), order[settings.batch :]
             optimizer.zero_grad(set_to_none=True)
-            loss = copied(input_ids=rows, labels=rows, use_cache=False).loss
+            targets = rows[:, 1:]
+            loss = summed_losses(head, final_hidden(copied, rows)[:, :-1], targets)[0] / targets.numel()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
             if not (torch.isfinite(loss) and torch.isfinite(norm)):

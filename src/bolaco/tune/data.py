@@ -27,9 +27,9 @@ from torch import Tensor
 
 from bolaco.data.sources import TokenStream, adds_bos, fingerprint, split_slice
 from bolaco.errors import DataError
+from bolaco.evaluation.losses import IGNORED
 from bolaco.models.structure import positions_of
 from bolaco.settings import parsed_json
-from bolaco.tune.loss import IGNORED
 from bolaco.tune.settings import TuneSettings
 
 # One sequence: "input_ids" and "labels", [length] each. A label is the token to predict at its position, which is the

@@ -14,13 +14,19 @@ from bolaco.checkpoint.info import Unchanged
 from bolaco.errors import CheckpointError
 
 
-def tensor_digests(model: nn.Module, names: Collection[str] | None = None) -> dict[str, str]:
-    """SHA-256 of every tensor of the model's state dict, by name; with ``names``, of these only."""
+def tensor_digests(
+    model: nn.Module, names: Collection[str] | None = None, stored: torch.dtype | None = None
+) -> dict[str, str]:
+    """SHA-256 of every tensor of the model's state dict, by name; with ``names``, of these only.
+
+    With ``stored`` they are those of the tensors once they have been stored in this number format.
+    """
     found = {}
     for name, tensor in model.state_dict().items():
         if names is None or name in names:
             digest = hashlib.sha256()
-            _add(digest, tensor)
+            rounded = stored is not None and tensor.is_floating_point()
+            _add(digest, tensor.to(stored).to(tensor.dtype) if rounded else tensor)
             found[name] = digest.hexdigest()
     return found
 

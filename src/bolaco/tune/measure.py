@@ -6,11 +6,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo, Record, TunedInfo, TuningRecord, weight_bytes
-from bolaco.layers import SketchLinear
+from bolaco.models.size import parameters_in
 from bolaco.progress import Reporter
 from bolaco.tune.data import TuneData
 from bolaco.tune.factored import growth
@@ -41,26 +42,24 @@ class Size:
     """How large a written model is.
 
     Attributes:
-        parameters: of the whole model; see :func:`weights_in`.
-        bytes: of its weight files.
+        parameters: of the whole model; see :func:`bolaco.models.size.parameters_in`.
+        bytes: of its weight files; of the adapter's where that is all there is.
+        dtype: of its weights, such as ``float32``.
         growth: by matrix, the factor by which rounding errors can grow in its stored form; empty if in none.
     """
 
     parameters: int
     bytes: int
+    dtype: str
     growth: dict[str, float]
 
 
-def size_of(model: nn.Module, folder: Path) -> Size:
-    """Size of a model as loaded from a folder, before any adapter is put on."""
-    return Size(weights_in(model), weight_bytes(folder), growth(model))
-
-
-def weights_in(model: nn.Module) -> int:
-    """Parameters of a model, where a matrix that is coded into tables counts as the matrix that it stands for."""
-    coded = [module for module in model.modules() if isinstance(module, SketchLinear)]
-    more = sum(module.in_features * module.out_features - module.lut.numel() for module in coded)
-    return sum(p.numel() for p in model.parameters()) + more
+def size_of(model: nn.Module, folder: Path, stored: torch.dtype) -> Size:
+    """Size of a model as loaded from a folder, where it is stored in this format, before any adapter is put on."""
+    dtype = str(stored).removeprefix("torch.")
+    # Where there is no model, there is an adapter.
+    size = weight_bytes(folder) or weight_bytes(folder, "*.safetensors")
+    return Size(parameters_in(model), size, dtype, growth(model))
 
 
 def tuned_info(
@@ -74,7 +73,9 @@ def tuned_info(
         size: size of the result.
         record: what was done.
     """
+    if isinstance(before, CompressedInfo) and record.adapter_of is not None:
+        return before.model_copy(update={"tuning": record})
     if isinstance(before, CompressedInfo):
-        changed = {"parameters": size.parameters, "bytes": size.bytes, "tuning": record}
+        changed = {"parameters": size.parameters, "bytes": size.bytes, "dtype": size.dtype, "tuning": record}
         return before.model_copy(update=changed | ({"pivot_growth": size.growth} if size.growth else {}))
     return TunedInfo(format=1, model_type=model_type if before is None else before.model_type, tuning=record)

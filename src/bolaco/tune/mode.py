@@ -8,15 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.checkpoint.export import biased_skeleton
 from bolaco.checkpoint.info import CompressedInfo, TunedInfo
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import Entry, FactoredLinear, SketchLinear, SplitLinear, put_module
+from bolaco.layers import Entry, FactoredLinear, SplitLinear, put_module
 from bolaco.models.find import inspect_structure
 from bolaco.models.lowrank import is_compressed
+from bolaco.models.size import coded_layers
 from bolaco.models.structure import Structure, has_module, prefix_of
 from bolaco.plugins import Registry, in_folder
 from bolaco.progress import Reporter
@@ -111,6 +113,20 @@ class Context:
         return found
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW knows of gradients after some steps, by the names of parameters.
+
+    Attributes:
+        mean, square: running means of the gradients and of their squares.
+        steps: how many there were.
+    """
+
+    mean: dict[str, Tensor]
+    square: dict[str, Tensor]
+    steps: int
+
+
 @dataclass
 class Prepared:
     """What a mode says of the model it has prepared. Parameters that require a gradient will be trained.
@@ -123,6 +139,8 @@ class Prepared:
         on_step: ``on_step(step, steps)``, called before every optimiser step, from step 0; for schedules. In a run that
             is limited by time, ``step`` follows the clock where that is ahead.
         save_extra: writes what belongs to the result, but is not part of the model, into the folder of the result.
+        alone: whether that is the whole result: it names the model that was tuned, which is not written again.
+        moments: what the optimizer begins with.
         note: one or two sentences for the model card: what users of the result have to know.
     """
 
@@ -130,6 +148,8 @@ class Prepared:
     touched: frozenset[str]
     on_step: Callable[[int, int], None] | None = None
     save_extra: Callable[[Path], None] | None = None
+    alone: bool = False
+    moments: Moments | None = None
     note: str = ""
 
 
@@ -160,11 +180,14 @@ class Mode:
             random generator (which is seeded) only: a run that continues after an interruption calls it again, then
             loads the trained parameters by name.
         options: class of its options.
-        exact_start: whether the prepared model's outputs are those of the input, up to rounding.
+        exact_start: whether the prepared model's outputs are those of the input, up to rounding. If not, the
+            perplexity before the first step is measured and recorded too.
         same_ranks: whether the result has the ranks and the number of parameters of the input.
         coded: whether it can tune models whose matrices are coded into tables (by mode ``sketch``).
         check: raises whatever is wrong with options and model, before anything that takes long.
         attach: puts adapters that the mode keeps in files of their own on the result, so that it is measured with them.
+        written: options that only say how the result is written; what was trained does not depend on them.
+        stored: the number format of the result, from the mode's options and that of the input; None is the latter.
     """
 
     name: str
@@ -178,6 +201,8 @@ class Mode:
     coded: bool = False
     check: Callable[[Context], Any] | None = None
     attach: Callable[[PreTrainedModel, Path], None] | None = None
+    written: tuple[str, ...] = ()
+    stored: Callable[[Any, torch.dtype], torch.dtype] | None = None
 
 
 def matrices_of(model: PreTrainedModel) -> tuple[Matrix, ...]:
@@ -213,7 +238,7 @@ def structure_of(model: PreTrainedModel) -> Structure:
 
 def is_coded(model: PreTrainedModel) -> bool:
     """Whether any matrix of the model is coded into tables (by mode ``sketch``)."""
-    return any(isinstance(module, SketchLinear) for module in model.modules())
+    return bool(coded_layers(model))
 
 
 MODES = Registry("mode", "mode", Mode, in_folder("bolaco.tune.modes", "MODE"), group="bolaco.modes")

@@ -45,7 +45,12 @@ from bolaco.work.folder import LOG_FILE, Artefact, Clock, WorkFolder, work_besid
 
 
 def tune(
-    settings: TuneSettings, out: Path, reporter: Reporter, work: Path | None = None, keep_work: bool = False
+    settings: TuneSettings,
+    out: Path,
+    reporter: Reporter,
+    work: Path | None = None,
+    keep_work: bool = False,
+    named: str | None = None,
 ) -> Result[Info] | None:
     """Tunes ``settings.model`` and writes ``out``.
 
@@ -55,6 +60,7 @@ def tune(
         reporter: shows progress.
         work: folder of intermediate results, ``<out>.work`` by default. A run that was interrupted continues from it.
         keep_work: keep that folder after success.
+        named: what the result calls the model, where its folder is only there for the run; None is ``settings.model``.
 
     Returns:
         The result. Under torchrun the first process does everything, the others only help to train: they return None.
@@ -82,12 +88,14 @@ def tune(
         with clock.timed("load"):
             reporter.say(f"loading {settings.model}")
             run = _begin(mode, settings, options, folder, reporter, first=True)
-            digests = tensor_digests(run.loaded.model)
+            digests = tensor_digests(run.loaded.model, stored=run.stored_dtype)
         with clock.timed("evaluation"):
             before = _perplexity_before(run, folder)
         with clock.timed("prepare"):
             ready = _prepare(run)
             _require_space(run, ready, out)
+        with clock.timed("evaluation"):
+            start = _perplexity_at_start(run, folder)
         with clock.timed("train"):
             trained = _train_or_reload(run, ready)
         with folder.output(out) as partial_out:
@@ -95,7 +103,7 @@ def tune(
                 frozen = _write(partial_out, run, ready)
             with clock.timed("evaluation"):
                 found = _measure_result(partial_out, run, ready, digests)
-            record = _record(run, ready, trained, found, before, frozen, dict(clock.seconds))
+            record = _record(run, ready, trained, found, before, start, frozen, dict(clock.seconds), named)
             info = tuned_info(run.loaded.info, run.loaded.model.config.model_type, found.size, record)
             write_info(partial_out, info)
             (partial_out / REPORT_FILE).write_text(tuned_page(info, out.name), encoding="utf-8")
@@ -125,6 +133,12 @@ class Run:
     arguments: TrainingArguments
     artefact: Artefact
     reporter: Reporter
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The number format of the result."""
+        own = self.loaded.stored_dtype
+        return own if self.mode.stored is None else self.mode.stored(self.context.options, own)
 
 
 @dataclass(frozen=True)
@@ -169,7 +183,7 @@ def _begin(
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     loaded = load(settings, processes)
-    artefact = _trained_artefact(folder, settings, loaded, processes)
+    artefact = _trained_artefact(folder, settings, mode, loaded, processes)
     if first:
         artefact.path.mkdir(parents=True, exist_ok=True)
     context = Context(
@@ -195,32 +209,50 @@ def _begin(
     return Run(mode, settings, loaded, context, arguments, artefact, reporter)
 
 
-def _trained_artefact(folder: WorkFolder, settings: TuneSettings, loaded: Loaded, processes: int) -> Artefact:
+def _trained_artefact(
+    folder: WorkFolder, settings: TuneSettings, mode: Mode, loaded: Loaded, processes: int
+) -> Artefact:
     """The place of the trained weights: it changes with whatever they depend on.
 
-    They do not depend on what is measured, nor on how often a checkpoint is written; the kind of device is part of the
-    input's identity.
+    They do not depend on what is measured, nor on how often a checkpoint is written, unless training ends by what is
+    measured then; the kind of device is part of the input's identity.
     """
-    values = settings.model_dump(mode="json", exclude={"evaluation": True, "device": True, "training": {"save_steps"}})
-    return folder.artefact(
-        "trained", settings=values, model=loaded.identity, data=loaded.data.trained_on, processes=processes
-    )
+    exclude: dict[str, Any] = {"device": True, "options": set(mode.written)}
+    data: Any = [loaded.data.trained_on, loaded.data.evaluated_on]
+    if settings.training.patience is None:
+        exclude |= {"evaluation": True, "training": {"save_steps", "patience"}}
+        data = loaded.data.trained_on
+    values = settings.model_dump(mode="json", exclude=exclude)
+    return folder.artefact("trained", settings=values, model=loaded.identity, data=data, processes=processes)
 
 
 def _perplexity_before(run: Run, folder: WorkFolder) -> Measured:
     """Perplexity of the input, measured before the mode changes it."""
-    settings, loaded = run.settings, run.loaded
-    artefact = folder.artefact(
-        "before",
-        model=loaded.identity,
-        dtype=str(loaded.model.dtype),
-        data=loaded.data.evaluated_on,
-        batch=settings.training.batch,
-        chunk=settings.chunk,
-    )
+    model = run.loaded.model
+    artefact = folder.artefact("before", model=run.loaded.identity, dtype=str(model.dtype), **_measured_on(run))
+    return _measured(run, artefact, "evaluate the input")
+
+
+def _perplexity_at_start(run: Run, folder: WorkFolder) -> Measured | None:
+    """Perplexity of the prepared model before it is trained, where that is not the input's."""
+    if run.mode.exact_start:
+        return None
+    # What the trained weights depend on, the prepared ones do too.
+    artefact = folder.artefact("start", trained=run.artefact.path.name, **_measured_on(run))
+    return _measured(run, artefact, "evaluate before training")
+
+
+def _measured_on(run: Run) -> dict[str, Any]:
+    """What a perplexity depends on but for the model."""
+    settings = run.settings
+    return {"data": run.loaded.data.evaluated_on, "batch": settings.training.batch, "chunk": settings.chunk}
+
+
+def _measured(run: Run, artefact: Artefact, title: str) -> Measured:
+    """Perplexity of the model as it is now, or what an earlier call has measured."""
     known = artefact.read(Measured)
     if known is None:
-        known = measure(loaded.model, loaded.data, settings, run.reporter, "evaluate the input")
+        known = measure(run.loaded.model, run.loaded.data, run.settings, run.reporter, title)
         artefact.write(known)
     return known
 
@@ -244,7 +276,8 @@ def _require_space(run: Run, ready: Ready, out: Path) -> None:
     """Stops before training if checkpoints and result would not fit on the disk."""
     # Two checkpoints stay while a third is written, each with the parameters and both of Adam's moments in float32.
     checkpoints = 3 * 3 * 4 * ready.trainable
-    result = sum(p.numel() for p in run.loaded.model.parameters()) * run.loaded.stored_dtype.itemsize
+    written = () if ready.prepared.alone else run.loaded.model.parameters()
+    result = sum(p.numel() for p in written) * run.stored_dtype.itemsize
     require_space([(run.artefact.path, checkpoints), (out, result)], "checkpoints and the result")
 
 
@@ -266,7 +299,7 @@ def _train(run: Run, ready: Ready) -> Trained:
     settings, loaded = run.settings, run.loaded
     teacher = load_teacher(settings, loaded.info)
     student = Student(loaded.model, settings.distillation.weight, teacher, settings.chunk)
-    return train(student, ready.prepared, loaded.data, settings.training.minutes, run.arguments, run.reporter)
+    return train(student, ready.prepared, loaded.data, settings.training, run.arguments, run.reporter)
 
 
 def _help_train(run: Run) -> None:
@@ -276,7 +309,7 @@ def _help_train(run: Run) -> None:
 
 
 def _write(folder: Path, run: Run, ready: Ready) -> str:
-    """Lets the mode finish the model, and writes it with its tokenizer; returns the digest of what was frozen.
+    """Lets the mode finish the model, and writes the result; returns the digest of what was frozen.
 
     Raises:
         CheckpointError: training has changed something that is not trained.
@@ -290,12 +323,13 @@ def _write(folder: Path, run: Run, ready: Ready) -> str:
     with torch.no_grad():
         model: Any = ready.prepared.finish()
     check_finite(model)
-    model.requires_grad_(False).to(loaded.stored_dtype)
+    model.requires_grad_(False).to(run.stored_dtype)
     with quiet():
-        model.save_pretrained(folder)
+        if not ready.prepared.alone:
+            model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
         if ready.prepared.save_extra is not None:
             ready.prepared.save_extra(folder)
-        loaded.tokenizer.save_pretrained(folder)
     return frozen
 
 
@@ -308,7 +342,7 @@ def _measure_result(folder: Path, run: Run, ready: Ready, digests: dict[str, str
     model = load_model(str(folder), device=str(run.loaded.model.device), adapters="leave")
     to_run_dtype(model, run.settings)
     unchanged = check_unchanged(digests, model, ready.prepared.touched, run.mode.name)
-    size = size_of(model, folder)
+    size = size_of(model, folder, run.stored_dtype)
     if run.mode.attach is not None:
         run.mode.attach(model, folder)
     after = measure(model, run.loaded.data, run.settings, run.reporter, "evaluate the result")
@@ -321,15 +355,18 @@ def _record(
     trained: Trained,
     found: Found,
     before: Measured,
+    start: Measured | None,
     frozen: str,
     seconds: dict[str, float],
+    named: str | None,
 ) -> TuningRecord:
     """What ``bolaco.json`` says of the run."""
     data, info = run.loaded.data, run.loaded.info
+    settings = run.settings if named is None else run.settings.model_copy(update={"model": named})
     return TuningRecord(
         mode=run.mode.name,
         paper=run.mode.paper,
-        model=run.settings.model,
+        model=settings.model,
         result_type=found.model_type,
         trainable_parameters=ready.trainable,
         parameters=found.size.parameters,
@@ -339,11 +376,14 @@ def _record(
         steps=trained.steps,
         of_steps=trained.of_steps,
         out_of_time=trained.out_of_time,
+        best_step=trained.best_step,
         examples=len(data.train),
         kind=data.kind,
         note=ready.prepared.note,
+        adapter_of=run.settings.model if ready.prepared.alone else None,
         perplexity=TuningPerplexities(
             before=before.perplexity,
+            start=None if start is None else start.perplexity,
             after=found.after.perplexity,
             data=data.evaluation_source,
             windows=len(data.evaluation),
@@ -351,7 +391,7 @@ def _record(
         ),
         curve=trained.curve,
         seconds=seconds,
-        settings=run.settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json"),
         versions=versions(MODES.package(run.mode.name)),
         earlier=None if info is None else info.tuning,
     )

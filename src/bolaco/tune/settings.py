@@ -56,6 +56,12 @@ class Training(Section):
         1.0, ge=0, description="longer gradients are shortened to it; 0 leaves all as they are"
     )
     autocast: bool = Field(True, description="multiply in bfloat16; the trained weights themselves are float32")
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="early stopping: training ends when the loss on the evaluation text, looked at every save_steps "
+        "steps, has not been below its least for so many looks; the weights of the least are kept",
+    )
     save_steps: int = Field(100, gt=0, description="steps between two checkpoints in the work folder")
 
 

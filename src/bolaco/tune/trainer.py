@@ -15,16 +15,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from bolaco.checkpoint.info import CurvePoint, Record
 from bolaco.errors import NonFiniteError, RecipeError, ResumeError
 from bolaco.models.quiet import quiet
 from bolaco.progress import Reporter, Tick
 from bolaco.tune.data import TuneData
+from bolaco.tune.fill import begin_with
 from bolaco.tune.loss import Student
 from bolaco.tune.mode import Prepared
-from bolaco.tune.settings import TuneSettings
+from bolaco.tune.settings import Training, TuneSettings
 from bolaco.work.files import whole
 
 # In a checkpoint of the Trainer: what is trained, and the seconds that training has taken so far.
@@ -36,11 +37,15 @@ CURVE = 200
 
 
 class Trained(Record):
-    """How training went: steps taken out of those planned, whether time ended it early, and the loss on the way."""
+    """How training went: steps taken out of those planned, whether time ended it early, and the loss on the way.
+
+    ``best_step`` is the step whose weights are kept, where the evaluation text was looked at for it.
+    """
 
     steps: int
     of_steps: int
     out_of_time: bool
+    best_step: int | None = None
     curve: list[CurvePoint]
 
 
@@ -112,6 +117,15 @@ def training_arguments(settings: TuneSettings, steps: int, folder: Path, device:
         "seed": settings.seed,
         "data_seed": settings.seed,
     }
+    if training.patience is not None:
+        values |= {
+            "eval_strategy": "steps",
+            "eval_steps": training.save_steps,
+            "per_device_eval_batch_size": training.batch,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "loss",
+            "restore_callback_states_from_checkpoint": True,
+        }
     if training.schedule == "cosine":
         values["lr_scheduler_kwargs"] = {"min_lr_rate": training.final_rate}
     try:
@@ -125,7 +139,7 @@ def train(
     student: Student,
     prepared: Prepared,
     data: TuneData,
-    minutes: float | None,
+    training: Training,
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> Trained:
@@ -135,8 +149,8 @@ def train(
         student: computes the loss.
         prepared: what the mode said of the model.
         data: what is trained on.
-        minutes: training stops when they have passed, those before an interruption included; None is no limit.
-        arguments: of the Trainer; checkpoints are in ``output_dir``.
+        training: when it stops: after ``minutes``, those before an interruption included, or out of ``patience``.
+        arguments: of the Trainer, from these settings; checkpoints are in ``output_dir``.
         reporter: shows progress.
 
     Raises:
@@ -154,16 +168,17 @@ def train(
             trainer = TuneTrainer(
                 student,
                 prepared,
-                minutes,
+                training,
                 tick,
                 args=arguments,
                 train_dataset=data.train,
+                eval_dataset=None if training.patience is None else data.evaluation,
                 data_collator=data.collate,
             )
             out_of_time = last is not None and trainer.out_of_time(last.path) and begun < steps
-            if last is not None and (begun >= steps or out_of_time):
+            if last is not None and (begun >= steps or out_of_time or out_of_patience(last.state, training)):
                 # Interrupted between the last checkpoint and the end of the stage.
-                load_trained(student.model, last.path / TRAINED)
+                load_trained(student.model, Path(last.state.get("best_model_checkpoint") or last.path) / TRAINED)
                 state = last.state
             else:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last.path))
@@ -172,6 +187,7 @@ def train(
         steps=int(state["global_step"]),
         of_steps=steps,
         out_of_time=out_of_time,
+        best_step=None if training.patience is None else state["best_global_step"],
         curve=loss_curve(state["log_history"]),
     )
 
@@ -185,6 +201,14 @@ def loss_curve(history: list[dict[str, Any]]) -> list[CurvePoint]:
     size = math.ceil(len(points) / CURVE) or 1
     runs = [points[i : i + size] for i in range(0, len(points), size)]
     return [CurvePoint(step=run[-1][0], loss=sum(loss for _, loss in run) / len(run)) for run in runs]
+
+
+def out_of_patience(state: dict[str, Any], training: Training) -> bool:
+    """Whether training had looked in vain for a lower loss often enough when the Trainer's state was saved."""
+    known = state.get("stateful_callbacks", {}).get(EarlyStoppingCallback.__name__)
+    if training.patience is None or known is None:
+        return False
+    return int(known["attributes"]["early_stopping_patience_counter"]) >= training.patience
 
 
 def save_trained(model: nn.Module, file: Path) -> None:
@@ -291,11 +315,22 @@ class TuneTrainer(Trainer):
 
     model: Student
 
-    def __init__(self, student: Student, prepared: Prepared, minutes: float | None, tick: Tick, **more: Any) -> None:
-        self.clock = _Clock(minutes)
+    def __init__(self, student: Student, prepared: Prepared, training: Training, tick: Tick, **more: Any) -> None:
+        self.clock = _Clock(training.minutes)
         self.watch = _Watch(prepared, self.clock, tick)
-        super().__init__(model=student, callbacks=[self.watch], **more)
+        callbacks: list[TrainerCallback] = [self.watch]
+        if training.patience is not None:
+            callbacks.append(EarlyStoppingCallback(training.patience))
+        super().__init__(model=student, callbacks=callbacks, **more)
         self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """transformers' optimizer, with the moments that the mode begins with."""
+        optimizer = super().create_optimizer(model)
+        moments = self.watch.prepared.moments
+        if moments is not None:
+            begin_with(optimizer, dict(self.model.model.named_parameters()), moments)
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """transformers' learning-rate schedule, but by the clock where that is ahead of the steps.
@@ -327,6 +362,9 @@ class TuneTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _CLOCK).write_text(json.dumps({"seconds": self.clock.spent}), encoding="utf-8")
         save_trained(self.model.model, folder / TRAINED)
+
+    def _load_best_model(self) -> None:
+        load_trained(self.model.model, Path(str(self.state.best_model_checkpoint)) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

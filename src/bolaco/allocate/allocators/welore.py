@@ -6,7 +6,8 @@ and is factored; one that loses little (N-LRC) stays dense, as does one whose ra
 result an N-LRC is a matrix without a rank.
 
 Deviations from the paper: it aims at an effective rank reduction, the share of all ranks pruned; here the threshold is
-the lowest that meets the parameter budget, in the storage the factors have. Ranks are rounded down to a multiple. The
+the lowest that meets the parameter budget, in the storage the factors have, unless ``reduction`` asks for the former.
+The result records both numbers. Ranks are rounded down to a multiple. The
 paper's spectra are those of the weights (``--method svd``, as in the preset); with another method they are those of
 the weights in its metric. Nothing is spent of what the threshold leaves of the budget: that would be another rule.
 """
@@ -14,6 +15,7 @@ the weights in its metric. Nothing is spent of what the threshold leaves of the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
 from bolaco.allocate.space import NO_FLOOR, uniform_preview
+from bolaco.errors import BudgetError
 from bolaco.models.structure import Site
 from bolaco.settings import Section
 from bolaco.storage.budget import Budget, Ranks
@@ -52,10 +55,32 @@ def rank_at(
     return rank
 
 
-def welore_ranks(
-    sites: Sequence[Site], spectra: Mapping[str, Tensor], budget: Budget, multiple: int, min_ratio: float = 0.0
-) -> Ranks:
-    """Ranks at the lowest threshold that meets the budget; sites without a spectrum stay dense.
+@dataclass(frozen=True)
+class Cut:
+    """What a threshold makes of all matrices.
+
+    Attributes:
+        threshold: on normalised singular values.
+        reduction: the paper's effective rank reduction: of all singular values, the share below it.
+        ranks: of every matrix.
+    """
+
+    threshold: float
+    reduction: float
+    ranks: Ranks
+
+
+def welore_cut(
+    sites: Sequence[Site],
+    spectra: Mapping[str, Tensor],
+    budget: Budget,
+    multiple: int,
+    min_ratio: float = 0.0,
+    reduction: float | None = None,
+) -> Cut:
+    """The lowest threshold that meets the budget, or reaches an effective rank reduction.
+
+    Sites without a spectrum stay dense.
 
     Args:
         sites: every decoder linear.
@@ -64,45 +89,67 @@ def welore_ranks(
         multiple: rank step.
         min_ratio: a matrix must lose more of its rank than this share to be factored (the paper: 0 for compression
             alone, 0.4999 where the factors are tuned afterwards).
+        reduction: the least reduction wanted. Then nothing is removed to meet the budget.
 
     Raises:
-        BudgetError: not even the highest threshold meets it.
+        BudgetError: not even the highest threshold meets the budget, or the one of the reduction does not.
     """
     values = {site.name: normalised(spectra[site.name]) for site in sites if site.name in spectra}
+    count = sum(len(mine) for mine in values.values())
 
-    def at(threshold: float) -> Ranks:
+    def at(threshold: float) -> Cut:
         ranks: Ranks = dict.fromkeys(budget.sites)
         for name, mine in values.items():
             ranks[name] = rank_at(budget.sites[name], mine, threshold, multiple, budget.storage, min_ratio)
-        return ranks
+        below = sum(int(np.searchsorted(mine, threshold)) for mine in values.values())
+        return Cut(threshold, below / max(count, 1), ranks)
+
+    def enough(cut: Cut) -> bool:
+        return budget.cost(cut.ranks) <= budget.limit if reduction is None else cut.reduction >= reduction
 
     # Between two values nothing changes, and costs only fall: the values themselves are bisected, exactly. Above them
     # all, every matrix has its lowest rank.
-    thresholds = np.unique(np.concatenate([*values.values(), [np.inf]]))
+    thresholds = np.unique(np.concatenate([*values.values(), [np.nextafter(1.0, 2.0)]])).tolist()
     low, high = 0, len(thresholds) - 1
-    if budget.cost(at(np.inf)) > budget.limit:
-        raise budget.too_small(budget.cost(at(np.inf)), NO_FLOOR)
+    if not enough(at(thresholds[high])) and reduction is None:
+        raise budget.too_small(budget.cost(at(thresholds[high]).ranks), NO_FLOOR)
     while low < high:
         middle = (low + high) // 2
-        if budget.cost(at(thresholds[middle])) > budget.limit:
-            low = middle + 1
-        else:
+        if enough(at(thresholds[middle])):
             high = middle
-    return at(thresholds[low])
+        else:
+            low = middle + 1
+    found = at(thresholds[low])
+    cost = budget.cost(found.ranks)
+    if cost > budget.limit:
+        raise BudgetError(
+            f"search.reduction {reduction:g} keeps {cost / budget.total:.4f} of the decoder linears' parameters, more "
+            f"than keep {budget.keep:g}; raise keep (1 leaves the size to the reduction) or the reduction"
+        )
+    return found
 
 
 class WeloreOptions(Section):
-    """Which matrices count as low-rank components."""
+    """Which matrices count as low-rank components, and what the threshold is to reach."""
 
     min_ratio: float = Field(
         0.0, ge=0, lt=1, description="a matrix that would lose no more of its rank than this share stays dense"
     )
+    reduction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="effective rank reduction, the share of all singular values below the threshold, that is aimed at "
+        "instead of keep, which is then only a limit (1: none)",
+    )
 
 
 def allocate(task: AllocationTask, options: WeloreOptions) -> Allocation:
-    """The lowest threshold that meets the budget."""
-    ranks = welore_ranks(task.structure.sites, task.spectra(), task.budget, task.multiple, options.min_ratio)
-    return Allocation(ranks)
+    """The lowest threshold that does what is asked for."""
+    found = welore_cut(
+        task.structure.sites, task.spectra(), task.budget, task.multiple, options.min_ratio, options.reduction
+    )
+    return Allocation(found.ranks, notes={"threshold": found.threshold, "rank_reduction": found.reduction})
 
 
 ALLOCATOR = Allocator(

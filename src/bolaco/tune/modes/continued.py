@@ -1,23 +1,38 @@
 """All parameters are trained, as in pretraining; layer-chopped models need it (arXiv 2305.14864v3).
 
 It takes any model, dense ones included. Deviations from the paper: the warm-up is a share of the steps instead of 2,000
-steps, and factored matrices are trained as two balanced factors, whatever form they are stored in.
+steps, and factored matrices are trained as two balanced factors, whatever form they are stored in. The 500 steps that
+fill the optimizer's state before blocks are removed are an option, see :mod:`bolaco.tune.fill`.
 """
 
 from __future__ import annotations
 
+from pydantic import Field
 from transformers import PreTrainedModel
 
 from bolaco.errors import RecipeError
 from bolaco.models.lowrank import is_compressed
 from bolaco.tune.factored import stored, two_factors
-from bolaco.tune.mode import Context, Defaults, Mode, Prepared
+from bolaco.tune.fill import check_fill, filled
+from bolaco.tune.mode import Context, Defaults, Mode, Options, Prepared
+
+
+class ContinuedOptions(Options):
+    """What training begins with."""
+
+    fill: int = Field(
+        0,
+        ge=0,
+        description="steps on the model before its blocks were removed, that fill the optimizer's state (CHOP: 500)",
+    )
 
 
 def check(context: Context) -> None:
-    """Raises RecipeError if only some types of matrices are to be tuned."""
+    """Raises RecipeError if only some types of matrices are to be tuned, or there was no model with more blocks."""
     if context.settings.types is not None:
         raise RecipeError("types: mode 'continued' trains all parameters; leave it out, or use --mode factors")
+    if context.options.fill:
+        check_fill(context)
 
 
 def prepare(context: Context) -> Prepared:
@@ -32,7 +47,8 @@ def prepare(context: Context) -> Prepared:
         stored(model, matrices)
         return model
 
-    return Prepared(finish, touched)
+    moments = filled(context, context.options.fill) if context.options.fill else None
+    return Prepared(finish, touched, moments=moments)
 
 
 MODE = Mode(
@@ -43,5 +59,6 @@ MODE = Mode(
         learning_rate=3e-4, warmup=0.05, schedule="cosine", final_rate=0.1, weight_decay=0.1, betas=(0.9, 0.95)
     ),
     prepare=prepare,
+    options=ContinuedOptions,
     check=check,
 )

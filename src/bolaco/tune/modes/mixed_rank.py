@@ -3,7 +3,8 @@
 In every step, each factored matrix is replaced with probability p by the weight W that was factored:
 ``z W + (1 - z) B A`` with ``z ~ Bernoulli(p)``, drawn for each matrix by itself. Only the factors B and A are trained.
 p falls linearly from ``start`` in the first step to 0 after a share ``decay`` of the steps. From there on, and in
-evaluation and result, W is not used.
+evaluation and result, W is not used. If a draw replaces all matrices, the one nearest to the other outcome keeps its
+factors: the loss would depend on nothing that is trained, and the step be lost.
 
 W is the pruned weight if there is a file ``sparse.safetensors`` beside the model, and otherwise the weight of the
 original model, which ``bolaco.json`` names. The paper gives no schedule in numbers: the linear one and the defaults of
@@ -13,6 +14,7 @@ its options are ours, and the learning rate is WeLore's for factors.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -40,7 +42,9 @@ Weights = dict[str, tuple[Tensor, Tensor | None]]
 class MixedOptions(Options):
     """How often factors are replaced, for how long, and by what."""
 
-    start: float = Field(1.0, ge=0, le=1, description="probability of the original weight in the first step")
+    start: float = Field(
+        0.9, ge=0, lt=1, description="probability of the original weight in the first step; at 1 nothing is trained"
+    )
     original: str | None = Field(None, description="the model that was factored; default: the one bolaco.json names")
     decay: float = Field(0.5, gt=0, le=1, description="share of the steps after which that probability is zero")
 
@@ -71,8 +75,8 @@ class MixedLinear(nn.Module):
         if not (self.mixed and self.training):
             made: Tensor = self.layer(x)
             return made
-        # Gives the factors a gradient of zero instead of none. Otherwise nothing would depend on a trained parameter
-        # when all matrices are replaced, and processes that train together would wait for gradients that never come.
+        # Gives the factors a gradient of zero instead of none. Otherwise processes that train together would wait for
+        # gradients that never come.
         nothing = sum(0.0 * parameter.flatten()[0] for parameter in self.layer.parameters() if parameter.requires_grad)
         return F.linear(x, self.weight, self.bias) + nothing
 
@@ -82,13 +86,20 @@ def probability(step: int, steps: int, start: float, decay: float) -> float:
     return start * max(0.0, 1 - step / (decay * steps))
 
 
-def coin(seed: int, step: int, name: str, chance: float) -> bool:
-    """Draws z for one matrix in one step: true with probability ``chance``.
+def draw(seed: int, step: int, name: str) -> float:
+    """A number in [0, 1) for one matrix in one step, evenly distributed.
 
     It depends on the arguments only, so that a run that was interrupted continues as if it had not been.
     """
     found = hashlib.sha256(f"{seed} {step} {name}".encode()).digest()
-    return int.from_bytes(found[:8], "big") < chance * 2**64
+    return int.from_bytes(found[:4], "big") / 2**32
+
+
+def replaced_in(seed: int, step: int, names: Collection[str], chance: float) -> set[str]:
+    """The matrices with z = 1 in a step: each with probability ``chance``, but never all of them."""
+    draws = {name: draw(seed, step, name) for name in names}
+    found = {name for name, drawn in draws.items() if drawn < chance}
+    return found - {max(draws, key=draws.__getitem__)} if len(found) == len(draws) else found
 
 
 def prepare(context: Context) -> Prepared:
@@ -107,8 +118,9 @@ def prepare(context: Context) -> Prepared:
 
     def on_step(step: int, steps: int) -> None:
         chance = probability(step, steps, options.start, options.decay)
+        found = replaced_in(seed, step, mixed.keys(), chance)
         for name, module in mixed.items():
-            module.mixed = coin(seed, step, name, chance)
+            module.mixed = name in found
 
     def finish() -> PreTrainedModel:
         for matrix in matrices:

@@ -48,6 +48,23 @@ class SketchOptions(Options):
     power: float = Field(
         3.0, ge=0, description="how much k-means prefers columns whose errors cost more; 0: not at all"
     )
+    store: Literal["bfloat16", "float16", "input"] = Field(
+        "bfloat16",
+        description="number format of tables and of all that is not coded, such as embeddings, if the input has more "
+        "than 16 bits; input: the input's",
+    )
+    lookup: Literal["once", "always"] = Field(
+        "once",
+        description="once: a loaded model looks its weights up in the first pass and keeps them, in the memory of a "
+        "dense model; always: in every pass, which takes less memory and is several times slower",
+    )
+
+
+def stored(options: SketchOptions, given: torch.dtype) -> torch.dtype:
+    """The number format of the result, that of the input being given."""
+    if options.store == "input" or given.itemsize <= 2:
+        return given
+    return torch.bfloat16 if options.store == "bfloat16" else torch.float16
 
 
 def prepare(context: Context) -> Prepared:
@@ -74,7 +91,9 @@ def prepare(context: Context) -> Prepared:
                 module.lut.requires_grad_(True)
 
     def finish() -> PreTrainedModel:
-        return _with_entries(model, wanted, options)
+        coded = _with_entries(model, wanted, options)
+        _say_lookup(coded, matrices, options)
+        return coded
 
     return Prepared(finish, frozenset(matrix.name for matrix in matrices))
 
@@ -119,6 +138,10 @@ def _code_blocks(context: Context, matrices: list[Matrix]) -> dict[str, Tensor]:
                 _put(model, name, coded, options.bits)
                 state |= {f"{name}.lut": coded.lut, f"{name}.codes": coded.codes}
             runner.advance(layer, hidden)
+            for name in leaves:
+                coded_leaf = model.get_submodule(name)
+                assert isinstance(coded_leaf, SketchLinear)  # it was put there above
+                coded_leaf.forget()  # one block's looked-up weights are in memory at a time
             tick(1)
     return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
@@ -201,6 +224,16 @@ def _with_entries(model: PreTrainedModel, matrices: list[Matrix], options: Sketc
     return lowrank_model(model, entries)
 
 
+def _say_lookup(model: PreTrainedModel, matrices: tuple[Matrix, ...], options: SketchOptions) -> None:
+    """Enters into the configuration when the codes of these matrices are looked up; without a word it is once."""
+    entries, prefix = model.config.lowrank["matrices"], prefix_of(model)
+    for matrix in matrices:
+        entry = entries[matrix.name.removeprefix(prefix)] if matrix.entry is None else matrix.entry
+        entry.pop("lookup", None)
+        if options.lookup != "once":
+            entry["lookup"] = options.lookup
+
+
 MODE = Mode(
     name="sketch",
     paper="arXiv 2410.06364",
@@ -211,4 +244,6 @@ MODE = Mode(
     exact_start=False,
     same_ranks=False,
     coded=True,
+    written=("store", "lookup"),
+    stored=stored,
 )

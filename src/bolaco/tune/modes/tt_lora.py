@@ -1,11 +1,13 @@
 """Tensor-train adapters on q and v (TT-LoRA, arXiv 2408.01008): only some hundred numbers for each matrix are trained.
 
-An adapter adds its output to that of a matrix, whether that is dense or factored. The adapters are kept in files of
-their own beside the unchanged model. ``bolaco.load`` and bolaco's commands put them on; stock transformers does not
-know them. Adapters of dense matrices can be merged instead. A factored matrix cannot take one in: its rank would rise.
+An adapter adds its output to that of a matrix, whether that is dense or factored. The adapters are written without the
+model, which they name; ``bolaco.load`` and bolaco's commands take both. With ``whole`` the unchanged model is written
+beside them, which stock transformers loads without them. Adapters of dense matrices can be merged instead. A factored
+matrix cannot take one in: its rank would rise.
 
 Deviations from the paper: sizes for which it gives no factorization are factored by a rule of ours
-(:func:`bolaco.layers.tensor_train.factorization`), and there is no early stopping.
+(:func:`bolaco.layers.tensor_train.factorization`), and the paper's early stopping is an option of all modes
+(``training.patience``, of which it has 10), which is off by default.
 """
 
 from __future__ import annotations
@@ -19,13 +21,19 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.errors import RecipeError, UnsupportedModelError
 from bolaco.layers.tensor_train import TensorTrain, TrainAdapter, shape_of, train_sizes
 from bolaco.models.adapters import LARGEST_RANK, TRAIN_JSON, TRAIN_TENSORS, attach_trains, save_trains
+from bolaco.models.load import lasting_name
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared
 
 # Matrix types that get adapters if the settings name none.
 TYPES = ("q", "v")
-_NOTE = (
-    f"The adapter is in `{TRAIN_TENSORS}` and `{TRAIN_JSON}`; what was trained is measured with it. Load the folder "
-    "with `bolaco.load` to have it. Stock transformers loads the model without the adapter, as it was before tuning."
+_FILES = f"The adapter is in `{TRAIN_TENSORS}` and `{TRAIN_JSON}`; what was trained is measured with it. "
+_NOTE = _FILES + (
+    "Load the folder with `bolaco.load` to have it. Stock transformers loads the model without the adapter, as it was "
+    "before tuning."
+)
+_ALONE = _FILES + (
+    "The folder holds no model: `bolaco.load`, `bolaco eval` and `bolaco bench` of it load `{}` and put the adapter "
+    "on. `--set options.whole=true` writes the model too."
 )
 
 
@@ -38,6 +46,7 @@ class TrainOptions(Options):
         4, gt=0, description="a matrix's size is the product of at most so many numbers; published ones are kept"
     )
     merge: bool = Field(False, description="merge the adapters into the matrices, which must all be dense")
+    whole: bool = Field(False, description="write the unchanged model beside the adapters, and not only its name")
 
 
 def prepare(context: Context) -> Prepared:
@@ -61,7 +70,14 @@ def prepare(context: Context) -> Prepared:
 
     if options.merge:
         return Prepared(finish, frozenset(f"{matrix.name}.weight" for matrix in matrices))
-    return Prepared(finish, frozenset(), save_extra=lambda folder: save_trains(folder, adapters), note=_NOTE)
+    base = None if options.whole else lasting_name(context.settings.model)
+    return Prepared(
+        finish,
+        frozenset(),
+        save_extra=lambda folder: save_trains(folder, adapters, base),
+        alone=base is not None,
+        note=_NOTE if base is None else _ALONE.format(context.settings.model),
+    )
 
 
 def _chosen(context: Context) -> tuple[Matrix, ...]:
@@ -95,4 +111,5 @@ MODE = Mode(
     coded=True,
     check=_chosen,
     attach=attach_trains,
+    written=("whole",),
 )
