@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from bolaco.allocate.search.run import Evaluator
 from bolaco.factorize import run as factorize_run
 from bolaco.factorize.store import FactorStore
-from bolaco.refine import run as refine_run
 from bolaco.refine.fit import BlockFit
+from bolaco.refine.train import BlockTrainer
 from bolaco.runs import measure
 from bolaco.statistics.backward import BlockGradientWalk
 from bolaco.transform import prune as pruning
@@ -247,7 +247,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
     count("select", Evaluator, "select")
     count("trials", Evaluator, "scores")
     count("fit", BlockFit, "run")
-    count("refine", refine_run, "train_block")
+    count("refine", BlockTrainer, "train")
 
     def run(*words: str) -> set[str]:
         calls.clear()

@@ -273,6 +273,7 @@ def test_a_column_of_another_name(tmp_path: Path, kind: str) -> None:
 def test_a_column_of_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"body": "a", "text": "b"}]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("bolaco.data.sources.check_hub", lambda *_: None)
     assert list(read_documents("owner/data", "body")) == ["a"]
     assert list(read_documents("owner/data")) == ["b"]
 

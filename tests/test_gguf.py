@@ -118,4 +118,6 @@ def test_a_file_that_is_no_model_leaves_the_reader_as_it_was(tmp_path: Path) -> 
 def test_dry_run(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_english(tmp_path / "text.txt", 100)
-    assert "budget" in ok("compress", file, "--keep", "0.8", "--calibration", "text.txt", "--dry-run").out
+    sizes = {"calibration.seq_len": 8, "calibration.sequences": 4, "evaluation.windows": 1}
+    settings = [word for field, value in sizes.items() for word in ("--set", f"{field}={value}")]
+    assert "budget" in ok("compress", file, "--keep", "0.8", "--calibration", "text.txt", *settings, "--dry-run").out

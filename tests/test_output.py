@@ -83,6 +83,7 @@ def test_inspect_prints_what_the_folder_says(place: Path) -> None:
 def test_a_dry_run_has_the_numbers_of_the_run(place: Path, more: list[str]) -> None:
     words = ["compress", "model", "--target-size", "70kB" if "chop" not in more else "90kB", *more]
     words += ["--calibration", "text.txt", "--eval", "other.txt", "--set", "calibration.seq_len=32"]
+    words += ["--set", "calibration.sequences=8", "--set", "evaluation.windows=2"]
     found = strict(ok(*words, "--dry-run", "--json"))
     assert found["dry_run"] is True
     assert found["recipe"]["target_size"] == (90_000 if "chop" in more else 70_000)
@@ -91,8 +92,7 @@ def test_a_dry_run_has_the_numbers_of_the_run(place: Path, more: list[str]) -> N
     for name in ("parameters_dense", "parameters_linears_dense", "bytes_dense", "dtype_dense", "layers_dense"):
         assert found[name] == dense[name]
     if "uniform" in more:
-        sizes = ["--set", "calibration.sequences=8", "--set", "evaluation.windows=2", "--set", "refinement.steps=0"]
-        ok(*words, *sizes, "-o", "out")
+        ok(*words, "--set", "refinement.steps=0", "-o", "out")
         run = info("out")
         for name in ("keep", "parameters", "parameters_linears", "dtype", "layers", "ranks", "method"):
             assert found[name] == run[name]

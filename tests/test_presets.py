@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from bolaco import api
@@ -16,7 +17,7 @@ from bolaco.models.load import load_model
 from bolaco.progress import Reporter
 from bolaco.recipe.line import recipe_line
 from bolaco.recipe.presets import PRESETS, SYSTEMS
-from bolaco.recipe.recipe import Recipe, applicable, make_recipe
+from bolaco.recipe.recipe import Recipe, applicable, make_recipe, read_recipe
 from tests.command import ok
 from tests.models import compress_tiny, save_tiny, tiny_llama, tiny_recipe, tiny_tokenizer, token_blocks
 
@@ -116,7 +117,8 @@ def test_which_recipe_runs_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "model", tiny_llama(num_hidden_layers=4))
-    assert line in ok("compress", "model", "--keep", "0.7", *words, "--dry-run").out.splitlines()
+    written = ok("compress", "model", "--keep", "0.7", *words, "--print-recipe").out
+    assert recipe_line(read_recipe(yaml.safe_load(written))) == line
 
 
 @pytest.mark.parametrize("method", ["kfac", "chop"])

@@ -34,7 +34,7 @@ MOMENTS = {
 # Of the default method, which has stages of its own.
 DEFAULT_MOMENTS = {
     "between two blocks of gradients": ("bolaco.work.blockstore.BlockStore.write", 1, "after"),
-    "between two refined blocks": ("bolaco.refine.run.train_block", 2, "before"),
+    "between two refined blocks": ("bolaco.refine.train.BlockTrainer.train", 2, "before"),
     "while a refined block is written": ("bolaco.work.blockstore.save_file", 8, "after"),
 }
 

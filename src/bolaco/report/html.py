@@ -99,7 +99,7 @@ def _result(ident: str, info: CompressedInfo | RowResult, curves: Curves) -> dic
     """What the report of a result and that of a row of a comparison both draw; ``ident`` is unique in the page."""
     return {
         "ident": ident,
-        "rank_map": rank_map(f"{ident}-ranks", info.ranks, info.storage, curves, info.stacks),
+        "rank_map": rank_map(f"{ident}-ranks", info.ranks, info.storage, curves, info.stacks or ()),
         "rank_rows": _rank_rows(info.ranks),
         "types": types_of(info.ranks),
         "search": search_chart(f"{ident}-search", info.trials),

@@ -32,6 +32,9 @@ from bolaco.checkpoint.info import (
 from bolaco.settings import Values
 from bolaco.work.files import read_json
 
+# A share, or bytes.
+Size = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 def _counted(scores: dict[str, int | float | None]) -> dict[str, int | float | None]:
     if not isinstance(scores.get("examples"), int):
@@ -98,10 +101,10 @@ class RowRecord(Record):
 
     name: str
     method: str
-    keep: Share
+    keep: Size
 
 
-class RowResult(RowRecord):
+class RowResult(RowRecord, _Later):
     """A row that was measured.
 
     Attributes:
@@ -122,6 +125,7 @@ class RowResult(RowRecord):
         recipe, recipe_yaml: what the row ran, as values and as a file.
     """
 
+    later: ClassVar[tuple[str, ...]] = ("stacks",)
     failed: ClassVar[bool] = False
 
     keep_linears: Share
@@ -131,7 +135,7 @@ class RowResult(RowRecord):
     bytes: Count
     storage: str | None
     ranks: dict[str, RankOf]
-    stacks: list[list[str]] = Field(default_factory=list)
+    stacks: list[list[str]] | None = None
     trials: list[TrialRecord]
     versions: dict[str, str]
     perplexity: list[float | None]
@@ -204,8 +208,8 @@ class ComparisonRecord(_Later):
     model: str
     methods: list[str]
     size: Literal["keep_model", "target_size"] | None = None
-    keep: list[float]
-    task_keep: float | None
+    keep: list[Size]
+    task_keep: Size | None
     calibration: list[str]
     texts: list[TextRecord]
     dense: DenseRecord

@@ -94,20 +94,30 @@ def preview(recipe: Recipe, out: Path | None = None, work: Path | None = None) -
     structure, stored = inspect_structure(model), stored_weights(recipe.model)
     shapes = Shapes(model, structure, result_dtype(recipe.dtype, stored, model.dtype))
     asked, recipe = recipe, settled(recipe, shapes)
+    with refused_as_asked(asked, shapes):
+        found = _planned(recipe, shapes, stored)
     texts = texts_for(recipe, source, local=True)
     for tokens in (texts.calibration, texts.evaluation):
         check_tokens(model, tokens)
     check_savable(model, source.tokenizer, compressed=isinstance(recipe, LowRankRecipe))
     if out is not None:
         require_space([(out, shapes.bytes_at(shapes.linears))], "the checkpoint")
+    return found
+
+
+def _planned(recipe: Recipe, shapes: Shapes, stored: StoredWeights | None) -> Preview:
+    """What a settled recipe comes to.
+
+    Raises:
+        BudgetError: its size cannot be met.
+    """
+    structure = shapes.structure
     if isinstance(recipe, TransformRecipe):
-        with refused_as_asked(asked, shapes):
-            kept = kept_blocks(recipe, structure)
+        kept = kept_blocks(recipe, structure)
         linears = sum(site.size for site in structure.sites if site.layer in kept)
         return Preview(recipe, shapes, stored, linears, kept)
     task = preview_task(recipe, structure)
-    with refused_as_asked(asked, shapes):
-        ranks = recipe.allocator.preview(task, recipe.allocator_options)
+    ranks = recipe.allocator.preview(task, recipe.allocator_options)
     warm_ranks(recipe, task.budget)
     blocks = tuple(range(structure.num_layers))
     factored = (site for site in task.structure.sites if ranks.get(site.name) is not None)
