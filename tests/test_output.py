@@ -129,7 +129,9 @@ def test_what_is_not_finite_is_a_string() -> None:
 
 
 def test_an_error_prints_no_document(place: Path) -> None:
-    done = bolaco(*quick("out", "--json", "--target-size", "1kB")[:2], "--target-size", "1kB", "--json", "--dry-run")
+    words = ["compress", "model", "--target-size", "1kB", "--calibration", "text.txt", "--eval", "other.txt"]
+    sizes = ["calibration.seq_len=32", "calibration.sequences=8", "evaluation.windows=2"]
+    done = bolaco(*words, *(word for size in sizes for word in ("--set", size)), "--json", "--dry-run")
     assert (done.code, done.out) == (1, "")
     assert "smallest possible" in done.err
 

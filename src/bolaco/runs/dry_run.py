@@ -94,12 +94,13 @@ def preview(recipe: Recipe, out: Path | None = None, work: Path | None = None) -
     structure, stored = inspect_structure(model), stored_weights(recipe.model)
     shapes = Shapes(model, structure, result_dtype(recipe.dtype, stored, model.dtype))
     asked, recipe = recipe, settled(recipe, shapes)
-    with refused_as_asked(asked, shapes):
-        found = _planned(recipe, shapes, stored)
+    # In the order of a run, so that the same is said first.
     texts = texts_for(recipe, source, local=True)
     for tokens in (texts.calibration, texts.evaluation):
         check_tokens(model, tokens)
     check_savable(model, source.tokenizer, compressed=isinstance(recipe, LowRankRecipe))
+    with refused_as_asked(asked, shapes):
+        found = _planned(recipe, shapes, stored)
     if out is not None:
         require_space([(out, shapes.bytes_at(shapes.linears))], "the checkpoint")
     return found
