@@ -469,7 +469,7 @@ def adapted(tmp_path: Path) -> Path:
     layer = model.model.layers[0].self_attn.q_proj
     train = TensorTrain((8, 4), (8, 4), 3)
     folder = save_tiny(tmp_path / "adapted", model)
-    save_trains(folder, {"model.layers.0.self_attn.q_proj": TrainAdapter(layer, train, 2.0)})
+    save_trains(folder, {"model.layers.0.self_attn.q_proj": TrainAdapter(layer, train, 2.0)}, None)
     return folder
 
 

@@ -105,12 +105,6 @@ class BaseRecipe(Section):
             raise ValueError("mode is missing: what is trained (--tune MODE)")
         return value
 
-    @model_serializer(mode="wrap")
-    def _without_tuning(self, dump: SerializerFunctionWrapHandler) -> Values:
-        """A recipe without tuning does not speak of it."""
-        values: Values = dump(self)
-        return values if self.tuning is not None else {k: v for k, v in values.items() if k != "tuning"}
-
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         given = [name for name in SIZES if getattr(self, name) is not None]
@@ -120,9 +114,10 @@ class BaseRecipe(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_other_sizes(self, dump: SerializerFunctionWrapHandler) -> Values:
+    def _without_the_unsaid(self, dump: SerializerFunctionWrapHandler) -> Values:
+        """A recipe does not speak of sizes that it does not ask for, nor of tuning that there is none of."""
         values: Values = dump(self)
-        return {name: value for name, value in values.items() if name not in SIZES or value is not None}
+        return {name: value for name, value in values.items() if name not in (*SIZES, "tuning") or value is not None}
 
     @property
     def share(self) -> float:
