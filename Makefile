@@ -35,7 +35,7 @@ demo: $(VENV)/.model $(VENV)/demo.jsonl
 	rm -rf $(DEMO_OUT) $(DEMO_OUT).work
 	@echo "about five minutes on two cores; make demo DEMO_STEPS=2 takes three"
 	$(BIN)/bolaco compress smollm2-135m --keep 0.8 --calibration $(VENV)/demo.jsonl --seq-len 512 \
-	  --set calibration.sequences=32 --set calibration.gradient_sequences=12 --set refinement.sequences=16 \
+	  --set calibration.sequences=24 --set calibration.gradient_sequences=12 --set refinement.sequences=16 \
 	  --set refinement.steps=$(DEMO_STEPS) --set evaluation.windows=8 -o $(DEMO_OUT)
 	$(BIN)/bolaco inspect $(DEMO_OUT)
 	$(BIN)/python examples/generate.py $(DEMO_OUT)
