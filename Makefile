@@ -60,7 +60,7 @@ test-wheel: wheel
 	rm -rf .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install -q -c constraints.txt torch
-	.venv-wheel/bin/python -m pip install -q -c constraints.txt dist/bolaco-*.whl
+	.venv-wheel/bin/python -m pip install -q -c constraints.txt dist/bolaco-*.whl torchao==0.18.0
 	cd tests && ../.venv-wheel/bin/python -I installed.py
 
 clean:

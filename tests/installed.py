@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,23 @@ def furnish(folder: Path) -> None:
     (folder / "text.txt").write_text(" ".join(words[i] for i in drawn), encoding="utf-8")
 
 
+def quantize(folder: Path) -> None:
+    """Runs what docs/use-the-result.md says of torchao, which is here and not among the packages of development."""
+    text = (Path(__file__).parents[1] / "docs" / "use-the-result.md").read_text(encoding="utf-8")
+    example = re.search(r"^## Quantize.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    names: dict[str, object] = {}
+    os.chdir(folder)
+    exec(example[1], names)  # noqa: S102 - our own document
+    model, tokens = names["model"], torch.arange(4, 20)[None]
+    exact = AutoModelForCausalLM.from_pretrained("small", trust_remote_code=True)
+    changed = [name for name, p in model.named_parameters() if type(p.data) is not torch.Tensor]
+    assert any(".pivot." in name or ".rest." in name for name in changed), changed
+    with torch.no_grad():
+        found, expected = model(input_ids=tokens).logits, exact(input_ids=tokens).logits
+    assert float((found - expected).norm()) < 0.2 * float(expected.norm())
+
+
 def main() -> None:
     """Everything in a temporary folder."""
     package = Path(bolaco.__file__)
@@ -68,7 +87,9 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=remote)
             with torch.no_grad():
                 assert torch.isfinite(model(input_ids=tokens).logits).all()
-    sys.stdout.write(f"bolaco {version('bolaco')} from its wheel: compressed, loaded, exported\n")
+        quantize(folder)
+        os.chdir("/")
+    sys.stdout.write(f"bolaco {version('bolaco')} from its wheel: compressed, loaded, exported, quantized\n")
 
 
 if __name__ == "__main__":

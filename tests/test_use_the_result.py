@@ -109,7 +109,9 @@ def test_why_the_names_of_the_original_are_refused(place: Path) -> None:
         get_peft_model(load_model(str(place / "small")), LoraConfig(r=2, target_modules=["q_proj"]))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed; `make test-wheel` runs this"
+)
 def test_quantization(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = run(EXAMPLES["Quantize it further (torchao)"][0], place, monkeypatch)["model"]
     quantized = [name for name, p in model.named_parameters() if type(p.data).__name__ != "Tensor"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bolaco.evaluation.objective import SLAB, Head, final_hidden
+from bolaco.evaluation.losses import summed_losses
+from bolaco.evaluation.objective import Head, final_hidden
 from bolaco.models.walk import BlockRunner, agrees, state_in
 
 
@@ -25,7 +26,7 @@ class Ending:
 
     def __init__(self, runner: BlockRunner, chunk: int | None = None) -> None:
         self.runner, self.head = runner, Head(runner.model)
-        self.chunk = chunk or max(1, SLAB // (4 * self.head.linear.weight.shape[0]))
+        self.chunk = chunk
         self._output: Any = None
 
     def right(self) -> bool:
@@ -81,22 +82,11 @@ class Ending:
             tokens: ``[sequences, length]`` that they are of.
         """
         with torch.no_grad():
-            known = self.final(wanted, tokens).flatten(0, 1)
-        final = self.final(states, tokens).flatten(0, 1)
-        total, upstream = 0.0, torch.empty_like(final)
-        for start in range(0, len(final), self.chunk):
-            rows = slice(start, start + self.chunk)
-            with torch.no_grad():
-                log_p = self.head(known[rows]).log_softmax(dim=-1)
-            leaf = final[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                log_q = self.head(leaf).log_softmax(dim=-1)
-                kl = (log_p.exp() * (log_p - log_q)).sum()
-                (upstream[rows],) = torch.autograd.grad(kl, leaf)
-            total += float(kl.detach())
-        # The value of the divergence, with its gradient at the final states.
-        pulled = (final * upstream).sum()
-        return (pulled - pulled.detach() + total) / len(final)
+            known = self.final(wanted, tokens)
+        final = self.final(states, tokens)
+        everywhere = torch.zeros(final.shape[:-1], dtype=torch.int64, device=final.device)
+        divergence = summed_losses(self.head, final, everywhere, (self.head, known), self.chunk)[1]
+        return divergence / tokens.numel()
 
 
 def _set_forward(block: nn.Module, function: Any) -> None:
