@@ -275,8 +275,9 @@ def _refine(
     losses = artefact.read(dict[str, list[float]]) or {}
 
     def on_block(layer: int, found: Training) -> None:
-        losses[str(layer)] = thinned(found.losses)
-        artefact.write(losses)
+        if layer < plan.subject.structure.num_layers:  # what follows the blocks has losses of another kind
+            losses[str(layer)] = thinned(found.losses)
+            artefact.write(losses)
 
     refiner.run(BlockStore(artefact.path), session.reporter, on_block)
 
