@@ -306,6 +306,19 @@ def test_a_model_of_another_name_is_known_by_its_weights(
     assert ran(*changed) == set()
 
 
+def test_another_number_of_threads_goes_on_with_what_is_there(
+    begin: Callable[[str], None], ran: Callable[..., set[str]]
+) -> None:
+    """Weights and text are known by their bytes, not by sums that are rounded in another order."""
+    begin("default")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)  # what is there is of one
+    try:
+        assert ran(*words("default", "out")) == set()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_more_trials_are_added_to_those_there_are(
     begin: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
