@@ -13,7 +13,7 @@ from bolaco.work.files import read_json
 # Configurations make lists as long as these.
 _COUNTS = re.compile(r"(layers?|experts|blocks?|depth)$")
 _MOST = 10_000
-_LARGEST = 2**53
+_LARGEST = 2**48  # some say how many tokens they were trained on
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WEIGHTS = ("*.safetensors", "*.bin")
 # A parameter takes half a byte at least; and room for what tiny models have beside their weights.
