@@ -412,3 +412,12 @@ def test_completion_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (done.code, done.out) == (1, "")
     assert "pip install 'bolaco[completion]'" in done.err
     assert cli._COMMANDS.keys() >= {"completion"}
+
+
+def test_several_results_are_not_tuned(place: Path) -> None:
+    """Tuning would otherwise be left out without a word."""
+    words = ["compress", "model", "--keep", "0.9,0.8", "--calibration", "text.txt", "--tune", "factors", "-o", "out"]
+    for more in ([], ["--dry-run"]):
+        done = bolaco(*words, *more)
+        assert (done.code, done.out) == (1, "")
+        assert "tuning: it is of one result" in done.err

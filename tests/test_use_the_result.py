@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bolaco.models.load import load_model
 from tests.models import compress_tiny, save_tiny, tiny_llama, tiny_tokenizer
@@ -68,12 +69,12 @@ def test_without_bolaco(place: Path) -> None:
     tokens = torch.arange(4, 12)[None]
     script = (
         "import sys\nsys.modules['bolaco'] = None\n"
-        f"{example}\nimport torch\nwith torch.no_grad():\n"
-        "    torch.save(model(input_ids=torch.arange(4, 12)[None]).logits, 'logits.pt')\n"
+        f"{example}\nimport torch\nfrom safetensors.torch import save_file\nwith torch.no_grad():\n"
+        "    save_file({'logits': model(input_ids=torch.arange(4, 12)[None]).logits}, 'logits.safetensors')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(place / "logits.pt"), expected(place, tokens))
+    assert torch.equal(load_file(place / "logits.safetensors")["logits"], expected(place, tokens))
 
 
 def test_with_bolaco(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

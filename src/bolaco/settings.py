@@ -139,7 +139,7 @@ def parsed_yaml(text: str) -> Any:
         ValueError: it is no YAML, has aliases, tags or names that are none, or is nested too deeply; in one line.
     """
     try:
-        values = yaml.load(text, _PlainLoader)
+        values = yaml.load(text, _PlainLoader)  # a safe loader that takes less
         json.dumps(values, ensure_ascii=False).encode()  # for what it raises
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None

@@ -56,8 +56,10 @@ def at_ratios(recipe: R, keep: Sequence[float]) -> dict[str, R]:
     """The recipe at several keep ratios, by the names of their folders.
 
     Raises:
-        RecipeError: a ratio is out of range.
+        RecipeError: a ratio is out of range, or the result is to be tuned.
     """
+    if recipe.tuning is not None:
+        raise RecipeError("tuning: it is of one result; give one --keep, or tune the results one by one")
     for ratio in keep:
         if not 0 < ratio <= 1:
             raise RecipeError(f"keep: must be above 0 and at most 1 (got {ratio:g})")
