@@ -16,7 +16,7 @@ from bolaco.models.load import load_model
 from bolaco.recipe.recipe import Recipe, load_recipe, make_recipe
 from bolaco.tune.trainer import TuneTrainer
 from tests.command import digest, ok
-from tests.models import save_tiny, slow, text_file, tiny_recipe
+from tests.models import save_tiny, slow, text_file, tiny_llama, tiny_recipe
 
 SHORT = {
     "tuning.training.max_steps": 4,
@@ -150,3 +150,11 @@ def test_a_recipe_without_tuning_does_not_speak_of_it() -> None:
     recipe = make_recipe({"model": "m", "keep": 0.5})
     assert recipe.tuning is None
     assert "tuning" not in recipe.to_yaml()
+
+
+def test_a_text_in_memory_is_not_trained_on(tmp_path: Path) -> None:
+    """Known before anything is compressed."""
+    model, options = save_tiny(tmp_path / "model", tiny_llama()), {"tuning.mode": "factors"}
+    with pytest.raises(RecipeError, match=r"tuning\.data\.source"):
+        api.compress(str(model), 0.7, tmp_path / "out", calibration=["a text"], options=options)
+    assert not (tmp_path / "out.work").exists()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import CompressedInfo
 from bolaco.checkpoint.result import Result
-from bolaco.data.memory import InMemory
+from bolaco.data.memory import IN_MEMORY, InMemory
 from bolaco.errors import RecipeError
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
@@ -51,6 +51,8 @@ def compress_and_tune(
     work = work_beside(out, work)
     place = work / "compressed"
     settings = tuning_settings(recipe, place)
+    if settings.data.source.startswith(IN_MEMORY):
+        raise RecipeError("tuning.data.source: a text in memory calibrates only; name a source to train on")
     with WorkFolder(work, recipe, out) as folder:
         shutil.rmtree(place, ignore_errors=True)
         first = _for_tuning(recipe, settings.mode)
