@@ -87,9 +87,7 @@ def compare(
     resolve_device(first.device)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
     with WorkFolder(work, comparison, out) as folder, reporter.logged(folder.path / LOG_FILE):
-        if folder.finished:
-            folder.close(keep_work)
-            reporter.say(f"{out} is complete already")
+        if folder.taken_up(reporter, keep_work):
             return ComparisonResult(out, read_record(out / "results.json"))
         session = begin(folder, comparison, reporter)
         with session.clock.timed("load"):

@@ -67,9 +67,7 @@ def compress(
     work = work_beside(out, work, recipe if model is None else None)
     resolve_device(recipe.device)
     with WorkFolder(work, recipe, out) as folder, reporter.logged(folder.path / LOG_FILE):
-        if folder.finished:
-            folder.close(keep_work)
-            reporter.say(f"{out} is complete already")
+        if folder.taken_up(reporter, keep_work):
             return Result(out, read_info(out))
         session = begin(folder, recipe, reporter)
         with session.clock.timed("load"):

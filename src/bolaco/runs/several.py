@@ -88,9 +88,7 @@ def compress_several(
     work = work_beside(out, work, run if model is None else None)
     resolve_device(first.device)
     with WorkFolder(work, run, out) as folder, reporter.logged(folder.path / LOG_FILE):
-        if folder.finished:
-            folder.close(keep_work)
-            reporter.say(f"{out} is complete already")
+        if folder.taken_up(reporter, keep_work):
             return SeveralResults(out, {name: Result(out / name, read_info(out / name)) for name in recipes})
         session = begin(folder, run, reporter)
         with session.clock.timed("load"):

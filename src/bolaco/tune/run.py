@@ -79,9 +79,7 @@ def tune(
         _help_train(_begin(mode, settings, options, folder, Reporter(quiet=True), first=False))
         return None
     with folder, reporter.logged(folder.path / LOG_FILE):
-        if folder.finished:
-            folder.close(keep_work)
-            reporter.say(f"{out} is complete already")
+        if folder.taken_up(reporter, keep_work):
             return Result(out, read_any_info(out))
         reporter.detail(f"{type(settings).__name__} {settings.model_dump_json()}")
         clock = Clock(folder.path, settings, reporter.detail)

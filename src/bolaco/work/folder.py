@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bolaco.errors import ResumeError
+from bolaco.progress import Reporter
 from bolaco.settings import json_text
 from bolaco.work.files import PARTIAL, write_text
 from bolaco.work.memory import largest_resident
@@ -316,6 +317,13 @@ class WorkFolder:
                 with suppress(OSError):
                     self._write_mark()
                 raise
+
+    def taken_up(self, reporter: Reporter, keep: bool) -> bool:
+        """Closes the folder if its output is :attr:`finished`, and says so; whether it was."""
+        if self.finished:
+            self.close(keep)
+            reporter.say(f"{self.out} is complete already")
+        return self.finished
 
     def close(self, keep: bool = False) -> None:
         """Deletes the folder, or keeps it for another run; the lock stays until the ``with`` block ends.
