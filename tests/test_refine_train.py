@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from bolaco.errors import RecipeError
 from bolaco.evaluation.objective import Head, final_hidden
@@ -257,6 +258,7 @@ def compressed_deep(model):
         {"window": 2, "steps": 6},
         {"window": 3, "steps": 6, "logits": 2, "logit_steps": 5},
         {"steps": 2, "logits": 1, "logit_steps": 3, "scale_steps": 5},
+        {"steps": 2, "logit_steps": 4},
     ],
 )
 def test_goes_on_anywhere_to_the_same_bytes(values, tmp_path, monkeypatch) -> None:
@@ -292,8 +294,8 @@ def test_the_end_on_logits_brings_the_model_nearer_on_what_is_held_out(tmp_path)
     tokens = token_blocks(12, 24, seed=6)
     cases = {
         "window": {"window": 2},
-        "logits": {"window": 2, "logits": 2, "logit_steps": 60},
-        "scales": {"window": 2, "logits": 2, "logit_steps": 60, "scale_steps": 40},
+        "logits": {"window": 2, "logits": 2, "logit_steps": 60, "logit_rate": 3e-3},
+        "scales": {"window": 2, "logits": 2, "logit_steps": 60, "logit_rate": 3e-3, "scale_steps": 40},
     }
     for name, values in cases.items():
         made, subject = refiner({"steps": 60} | values)
@@ -313,6 +315,47 @@ def test_the_end_on_logits_brings_the_model_nearer_on_what_is_held_out(tmp_path)
     assert found["scales"] <= found["logits"] < found["window"]
 
 
+@pytest.mark.parametrize(
+    ("values", "first"),
+    [
+        ({}, 4),
+        ({"logits": 2}, 4),  # without steps
+        ({"logit_steps": 1}, 0),
+        ({"logit_steps": 1, "logits": 0}, 4),
+        ({"logit_steps": 1, "logits": 3}, 1),
+        ({"logit_steps": 1, "logits": 9}, 0),
+        ({"logit_steps": 1, "logit_parameters": 1}, 3),  # at least one
+    ],
+)
+def test_which_blocks_are_trained_on_logits(values, first) -> None:
+    assert refiner(values)[0].on_logits == first
+
+
+def test_as_many_blocks_as_hold_the_parameters_that_are_allowed() -> None:
+    made, subject = refiner({"logit_steps": 1})
+    blocks = [compressed_block(subject, layer, made.factors.load(layer), made.ranks) for layer in range(4)]
+    held = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in blocks]
+    for first in range(1, 4):
+        limit = sum(held[first:])
+        assert refiner({"logit_steps": 1, "logit_parameters": limit})[0].on_logits == first
+        assert refiner({"logit_steps": 1, "logit_parameters": limit - 1})[0].on_logits == min(first + 1, 3)
+
+
+def test_activations_are_computed_again_where_memory_is_short_with_the_same_result(tmp_path, monkeypatch) -> None:
+    values = {"steps": 2, "logit_steps": 4}
+    results = []
+    for free in (1 << 40, 0):
+        calls = []
+        monkeypatch.setattr(train, "free_memory", lambda device, free=free: free)
+        monkeypatch.setattr(train, "checkpoint", lambda *a, calls=calls, **k: (calls.append(1), checkpoint(*a, **k))[1])
+        store = BlockStore(tmp_path / str(free))
+        refiner(values)[0].run(store, Reporter(quiet=True))
+        assert bool(calls) == (free == 0)
+        results.append([store.read(layer) for layer in range(4)])
+    for first, second in zip(*results, strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_of_the_default_on_a_tiny_model_too(tmp_path) -> None:
     more = {"refinement.window": 2, "refinement.logits": 1, "refinement.logit_steps": 4, "refinement.curvature": 0.5}
     run = compress_tiny(FAMILIES["llama"](), tmp_path / "out", preset="default", search="spectral", options=LONG | more)
@@ -324,7 +367,7 @@ def test_of_the_default_on_a_tiny_model_too(tmp_path) -> None:
     [
         ({"refinement.held_out": 40}, "held_out"),
         ({"refinement.fit": True, "refinement.window": 2}, "window"),
-        ({"refinement.logits": 1, "refinement.steps": 0}, "steps"),
+        ({"refinement.logits": -1}, "logits"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options, message) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bolaco.data.settings import Calibration
 from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.store import FactorStore
+from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.models.walk import BlockRunner, cache_tensor
 from bolaco.progress import Reporter
@@ -77,7 +78,7 @@ class Refiner:
             ResumeError: a stored block is damaged.
         """
         settings = self.settings
-        ends = {"logits": settings.logits, "scales": settings.scale_steps}
+        ends = {"logits": self.on_logits < self.layers, "scales": settings.scale_steps}
         waiting = [name for name, wanted in ends.items() if wanted and not self._done(store, name)]
         if store.complete(self.layers) and not waiting:
             return
@@ -94,6 +95,22 @@ class Refiner:
         finally:
             for file in files:
                 _remove(file)
+
+    @property
+    def on_logits(self) -> int:
+        """The first of the blocks that are trained on logits; the number of blocks where none is."""
+        settings, first = self.settings, self.layers
+        if not settings.logit_steps:
+            return first
+        if settings.logits is not None:
+            return max(0, self.layers - settings.logits)
+        trained = 0
+        while first:
+            trained += sum(_size(site, self.ranks[site.name]) for site in self.subject.structure.of_layer(first - 1))
+            if trained > settings.logit_parameters and first < self.layers:
+                break
+            first -= 1
+        return first
 
     def _done(self, store: BlockStore, name: str) -> bool:
         return BlockStore(store.folder / name).has(self.layers + 1)
@@ -117,7 +134,7 @@ class Refiner:
         with reporter.stage("refine blocks", per_block * self.layers) as tick:
             for layer in range(self.layers):
                 last = min(layer + settings.window, self.layers)
-                if layer == self.layers - settings.logits:
+                if layer == self.on_logits:
                     entering = compressed.clone()
                 finished = store.has(layer)
                 if not finished and layer and settings.window > 1 and not opened:
@@ -203,8 +220,11 @@ class Refiner:
         if not end.right():
             reporter.say(f"nothing is trained on {name}: what follows the last block cannot be run alone")
             return
-        first = self.layers - settings.logits if name == "logits" else 0
-        steps = settings.logit_steps if name == "logits" else settings.scale_steps
+        first = self.on_logits if name == "logits" else 0
+        steps, rate = {
+            "logits": (settings.logit_steps, settings.logit_rate),
+            "scales": (settings.scale_steps, settings.scale_rate),
+        }[name]
         if not made.has(self.layers):
             blocks = [stored_block(store, self.subject, i) for i in range(first, self.layers)]
             trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(made.folder / "partial"))
@@ -215,12 +235,12 @@ class Refiner:
 
             with reporter.stage(f"refine on {name}", steps) as tick:
                 if name == "logits":
-                    found = trainer.train(stretch, divergence, steps, tick)
+                    found = trainer.train(stretch, divergence, steps, tick, rate=rate)
                 else:
                     for block in blocks:
                         block.float()
                     with scaled(self.subject.structure, blocks) as parameters:
-                        found = trainer.train(stretch, divergence, steps, tick, parameters)
+                        found = trainer.train(stretch, divergence, steps, tick, parameters, rate)
                     for block in blocks:
                         block.to(self.subject.model.dtype)
             if on_block:
@@ -232,6 +252,11 @@ class Refiner:
         for i in range(first, self.layers):
             store.write(i, made.read(i))
         made.write(self.layers + 1, {"done": torch.ones(1)})
+
+
+def _size(site: Site, rank: int | None) -> int:
+    """Parameters of a matrix while it is trained."""
+    return site.size if rank is None else rank * (site.out_features + site.in_features)
 
 
 def _remove(file: Path | None) -> None:

@@ -28,18 +28,25 @@ class Refinement(Section):
         0.0, ge=0, le=1, description="share of the error in nats in what is minimised, where the method knows it"
     )
     window: int = Field(1, gt=0, description="blocks that are trained together, towards the output of the last of them")
-    logits: int = Field(
-        0, ge=0, description="last blocks that are trained once more, towards the original's next-token distribution"
+    logit_steps: int = Field(
+        0, ge=0, description="steps, at most, of the last blocks towards the original's next-token distribution, then"
     )
-    logit_steps: int = Field(100, gt=0, description="steps of that, at most")
+    logits: int | None = Field(
+        None, ge=0, description="how many blocks that are; by default as many as hold at most logit_parameters"
+    )
+    logit_parameters: int = Field(
+        300_000_000, gt=0, description="parameters at most that are trained so; each takes 20 bytes while it is"
+    )
+    logit_rate: float = Field(1e-4, gt=0, description="learning rate of that")
     scale_steps: int = Field(
         0, ge=0, description="steps, at most, of the scales of all rows and columns towards the same, in the end"
     )
+    scale_rate: float = Field(1e-3, gt=0, description="learning rate of that")
 
     @property
     def active(self) -> bool:
         """Whether blocks are changed at all."""
-        return self.fit or self.steps > 0
+        return self.fit or self.steps + self.logit_steps + self.scale_steps > 0
 
     @model_validator(mode="after")
     def _possible(self) -> Refinement:
@@ -47,6 +54,4 @@ class Refinement(Section):
             raise ValueError(f"held_out ({self.held_out}) must be less than sequences ({self.sequences})")
         if self.fit and self.window > 1:
             raise ValueError("fit is of one block at a time; it does not go with a window of several")
-        if (self.logits or self.scale_steps) and not self.steps:
-            raise ValueError("logits and scale_steps need steps above 0")
         return self

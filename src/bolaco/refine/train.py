@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from bolaco.layers import FollowerLinear, LowRankLinear
@@ -18,13 +20,14 @@ from bolaco.models.walk import BlockRunner
 from bolaco.refine.loss import Loss, OutputLoss
 from bolaco.refine.settings import Refinement
 from bolaco.work.blockstore import BlockStore
+from bolaco.work.memory import free_memory
 
 # Looks at the held-out sequences while a block is trained.
 LOOKS = 10
 # Seconds after which a training that is not finished is written down.
 _WRITTEN_EVERY = 60.0
-# Blocks whose activations are kept for the gradients.
-_KEPT = 4
+# Of the memory that is free, what the activations of all blocks may take; else they are computed twice.
+_ACTIVATIONS = 0.25
 
 
 @dataclass
@@ -57,15 +60,21 @@ class Stretch:
     targets: Tensor
 
     def run(self, runner: BlockRunner, rows: Tensor) -> Tensor:
-        """Outputs on some of the sequences."""
-        state = self.inputs[rows]
-        # Of many blocks only what goes from one to the next is kept; the rest is computed again for the gradients.
-        sparing = torch.is_grad_enabled() and len(self.blocks) > _KEPT
+        """Outputs on some of the sequences.
+
+        With gradients, activations of all blocks are kept where there is memory for them; elsewhere only what goes from
+        one block to the next is, and the rest is computed again.
+        """
+        state, sparing = self.inputs[rows], False
         for offset, block in enumerate(self.blocks):
             if sparing:
                 state = checkpoint(runner.run, self.layer + offset, state, block, rows, use_reentrant=False)
-            else:
+            elif offset or not torch.is_grad_enabled() or len(self.blocks) == 1:
                 state = runner.run(self.layer + offset, state, block, rows)
+            else:
+                with _counted() as kept:
+                    state = runner.run(self.layer, state, block, rows)
+                sparing = sum(kept.values()) * len(self.blocks) > _ACTIVATIONS * free_memory(runner.model.device)
         return state
 
 
@@ -90,6 +99,7 @@ class BlockTrainer:
         steps: int,
         tick: Callable[[int], Any] | None = None,
         parameters: Sequence[nn.Parameter] | None = None,
+        rate: float | None = None,
     ) -> Training:
         """Trains the parameters of the stretch's blocks (factors, norms, biases).
 
@@ -99,6 +109,7 @@ class BlockTrainer:
             steps: at most; fewer where the held-out sequences say that it gets no better.
             tick: called with the steps that are done or left out, ``steps`` in all.
             parameters: those that are trained, float32; all by default.
+            rate: learning rate; that of the settings by default.
 
         Returns:
             Losses. Where sequences are held out the blocks are as they were at the best look at them.
@@ -110,7 +121,8 @@ class BlockTrainer:
             for block in blocks:
                 balance(block)
             parameters = [p for p in blocks.parameters() if p.is_floating_point()]
-        state = _State(parameters, self.settings, steps, self.seed * 100_003 + stretch.layer)
+        rate = rate or self.settings.learning_rate
+        state = _State(parameters, rate, self.settings.weight_decay, steps, self.seed * 100_003 + stretch.layer)
         runner, held = self.runner, self.settings.held_out
         known = len(stretch.inputs) - held
         looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
@@ -179,16 +191,16 @@ class BlockTrainer:
 class _State:
     """Where a training is: parameters, moments, what comes next, the best so far."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], settings: Refinement, steps: int, seed: int) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, decay: float, steps: int, seed: int) -> None:
         self.parameters = list(parameters)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": decay},
             {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
-        self.rate, self.steps, self.warm = settings.learning_rate, steps, max(1, steps // 10)
+        self.optimizer = torch.optim.AdamW(groups, lr=rate)
+        self.rate, self.steps, self.warm = rate, steps, max(1, steps // 10)
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
         self.step = 0
@@ -273,6 +285,20 @@ class _State:
                     name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
                     for name, value in moments.items()
                 }
+
+
+@contextmanager
+def _counted() -> Iterator[dict[int, int]]:
+    """Bytes of what autograd keeps while this lasts, by address."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
 
 
 def fast_bfloat16(device: torch.device) -> bool:

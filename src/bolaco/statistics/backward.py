@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from bolaco.models.walk import (
     state_in,
 )
 from bolaco.statistics.statistic import BLOCK, GradientAccumulator, GradientStatistic
+from bolaco.work.memory import free_memory
 
 _NO_LABEL = -100
 # Of the memory that is free, what the statistics of several blocks may take.
@@ -328,7 +328,7 @@ class WholeGradientWalk(GradientWalk):
 
     def _at_once(self, top: int) -> int:
         """How many blocks below ``top`` are observed together."""
-        free = _SHARE * psutil.virtual_memory().available
+        free = _SHARE * free_memory(self.model.device)
         count, taken = 0, 0
         while count < top:
             sites = self.structure.of_layer(top - count - 1)

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +27,7 @@ from bolaco.models.structure import Site, Structure, all_experts
 from bolaco.models.walk import BlockRunner, by_sequence
 from bolaco.statistics.moments import group_runs
 from bolaco.statistics.statistic import InputAccumulator, InputStatistic, SiteStatistics
+from bolaco.work.memory import free_memory
 
 # Called with (layer, input group, the input [batch, length, d], index of the batch's first sequence).
 Observer = Callable[[int, str, Tensor, int], None]
@@ -137,7 +137,7 @@ class WholeWalk(InputWalk):
 
     def layers_at_once(self, numbers: Callable[[int], int]) -> int:
         """As many as a share of the free memory holds, at least one."""
-        free = _SHARE * psutil.virtual_memory().available
+        free = _SHARE * free_memory(self.model.device)
         count, taken = 0, 0
         for layer in range(self.layer, self.structure.num_layers):
             taken += 8 * numbers(layer)

@@ -1,4 +1,4 @@
-"""Resident memory of this process."""
+"""Memory: what is free, and what this process has."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        import torch  # this file is read before torch is needed
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def largest_resident() -> int:
