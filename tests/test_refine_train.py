@@ -328,7 +328,7 @@ def test_the_end_on_logits_brings_the_model_nearer_on_what_is_held_out(tmp_path)
     ],
 )
 def test_which_blocks_are_trained_on_logits(values, first) -> None:
-    assert refiner(values)[0].on_logits == first
+    assert refiner(values)[0].first_on_logits == first
 
 
 def test_as_many_blocks_as_hold_the_parameters_that_are_allowed() -> None:
@@ -337,8 +337,8 @@ def test_as_many_blocks_as_hold_the_parameters_that_are_allowed() -> None:
     held = [sum(p.numel() for p in block.parameters() if p.ndim == 2) for block in blocks]
     for first in range(1, 4):
         limit = sum(held[first:])
-        assert refiner({"logit_steps": 1, "logit_parameters": limit})[0].on_logits == first
-        assert refiner({"logit_steps": 1, "logit_parameters": limit - 1})[0].on_logits == min(first + 1, 3)
+        assert refiner({"logit_steps": 1, "logit_parameters": limit})[0].first_on_logits == first
+        assert refiner({"logit_steps": 1, "logit_parameters": limit - 1})[0].first_on_logits == min(first + 1, 3)
 
 
 def test_activations_are_computed_again_where_memory_is_short_with_the_same_result(tmp_path, monkeypatch) -> None:

@@ -268,12 +268,21 @@ class MatrixCurve(Record):
     kept: Annotated[float, Field(ge=-1, le=2, allow_inf_nan=False)] | None = None
 
 
+class EndCurve(Record):
+    """KL(original || compressed) of the next token in nats: of the steps, thinned, and at looks at held-out text."""
+
+    losses: list[float]
+    held_out: list[float] = []
+
+
 class Curves(Record):
-    """Spectra of the matrices by name, and by layer the losses of a block's training, thinned."""
+    """Spectra of the matrices by name, by layer the losses of a block's training, thinned, and those of the training
+    on next tokens, by what was trained (``logits``, ``scales``)."""
 
     format: Format = FORMAT
     matrices: dict[str, MatrixCurve]
     refinement: dict[str, list[float]]
+    ends: dict[str, EndCurve] | None = None
 
     @field_validator("matrices")
     @classmethod
@@ -283,6 +292,14 @@ class Curves(Record):
         for name, count in points.items():
             if count != max(points.values()):
                 raise ValueError(f"{name!r:.80} has {count} points of its energy, others have {max(points.values())}")
+        return value
+
+    @field_validator("ends")
+    @classmethod
+    def _of_an_end(cls, value: dict[str, EndCurve] | None) -> dict[str, EndCurve] | None:
+        unknown = sorted((value or {}).keys() - {"logits", "scales"})
+        if unknown:
+            raise ValueError(f"{unknown[0]!r:.80} is neither logits nor scales")
         return value
 
     @field_validator("refinement")

@@ -238,13 +238,19 @@ def _choices(values: Values) -> Values:
 
 
 def laid_over(base: Values, update: Values) -> Values:
-    """``update`` over ``base``; where it chooses something else, the options of what ``base`` chose are dropped."""
+    """``update`` over ``base``; where it chooses something else, the options of what ``base`` chose are dropped.
+
+    An effort takes the place of all that ``base`` says of refinement.
+    """
     base, update = _choices(base), _choices(update)
     for key, common in (("method", ()), ("search", tuple(SearchChoice.model_fields))):
         section, other = base.get(key), update.get(key)
         name = other.get("name") if isinstance(other, dict) else None
         if isinstance(section, dict) and name not in (None, section.get("name")):
             base = base | {key: {k: v for k, v in section.items() if k in common and k != "name"}}
+    refinement = update.get("refinement")
+    if isinstance(refinement, dict) and "effort" in refinement:  # it says what all of the section is
+        base = {key: value for key, value in base.items() if key != "refinement"}
     return merge(base, update)
 
 

@@ -27,6 +27,7 @@ class Word:
     option: str | None = None
 
 
+EFFORT = ("fast", "default", "best")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WORDS: dict[str, Word] = {
     "keep": Word("keep", "share of the decoder linears' parameters to keep", float),
@@ -53,6 +54,11 @@ WORDS: dict[str, Word] = {
     ),
     "evaluation": Word(
         "evaluation.source", "text of the final table (the rest of the validation source)", metavar="SRC", option="eval"
+    ),
+    "effort": Word(
+        "refinement.effort",
+        "what blocks are trained once the ranks are known: nothing, what is worth its time, or until it helps no more",
+        choices=EFFORT,
     ),
     "seq_len": Word("calibration.seq_len", "length of calibration sequences, and of the others by default (1024)", int),
     "warm_start": Word("search.warm_start", "earlier result whose allocation is started from", metavar="OUT"),

@@ -66,19 +66,19 @@ class Refiner:
         self.fit = BlockFit(self.runner, subject, method, ranks, calibration.groups, settings.drift, settings.damping)
 
     def run(
-        self, store: BlockStore, reporter: Reporter, on_block: Callable[[int, Training], Any] | None = None
+        self, store: BlockStore, reporter: Reporter, on_block: Callable[[str, Training], Any] | None = None
     ) -> None:
         """Refines every block that ``store`` does not hold yet, and puts it there as a state dict.
 
-        ``on_block`` is called with the layer and what came of its training, before the block is stored; with the
-        number of layers for the training on logits.
+        ``on_block`` is called with the number of the layer and what came of its training, before the block is stored;
+        with ``logits`` and ``scales`` for the training on next tokens.
 
         Raises:
             NonFiniteError: a block's output or loss with NaN or infinity.
             ResumeError: a stored block is damaged.
         """
         settings = self.settings
-        ends = {"logits": self.on_logits < self.layers, "scales": settings.scale_steps}
+        ends = {"logits": self.first_on_logits < self.layers, "scales": settings.scale_steps}
         waiting = [name for name, wanted in ends.items() if wanted and not self._done(store, name)]
         if store.complete(self.layers) and not waiting:
             return
@@ -97,10 +97,10 @@ class Refiner:
                 _remove(file)
 
     @property
-    def on_logits(self) -> int:
+    def first_on_logits(self) -> int:
         """The first of the blocks that are trained on logits; the number of blocks where none is."""
         settings, first = self.settings, self.layers
-        if not settings.logit_steps:
+        if not settings.on_logits:
             return first
         if settings.logits is not None:
             return max(0, self.layers - settings.logits)
@@ -121,7 +121,7 @@ class Refiner:
         reporter: Reporter,
         original: Tensor,
         compressed: Tensor,
-        on_block: Callable[[int, Training], Any] | None,
+        on_block: Callable[[str, Training], Any] | None,
     ) -> Tensor:
         """Every block after the other; returns what enters the last ones that are trained on logits."""
         settings = self.settings
@@ -134,7 +134,7 @@ class Refiner:
         with reporter.stage("refine blocks", per_block * self.layers) as tick:
             for layer in range(self.layers):
                 last = min(layer + settings.window, self.layers)
-                if layer == self.on_logits:
+                if layer == self.first_on_logits:
                     entering = compressed.clone()
                 finished = store.has(layer)
                 if not finished and layer and settings.window > 1 and not opened:
@@ -153,7 +153,7 @@ class Refiner:
                     found = self._trained(trainer, stretch, tick) if settings.steps else Training()
                     block = opened.pop(layer)
                     if on_block and found.losses:
-                        on_block(layer, found)
+                        on_block(str(layer), found)
                     self._write_ahead(ahead, layer, opened)
                     store.write(layer, block.state_dict())
                     _remove(ahead.path(layer - 1))
@@ -204,7 +204,7 @@ class Refiner:
         reporter: Reporter,
         inputs: Tensor,
         outputs: Tensor,
-        on_block: Callable[[int, Training], Any] | None,
+        on_block: Callable[[str, Training], Any] | None,
     ) -> None:
         """Training towards the original's distribution of the next token: of the last blocks, or of all scales.
 
@@ -220,7 +220,7 @@ class Refiner:
         if not end.right():
             reporter.say(f"nothing is trained on {name}: what follows the last block cannot be run alone")
             return
-        first = self.on_logits if name == "logits" else 0
+        first = self.first_on_logits if name == "logits" else 0
         steps, rate = {
             "logits": (settings.logit_steps, settings.logit_rate),
             "scales": (settings.scale_steps, settings.scale_rate),
@@ -244,7 +244,7 @@ class Refiner:
                     for block in blocks:
                         block.to(self.subject.model.dtype)
             if on_block:
-                on_block(self.layers, found)
+                on_block(name, found)
             for i, block in enumerate(blocks, first):
                 made.write(i, block.state_dict())
             # This says that all are there, and the next one that they are in the store.

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 from pydantic import Field, model_validator
 
 from bolaco.settings import Section
+
+# What an amount of effort stands for; fields that are given beside it are kept.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 0},
+    "default": {},
+    "best": {"sequences": None, "held_out": 16, "steps": 80, "logit_steps": 400},
+}
 
 
 class Refinement(Section):
     """Fitting and training of the blocks, once the ranks are known."""
 
+    effort: Literal["fast", "default", "best"] = Field(
+        "default", description="fast: nothing of it; best: until what is held out gets no better; sets the others"
+    )
     fit: bool = Field(False, description="fit every matrix again, on the inputs it has in the compressed model")
     drift: float = Field(1.0, ge=0, le=1, description="share of the change of its inputs that the fit makes up for")
     damping: float = Field(1e-2, ge=0, description="share of the inputs' mean eigenvalue added in that fit")
-    sequences: int = Field(32, gt=0, description="of the calibration sequences, how many fit and training see")
+    sequences: int | None = Field(
+        32, gt=0, description="of the calibration sequences, how many fit and training see; null: all"
+    )
     held_out: int = Field(
-        0, ge=0, description="of these, how many are not trained on: a block stays as it was best on them"
+        0,
+        ge=0,
+        description="of these, how many are not trained on, a quarter at most: what is trained stays as it was best on "
+        "them",
     )
     steps: int = Field(20, ge=0, description="AdamW steps of each block towards the original block's output, at most")
     patience: int = Field(3, gt=0, description="of ten looks at what is held out, how many in a row may find no better")
@@ -46,11 +63,28 @@ class Refinement(Section):
     @property
     def active(self) -> bool:
         """Whether blocks are changed at all."""
-        return self.fit or self.steps + self.logit_steps + self.scale_steps > 0
+        return self.fit or self.steps > 0 or self.trains_end
+
+    @property
+    def on_logits(self) -> bool:
+        """Whether blocks are trained on next tokens."""
+        return self.logit_steps > 0 and self.logits != 0
+
+    @property
+    def trains_end(self) -> bool:
+        """Whether anything is trained on next tokens."""
+        return self.on_logits or self.scale_steps > 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _effort(cls, values: Any) -> Any:
+        """Values that an effort stands for, below those that are given."""
+        effort = values.get("effort") if isinstance(values, dict) else None
+        return EFFORTS[effort] | values if isinstance(effort, str) and effort in EFFORTS else values
 
     @model_validator(mode="after")
     def _possible(self) -> Refinement:
-        if self.held_out >= self.sequences:
+        if self.sequences is not None and self.held_out >= self.sequences:
             raise ValueError(f"held_out ({self.held_out}) must be less than sequences ({self.sequences})")
         if self.fit and self.window > 1:
             raise ValueError("fit is of one block at a time; it does not go with a window of several")

@@ -123,8 +123,9 @@ class BlockTrainer:
             parameters = [p for p in blocks.parameters() if p.is_floating_point()]
         rate = rate or self.settings.learning_rate
         state = _State(parameters, rate, self.settings.weight_decay, steps, self.seed * 100_003 + stretch.layer)
-        runner, held = self.runner, self.settings.held_out
-        known = len(stretch.inputs) - held
+        runner, total = self.runner, len(stretch.inputs)
+        held = min(self.settings.held_out, total // 4)
+        known = total - held
         looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
         if self.partial is not None and self.partial.has(stretch.layer):
             state.restore(self.partial.read(stretch.layer))

@@ -173,6 +173,32 @@ def refinement_chart(ident: str, curves: Curves) -> Markup | None:
     return chart(ident, "Block refinement", text, series, "layer", "loss", logarithmic=True, height=230)
 
 
+def end_charts(ident: str, curves: Curves) -> list[tuple[str, Markup]]:
+    """KL to the original's next token over the training on it, one chart for each thing that was trained."""
+    found = []
+    for name, title in (("logits", "Last blocks, on next tokens"), ("scales", "Scales, on next tokens")):
+        curve = (curves.ends or {}).get(name)
+        if curve is None:
+            continue
+        losses = _finite([((i + 0.5) / len(curve.losses), kl) for i, kl in enumerate(curve.losses)])
+        looks = _finite([(i / max(len(curve.held_out) - 1, 1), kl) for i, kl in enumerate(curve.held_out)])
+        if not losses:
+            continue
+        text = f"KL(original || compressed) is {losses[0][1]:.3g} nats at first and {losses[-1][1]:.3g} at last."
+        series = [Series("training text", losses)]
+        if looks:
+            best = min(kl for _, kl in looks)
+            text += f" On held-out text it is {looks[0][1]:.3g} at first and {best:.3g} at its best."
+            series.append(Series("held-out text", looks, "dots"))
+        drawn = chart(f"{ident}-{name}", title, text, series, "share of the steps", "KL, nats", height=230)
+        found.append((name, drawn))
+    return found
+
+
+def _finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [point for point in points if math.isfinite(point[1])]
+
+
 def loss_chart(ident: str, curve: Sequence[CurvePoint]) -> Markup | None:
     """Training loss over steps; None where there is no finite one."""
     points = [(float(point.step), point.loss) for point in curve if math.isfinite(point.loss)]

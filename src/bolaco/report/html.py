@@ -19,6 +19,7 @@ from bolaco.errors import RecipeError
 from bolaco.models.labels import layer_of, type_of
 from bolaco.recipe.recipe import read_recipe
 from bolaco.report.charts import (
+    end_charts,
     frontier_chart,
     loss_chart,
     rank_map,
@@ -105,6 +106,7 @@ def _result(ident: str, info: CompressedInfo | RowResult, curves: Curves) -> dic
         "search": search_chart(f"{ident}-search", info.trials),
         "spectra": spectrum_charts(f"{ident}-spectrum", info.ranks, curves),
         "refinement": refinement_chart(f"{ident}-refinement", curves),
+        "ends": end_charts(f"{ident}-end", curves),
         "bars": _bars(info.seconds),
         "total": sum(info.seconds.values()),
     }

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bolaco.allocate.allocator import ALLOCATORS, Allocation, AllocationTask, Trials
-from bolaco.checkpoint.info import CompressedInfo, Curves, TrialRecord, read_info, versions
+from bolaco.checkpoint.info import CompressedInfo, Curves, EndCurve, TrialRecord, read_info, versions
 from bolaco.checkpoint.result import Result
 from bolaco.checkpoint.write import CompressedState, check_savable, compressed_state, write_model
 from bolaco.data.memory import InMemory
@@ -270,12 +270,11 @@ def _refine(
         plan.stores,
         recipe.seed,
     )
-    losses = artefact.read(dict[str, list[float]]) or {}
+    curves = artefact.read(dict[str, EndCurve]) or {}
 
-    def on_block(layer: int, found: Training) -> None:
-        if layer < plan.subject.structure.num_layers:  # what follows the blocks has losses of another kind
-            losses[str(layer)] = thinned(found.losses)
-            artefact.write(losses)
+    def on_block(name: str, found: Training) -> None:
+        curves[name] = EndCurve(losses=thinned(found.losses), held_out=found.held_out)
+        artefact.write(curves)
 
     refiner.run(BlockStore(artefact.path), session.reporter, on_block)
 
@@ -295,5 +294,9 @@ def _curves(plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artef
     """What the report draws."""
     structure = plan.subject.structure
     spectra = {name: s for name, s in factors.spectra(structure.num_layers).items() if name in plan.top}
-    losses = {} if refined is None else refined.read(dict[str, list[float]]) or {}
-    return Curves(matrices=matrix_curves(structure.sites, spectra, ranks), refinement=losses)
+    trained = {} if refined is None else refined.read(dict[str, EndCurve]) or {}
+    return Curves(
+        matrices=matrix_curves(structure.sites, spectra, ranks),
+        refinement={name: curve.losses for name, curve in trained.items() if name.isdecimal()},
+        ends={name: curve for name, curve in trained.items() if not name.isdecimal()} or None,
+    )
