@@ -24,6 +24,7 @@ ROOMS = (
     "settings",
     "plugins",
     "progress",
+    "quantize",
     "work",
     "layers",
     "models",
