@@ -28,6 +28,8 @@ from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
 from bolaco.runs.given import fitted, named, named_words
 from bolaco.runs.tuned import compress_and_tune
+from bolaco.runs.written import WrittenTexts, make_generation
+from bolaco.runs.written import generate_text as write_texts
 from bolaco.settings import merge
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "generate_text",
     "load",
     "read_tasks",
     "run",
@@ -184,6 +187,39 @@ def tune(
     settings = make_settings(model, {"mode": mode, "data": data} | words, options)
     place = Path(out).expanduser()
     return run_tune(settings, place, reporter or Reporter.watched(), _folder(work), keep_work)
+
+
+def generate_text(
+    model: str,
+    sequences: int,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    **words: Any,
+) -> WrittenTexts:
+    """Lets a model write texts, to calibrate on for example, and writes them to a JSON Lines file.
+
+    Args:
+        model: whatever :func:`compress` takes by name.
+        sequences: how many texts; none is empty or a copy of another.
+        out: file to write, ``{"text": ...}`` a line; must not exist.
+        dtype, device: of the model.
+        work: folder of finished batches, ``<out>.work`` by default; removed on success, continued from after an
+            interruption.
+        keep_work: keep it.
+        reporter: where progress goes; by default to a terminal or a notebook if there is one.
+        words: fields of :class:`bolaco.data.written.Writing`: ``length``, ``greedy``, ``temperature``, ``top_p``,
+            ``batch``, ``seed``.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    settings = make_generation(model, sequences, dtype, device, words)
+    return write_texts(settings, Path(out).expanduser(), reporter or Reporter.watched(), _folder(work), keep_work)
 
 
 def export(folder: str | Path, out: str | Path, *, drop_bias: bool = False) -> Path:

@@ -293,6 +293,19 @@ def _tune(args: argparse.Namespace, console: Console) -> None:
     console.print(f"written to {result.path}")
 
 
+# Options of `generate-text` that are fields of how a model writes.
+_WRITING = ("length", "greedy", "temperature", "top_p", "batch", "seed")
+
+
+def _generate_text(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.api import generate_text
+
+    words = {word: value for word in _WRITING if (value := getattr(args, word)) is not None}
+    places: dict[str, Any] = {"work": args.work, "keep_work": args.keep_work, "reporter": _reporter(args)}
+    found = generate_text(args.model, args.sequences, args.out, dtype=args.dtype, device=args.device, **places, **words)
+    console.print(f"{found.texts:,} texts of {found.tokens:,} tokens written to {found.path}")
+
+
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
@@ -402,13 +415,14 @@ def _asked_to_end() -> Iterator[None]:
 
 
 # What is kept in a work folder, so that the same command goes on.
-_RESUMED = ("compress", "compare", "run", "tune")
+_RESUMED = ("compress", "compare", "run", "tune", "generate-text")
 _COMMANDS = {
     "compress": _compress,
     "compare": _compare,
     "run": _compress,
     "eval": _eval,
     "tune": _tune,
+    "generate-text": _generate_text,
     "bench": _bench,
     "inspect": _inspect,
     "export": _export,

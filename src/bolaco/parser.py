@@ -23,6 +23,7 @@ examples:
   bolaco compress smollm2-135m --method lpaf --keep 0.5 --calibration c4.jsonl --tune mixed-rank -o pruned-and-tuned
   bolaco compare smollm2-135m --methods default,kfac-svd,svd-llm --keep 0.9,0.8 --calibration c4.jsonl \
     --eval wikitext.txt -o compared
+  bolaco generate-text smollm2-135m --sequences 200 -o own.jsonl
   bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
@@ -30,7 +31,7 @@ examples:
 MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
 SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set (id, id:config or id:config:split), or pydoc
 (the text of Python's own documentation); SRC[:1000] takes the first thousand documents, SRC[1000:] the others. A .txt
-file is one document; of the others each row is one.
+file is one document; of the others each row is one. --calibration self is what the model writes itself.
 An interrupted run continues when the same command is given again.
 """
 
@@ -145,6 +146,19 @@ def command_parser() -> argparse.ArgumentParser:
     _settings(tune, "any other, such as training.warmup=0.1, options.NAME of the mode, trainer.NAME of transformers")
     _folders(tune, "checkpoints")
 
+    generate = commands.add_parser("generate-text", help="text written by the model itself, to calibrate on")
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument("--sequences", type=int, required=True, metavar="N", help="texts to write")
+    generate.add_argument("-o", "--out", required=True, metavar="FILE", help="JSON Lines to write; must not exist")
+    generate.add_argument("--length", type=int, metavar="N", help="tokens of a text at most (1024)")
+    generate.add_argument("--greedy", type=int, metavar="N", help="of these, the likeliest ones after the first (4)")
+    generate.add_argument("--temperature", type=float, metavar="X", help="of the sampling (1)")
+    generate.add_argument("--top-p", type=float, metavar="P", help="probability that is sampled from (0.95)")
+    generate.add_argument("--batch", type=int, metavar="N", help="texts that are written at once (16)")
+    generate.add_argument("--seed", type=int)
+    _placement(generate)
+    _work(generate, "texts that are finished")
+
     bench = commands.add_parser("bench", help="speed and memory of models, side by side")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
     bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
@@ -173,7 +187,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     completion = commands.add_parser("completion", help="print what completes these words in a shell")
     completion.add_argument("shell", choices=SHELLS)
-    for command in (compress, compare, run, evaluate, tune, bench):
+    for command in (compress, compare, run, evaluate, tune, generate, bench):
         _loudness(command)
     return parser
 
@@ -218,6 +232,10 @@ def _settings(parser: argparse.ArgumentParser, what: str) -> None:
 
 def _folders(parser: argparse.ArgumentParser, what: str = "intermediate results", required: bool = True) -> None:
     parser.add_argument("-o", "--out", required=required, help="folder to write; must not exist")
+    _work(parser, what)
+
+
+def _work(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--work", metavar="DIR", help=f"folder of {what} (OUT.work)")
     parser.add_argument("--keep-work", action="store_true", help="do not remove it on success")
 

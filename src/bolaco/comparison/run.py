@@ -45,6 +45,7 @@ from bolaco.report.comparison import asked_words
 from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord, read_record
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
 from bolaco.runs.session import Source, begin, load, open_source, texts_for
+from bolaco.runs.written import with_own_text
 from bolaco.work.files import require_space
 from bolaco.work.folder import LOG_FILE, WorkFolder, digest, work_beside
 from bolaco.work.memory import PeakMemory
@@ -93,6 +94,8 @@ def compare(
         with session.clock.timed("load"):
             reporter.say(f"loading {comparison.model}")
             source = open_source(comparison.model, model, tokenizer, given)
+        source = with_own_text(comparison.recipes.values(), source, session, comparison.others)
+        with session.clock.timed("load"):
             texts = _texts(comparison, source)
             loaded = load(source, first.dtype, first.device)
             check_savable(loaded.model, loaded.tokenizer)

@@ -1,8 +1,9 @@
 """Text sources, and the equal-length token blocks packed from them.
 
 A source is a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of them, a hub data set (``id``, ``id:config`` or
-``id:config:split``), or ``pydoc`` (the English of Python's own documentation, which every Python carries). A slice of
-its documents is written behind it: ``c4.jsonl[:1000]``, ``c4.jsonl[1000:]``. A .txt file is one document; of other
+``id:config:split``), or ``pydoc`` (the English of Python's own documentation, which every Python carries). A run that
+compresses has one more, ``self``: what the model writes itself (:mod:`bolaco.data.written`). A slice of a source's
+documents is written behind it: ``c4.jsonl[:1000]``, ``c4.jsonl[1000:]``. A .txt file is one document; of other
 files and data sets each row is one, by its column ``text``, or else ``messages``, or one that is named. A column holds
 texts, or conversations, which become text by the chat template of the tokenizer.
 
@@ -42,12 +43,19 @@ def _is_path(name: str) -> bool:
 # The turns of a conversation: role, content, and what else its chat template reads.
 Conversation = list[dict[str, Any]]
 _COLUMNS = ("text", "messages")
+# The source that is what the model writes itself.
+SELF = "self"
+
+
+def is_self(source: str) -> bool:
+    """Whether a source is the model itself; a file or folder of that name is what it is."""
+    return source == SELF and not _is_path(source)
 
 
 def on_hub(source: str) -> bool:
     """Whether a source is neither here nor pydoc: to read it is to download it."""
     name = split_slice(source)[0]
-    return not _is_path(name) and name != "pydoc" and not name.startswith(IN_MEMORY)
+    return not _is_path(name) and name not in ("pydoc", SELF) and not name.startswith(IN_MEMORY)
 
 
 def read_documents(source: str, column: str | None = None) -> Iterator[str]:
@@ -84,6 +92,11 @@ def split_slice(source: str) -> tuple[str, int, int | None]:
 def _all_documents(name: str, column: str | None) -> Iterator[str | Conversation]:
     if name.startswith(IN_MEMORY):
         raise DataError(f"{name}: was given to a function of Python and is no source; name another one")
+    if name == SELF and not Path(name).exists():
+        raise DataError(
+            f"{name}: text of the model itself is there for --calibration only, and whole; "
+            "`bolaco generate-text` writes a file of it"
+        )
     if name == "pydoc" and not Path(name).exists():
         yield from _pydoc()
     elif _is_path(name):

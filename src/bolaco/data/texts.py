@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bolaco.data.memory import BlockStream, InMemory
 from bolaco.data.settings import Calibration, Evaluation, Validation
-from bolaco.data.sources import TokenStream, fingerprint, on_hub
+from bolaco.data.sources import TokenStream, fingerprint, is_self, on_hub
 from bolaco.errors import DataError
 from bolaco.models.structure import positions_of
 
@@ -67,16 +67,23 @@ def prepare_texts(
         bos: see :class:`TokenStream`.
         more: sources of further texts to report on, each as long as the evaluation text.
         given: texts in memory by the name that stands for a source.
-        local: leaves what is on the hub there; it then has no sequences.
+        local: leaves what is on the hub there, and what the model would write unwritten; it then has no sequences.
 
     Raises:
-        DataError: unreadable or too short text, or sequences longer than the model's positions.
+        DataError: unreadable or too short text, sequences longer than the model's positions, or nothing to report on
+            but what the model has written itself.
     """
     streams: dict[tuple[str, str | None], TokenStream | BlockStream] = {}
     validation_source = validation.source or calibration.source
     evaluation_source = evaluation.source or validation_source
     validation_column = validation.text_column or calibration.text_column
     evaluation_column = evaluation.text_column or validation_column
+    for reported_on in (evaluation_source, *more):
+        if is_self(reported_on):
+            raise DataError(
+                "evaluation: a model's perplexity on its own text says little of what was lost; name another text "
+                "with --eval"
+            )
 
     def take(source: str, column: str | None, count: int | None, length: int, purpose: str) -> Tensor:
         positions = positions_of(config)
@@ -84,7 +91,7 @@ def prepare_texts(
             raise DataError(
                 f"{purpose}: sequences of {length} tokens, but the model has {positions} positions; lower seq_len"
             )
-        if local and on_hub(source):
+        if local and (on_hub(source) or is_self(source)):
             return torch.empty(0, length, dtype=torch.int64)
         stream = streams.get((source, column))
         if stream is None:

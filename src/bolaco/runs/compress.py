@@ -37,6 +37,7 @@ from bolaco.runs.measure import common_values, dense_perplexity, finish, perplex
 from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
 from bolaco.runs.size import refused_as_asked, settled
 from bolaco.runs.warm import warm_ranks
+from bolaco.runs.written import with_own_text
 from bolaco.storage.block import compressed_block
 from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
@@ -76,6 +77,8 @@ def compress(
             reporter.say(recipe_line(recipe))
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
             source = open_source(recipe.model, model, tokenizer, given)
+        source = with_own_text([recipe], source, session)
+        with session.clock.timed("load"):
             texts = texts_for(recipe, source)
             loaded = load(source, recipe.dtype, recipe.device, texts.calibration)
         result = compress_loaded(recipe, out, loaded, texts, session)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bolaco.allocate.allocator import AllocationTask
 from bolaco.checkpoint.write import check_savable
-from bolaco.data.sources import on_hub
+from bolaco.data.sources import is_self, on_hub
 from bolaco.evaluation.objective import check_tokens
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import resolve_device, skeleton_of
@@ -181,6 +181,7 @@ def _factoring(recipe: LowRankRecipe, task: AllocationTask, ranks: Ranks) -> Ite
     yield plan_table(task.structure, task.budget, ranks, allocator.shows)
     yield from kept_lines(task.structure)
     unread = ", which is on the hub and was not read" if on_hub(calibration.source) else ""
+    unread = ", which the model writes in the run" if is_self(calibration.source) else unread
     yield f"calibration: {calibration.sequences} x {calibration.seq_len} tokens of {calibration.source}{unread}"
     if allocator.shows != allocator.name and not allocator.searches:
         yield f"ranks come from the spectra of the matrices; the {allocator.shows} allocation is shown for its size"

@@ -30,6 +30,7 @@ from bolaco.runs.chop import chop_loaded, kept_blocks
 from bolaco.runs.compress import compress_loaded
 from bolaco.runs.dry_run import preview_task
 from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
+from bolaco.runs.written import with_own_text
 from bolaco.work.folder import LOG_FILE, Clock, WorkFolder, work_beside
 from bolaco.work.output import link_or_copy
 
@@ -95,6 +96,8 @@ def compress_several(
             if model is None:
                 reporter.say(f"loading {first.model}")
             source = open_source(first.model, model, tokenizer, given)
+        source = with_own_text([first], source, session)
+        with session.clock.timed("load"):
             texts = texts_for(first, source)
             loaded = load(source, first.dtype, first.device, texts.calibration)
         for recipe in recipes.values():

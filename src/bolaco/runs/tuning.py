@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bolaco.data.sources import is_self
 from bolaco.errors import RecipeError
 from bolaco.recipe.recipe import Recipe
 from bolaco.settings import merge
@@ -35,6 +36,8 @@ def tuning_settings(recipe: Recipe, place: Path) -> TuneSettings:
         if "whole" in mode.options.model_fields:  # the model that an adapter would name does not stay
             settings = settings.model_copy(update={"options": settings.options | {"whole": True}})
         resolve(settings, mode)
+        if is_self(settings.data.source):
+            raise RecipeError("data.source: text of the model itself calibrates only; name a source to train on")
     except RecipeError as error:
         raise RecipeError(f"tuning: {error}") from None
     return settings

@@ -318,6 +318,20 @@ class WorkFolder:
                     self._write_mark()
                 raise
 
+    @contextmanager
+    def output_file(self, out: Path) -> Iterator[Path]:
+        """The same for an output that is one file: a name to write under."""
+        refuse_existing(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + PARTIAL)
+        try:
+            yield partial
+            self._write_mark(partial)  # a file keeps its inode when it gets its name
+            refuse_existing(out)
+            partial.rename(out)
+        finally:
+            partial.unlink(missing_ok=True)
+
     def taken_up(self, reporter: Reporter, keep: bool) -> bool:
         """Closes the folder if its output is :attr:`finished`, and says so; whether it was."""
         if self.finished:
