@@ -87,7 +87,7 @@ class Refiner:
         original = self.runner.embed(files[0])
         compressed = cache_tensor(tuple(original.shape), original.dtype, files[1]).copy_(original)
         try:
-            entering = self._all_blocks(store, reporter, original, compressed, on_block)
+            entering = self._all_blocks(store, reporter, original, compressed, waiting, on_block)
             if "logits" in waiting:
                 self._on_tokens(store, "logits", reporter, entering, original, on_block)
             if "scales" in waiting:
@@ -121,20 +121,27 @@ class Refiner:
         reporter: Reporter,
         original: Tensor,
         compressed: Tensor,
+        waiting: Sequence[str],
         on_block: Callable[[str, Training], Any] | None,
     ) -> Tensor:
-        """Every block after the other; returns what enters the last ones that are trained on logits."""
+        """Every block after the other; returns what enters the last ones that are trained on logits.
+
+        Hidden states go as far as they are used: the original's to the end if something is ``waiting`` there.
+        """
         settings = self.settings
         ahead = BlockStore(store.folder / "ahead")
         trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(store.folder / "partial"))
         opened: dict[int, nn.Module] = {}
-        entering = compressed
+        entering, first = compressed, self.first_on_logits
+        unfinished = [layer for layer in range(self.layers) if not store.has(layer)]
+        past = unfinished[-1] if unfinished else -1
+        used = max(past, first if "logits" in waiting else 0)  # the last block whose inputs are
         front = 0  # blocks that the original's states are past
         per_block = 4 * len(original) * settings.fit + settings.steps + 2 * len(original)
         with reporter.stage("refine blocks", per_block * self.layers) as tick:
             for layer in range(self.layers):
                 last = min(layer + settings.window, self.layers)
-                if layer == self.first_on_logits:
+                if layer == first and past >= first:
                     entering = compressed.clone()
                 finished = store.has(layer)
                 if not finished and layer and settings.window > 1 and not opened:
@@ -145,7 +152,6 @@ class Refiner:
                     self.runner.advance(front, original, tick=tick)
                     front += 1
                 if finished:
-                    block = stored_block(store, self.subject, layer)
                     tick(per_block - 2 * len(original))
                 else:
                     window = [opened[i] for i in range(layer, last)]
@@ -158,7 +164,11 @@ class Refiner:
                     store.write(layer, block.state_dict())
                     _remove(ahead.path(layer - 1))
                     _remove(trainer.partial.path(layer) if trainer.partial else None)
-                self.runner.advance(layer, compressed, block, tick=tick)
+                if layer < used:
+                    after = stored_block(store, self.subject, layer) if finished else block
+                    self.runner.advance(layer, compressed, after, tick=tick)
+                else:
+                    tick(len(compressed))
         return entering
 
     def _block(self, layer: int, original: Tensor, compressed: Tensor, tick: Callable[[int], Any]) -> nn.Module:

@@ -31,7 +31,7 @@ class Refinement(Section):
     held_out: int = Field(
         0,
         ge=0,
-        description="of these, how many are not trained on, a quarter at most: what is trained stays as it was best on "
+        description="of these, how many are not trained on, a third at most: what is trained stays as it was best on "
         "them",
     )
     steps: int = Field(20, ge=0, description="AdamW steps of each block towards the original block's output, at most")

@@ -124,7 +124,7 @@ class BlockTrainer:
         rate = rate or self.settings.learning_rate
         state = _State(parameters, rate, self.settings.weight_decay, steps, self.seed * 100_003 + stretch.layer)
         runner, total = self.runner, len(stretch.inputs)
-        held = min(self.settings.held_out, total // 4)
+        held = min(self.settings.held_out, total // 3)
         known = total - held
         looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
         if self.partial is not None and self.partial.has(stretch.layer):
