@@ -11,6 +11,7 @@ leaves the others as they are, which takes less time and keeps the order. Result
 from __future__ import annotations
 
 import argparse
+import shutil
 import time
 
 import torch
@@ -24,14 +25,15 @@ from bolaco.progress import Reporter
 from bolaco.refine.run import Refiner, stored_block
 from bolaco.refine.settings import Refinement
 from bolaco.storage.block import compressed_block
-from bolaco.storage.budget import Budget
+from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from common import Ledger, arguments, chosen, gap, prepare, print_table, protocol_texts, with_blocks
 
 _LONG = {"steps": 160, "sequences": 64, "held_out": 8}
 _HALF = _LONG | {"steps": 80}
-VARIANTS: dict[str, dict[str, float]] = {
+_ALL: dict[str, float | None] = {"sequences": None, "held_out": 16}
+VARIANTS: dict[str, dict[str, float | None]] = {
     "not refined": {"steps": 0},
     "20 steps": {"steps": 20, "sequences": 32},
     "80 steps": _HALF,
@@ -43,10 +45,18 @@ VARIANTS: dict[str, dict[str, float]] = {
     "80 steps, windows of two, 40 each, half in nats": _HALF | {"steps": 40, "window": 2, "curvature": 0.5},
     "160 steps": _LONG,
     "160 steps, half of the loss in nats": _LONG | {"curvature": 0.5},
-    "160 steps, last block on logits": _LONG | {"logits": 1},
     "320 steps": _LONG | {"steps": 320},
     "640 steps": _LONG | {"steps": 640},
+    "20 steps, 96 sequences": {"steps": 20, "sequences": 96, "held_out": 16},
+    "20 steps, all text": _ALL | {"steps": 20},
+    "60 steps, all text": _ALL | {"steps": 60},
+    "20 steps, all text; last block on logits": _ALL | {"steps": 20, "logit_steps": 60, "logits": 1},
+    "20 steps, all text; all blocks on logits": _ALL | {"steps": 20, "logit_steps": 60},
+    "20 steps, all text; all blocks on logits, rate 3e-4": _ALL | {"steps": 20, "logit_steps": 60, "logit_rate": 3e-4},
+    "20 steps, all text; scales": _ALL | {"steps": 20, "scale_steps": 60},
 }
+# What is done after the blocks, which variants that have the rest in common share.
+_END = {"logit_steps", "logits", "logit_rate", "scale_steps", "scale_rate"}
 
 
 class Bench:
@@ -63,7 +73,7 @@ class Bench:
         self.head = Head(model)
         self.references = {name: hidden_states(model, text, 4) for name, text in self.measured.items()}
 
-    def run(self, name: str, values: dict[str, float], keep: float) -> dict[str, float]:
+    def run(self, name: str, values: dict[str, float | None], keep: float) -> dict[str, float]:
         """Refines in one way, measures, and gives the model back as it was."""
         prepared, args = self.prepared, self.args
         structure, model = prepared.structure, prepared.model
@@ -73,26 +83,39 @@ class Bench:
         layers = args.layers or structure.num_layers
         start, used = time.perf_counter(), time.process_time()
         if settings.active:
-            place = "".join(c if c.isalnum() else "-" for c in f"{name}-{keep}-{layers}-{args.calibration}")
-            store = BlockStore(args.cache / f"refinement-{place}")
-            refiner = Refiner(
-                prepared.subject,
-                prepared.store,
-                ranks,
-                self.texts.calibration,
-                chosen("kfac"),
-                settings,
-                Calibration(),
-                prepared.statistics,
-            )
-            refiner.layers = layers
-            refiner.run(store, Reporter())
+            store = self._place(values, keep)
+            blocks = {key: value for key, value in values.items() if key not in _END}
+            if blocks != values:
+                self._refine(blocks, ranks, self._place(blocks, keep))
+                if not store.folder.exists():
+                    shutil.copytree(self._place(blocks, keep).folder, store.folder)
+                start, used = time.perf_counter(), time.process_time()  # of the end alone
+            self._refine(values, ranks, store)
             made = [stored_block(store, prepared.subject, n) for n in range(layers)]
         else:
             made = [compressed_block(prepared.subject, n, prepared.store.load(n), ranks) for n in range(layers)]
         seconds = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - used}
         with with_blocks(model, structure, made):
             return self.scores() | seconds
+
+    def _place(self, values: dict[str, float | None], keep: float) -> BlockStore:
+        name = "-".join(f"{key}{value}" for key, value in values.items())
+        layers = self.args.layers or "all"
+        return BlockStore(self.args.cache / f"refinement-{name}-{keep}-{layers}-{self.args.calibration}")
+
+    def _refine(self, values: dict[str, float | None], ranks: Ranks, store: BlockStore) -> None:
+        refiner = Refiner(
+            self.prepared.subject,
+            self.prepared.store,
+            ranks,
+            self.texts.calibration,
+            chosen("kfac"),
+            Refinement.model_validate(values),
+            Calibration(),
+            self.prepared.statistics,
+        )
+        refiner.layers = self.args.layers or refiner.layers
+        refiner.run(store, Reporter())
 
     def scores(self) -> dict[str, float]:
         """Perplexity, and nats a token of the divergence, on each text."""
