@@ -41,6 +41,7 @@ ROOMS = (
     "report",
     "tune",
     "runs",
+    "distill",
     "comparison",
     "testing",
     "listing",

@@ -27,7 +27,19 @@ from bolaco.recipe.recipe import load_recipe
 from tests.command import PROGRESS, bolaco, compress, furnish, info, ok, snapshot
 from tests.models import save_tiny, tiny_llama
 
-COMMANDS = ("compress", "compare", "run", "eval", "tune", "generate-text", "bench", "inspect", "export", "methods")
+COMMANDS = (
+    "compress",
+    "compare",
+    "run",
+    "eval",
+    "tune",
+    "generate-text",
+    "distill",
+    "bench",
+    "inspect",
+    "export",
+    "methods",
+)
 METHOD_NAMES = sorted({*METHODS.names(), *SYSTEMS})
 GOLDEN = Path(__file__).parent / "golden"
 LINEARS = 15_360  # of the tiny Llama: 2 x (32x32 + 2 x 16x32 + 32x32 + 3 x 32x48)
@@ -103,7 +115,7 @@ def test_every_command_has_help(command: str) -> None:
 
 def test_help_lists_every_command() -> None:
     listed = re.findall(r"^    ([\w-]+)(?: |$)", bolaco("--help").out, re.MULTILINE)
-    assert listed == list(COMMANDS)
+    assert listed == [*COMMANDS, "completion"]
 
 
 def test_version() -> None:

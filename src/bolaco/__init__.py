@@ -17,13 +17,14 @@ from bolaco.models.lowrank import register_when_imported
 from bolaco.version import __version__
 
 if TYPE_CHECKING:
-    from bolaco.api import compare, compress, evaluate, evaluate_tasks, export, generate_text, load, tune
+    from bolaco.api import compare, compress, distill, evaluate, evaluate_tasks, export, generate_text, load, tune
 
-_LAZY = ("compare", "compress", "evaluate", "evaluate_tasks", "export", "generate_text", "load", "tune")
+_LAZY = ("compare", "compress", "distill", "evaluate", "evaluate_tasks", "export", "generate_text", "load", "tune")
 __all__ = [
     "__version__",
     "compare",
     "compress",
+    "distill",
     "evaluate",
     "evaluate_tasks",
     "export",

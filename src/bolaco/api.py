@@ -18,6 +18,7 @@ from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
 from bolaco.data.memory import Data, InMemory
+from bolaco.distill.run import Distilled
 from bolaco.errors import DataError, RecipeError
 from bolaco.evaluation.perplexity import PerplexityResult, evaluation_windows, perplexity
 from bolaco.evaluation.tasks import TaskResult, TaskSet, evaluate_tasks, read_tasks
@@ -37,6 +38,7 @@ __all__ = [
     "TaskSet",
     "compare",
     "compress",
+    "distill",
     "evaluate",
     "evaluate_tasks",
     "export",
@@ -187,6 +189,45 @@ def tune(
     settings = make_settings(model, {"mode": mode, "data": data} | words, options)
     place = Path(out).expanduser()
     return run_tune(settings, place, reporter or Reporter.watched(), _folder(work), keep_work)
+
+
+def distill(
+    teacher: str,
+    task: str,
+    out: str | Path,
+    *,
+    until: str = "student",
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    options: dict[str, Any] | None = None,
+    **words: Any,
+) -> Distilled:
+    """Makes a tiny classifier with a store of what a large model knows of a task (RetriKT, arXiv 2310.15594).
+
+    Args:
+        teacher: whatever :func:`compress` takes by name; it is not changed.
+        task: labelled texts, a JSON Lines file of ``{"text": ..., "label": ...}``.
+        out: folder to write; must not exist. :class:`bolaco.distill.predict.Predictor` reads it.
+        until: stop after ``prompt``, ``reinforce`` or ``store``; the work folder then stays, and the next stage goes on
+            from it.
+        work: folder of finished stages, ``<out>.work`` by default; removed on success, continued from after an
+            interruption.
+        keep_work: keep it.
+        reporter: where progress goes; by default to a terminal or a notebook if there is one.
+        options: fields of :class:`bolaco.distill.settings.Distillation` by dotted name.
+        words: ``student``, ``labels``, ``evaluation``, ``seed``, ``dtype``, ``device``.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    from bolaco.distill.run import distill as run_distillation
+    from bolaco.distill.settings import make_settings
+
+    named = {("student.config" if word == "student" else word): value for word, value in words.items()}
+    settings = make_settings({"teacher": teacher, "task": task} | named, options)
+    place = Path(out).expanduser()
+    return run_distillation(settings, place, reporter or Reporter.watched(), _folder(work), keep_work, until)
 
 
 def generate_text(

@@ -306,6 +306,52 @@ def _generate_text(args: argparse.Namespace, console: Console) -> None:
     console.print(f"{found.texts:,} texts of {found.tokens:,} tokens written to {found.path}")
 
 
+def _distill(args: argparse.Namespace, console: Console) -> None:
+    if args.stage == "predict":
+        _predict(args, console)
+        return
+    if args.data is not None or args.items:
+        raise RecipeError("--data and --items are of `distill predict`; labelled texts to report on: --eval")
+    if args.task is None:
+        raise RecipeError("--task FILE is missing: the labelled texts")
+    from bolaco.api import distill
+    from bolaco.distill.tables import distilled_table
+
+    result = distill(
+        args.model,
+        args.task,
+        args.out,
+        until=args.stage or "student",
+        student=args.student,
+        labels=None if args.labels is None else tuple(args.labels.split(",")),
+        evaluation=args.evaluation,
+        seed=args.seed,
+        dtype=args.dtype,
+        device=args.device,
+        options=_settings(args.set),
+        work=args.work,
+        keep_work=args.keep_work,
+        reporter=_reporter(args),
+    )
+    if result.info is not None:
+        console.print(distilled_table(result.info))
+    console.print(f"written to {result.path}")
+
+
+def _predict(args: argparse.Namespace, console: Console) -> None:
+    given = [name for name in ("task", "student", "labels", "evaluation", "work") if getattr(args, name) is not None]
+    if given or args.set:
+        raise RecipeError(f"distill predict takes --data, --items and --device, not --{(given or ['set'])[0]}")
+    if args.data is None:
+        raise RecipeError("--data FILE is missing: the texts to answer")
+    from bolaco.distill.predict import Predictor, predict_file
+
+    predictor = Predictor(args.model, device=args.device or "auto")
+    found = predict_file(predictor, args.data, Path(args.out).expanduser(), args.items)
+    right = "" if found.accuracy is None else f", {found.accuracy:.4f} of the labelled ones right"
+    console.print(f"{found.texts:,} texts answered{right}; written to {args.out}")
+
+
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
     from bolaco.report.tables import (
@@ -415,7 +461,7 @@ def _asked_to_end() -> Iterator[None]:
 
 
 # What is kept in a work folder, so that the same command goes on.
-_RESUMED = ("compress", "compare", "run", "tune", "generate-text")
+_RESUMED = ("compress", "compare", "run", "tune", "generate-text", "distill")
 _COMMANDS = {
     "compress": _compress,
     "compare": _compare,
@@ -423,6 +469,7 @@ _COMMANDS = {
     "eval": _eval,
     "tune": _tune,
     "generate-text": _generate_text,
+    "distill": _distill,
     "bench": _bench,
     "inspect": _inspect,
     "export": _export,

@@ -24,6 +24,8 @@ examples:
   bolaco compare smollm2-135m --methods default,kfac-svd,svd-llm --keep 0.9,0.8 --calibration c4.jsonl \
     --eval wikitext.txt -o compared
   bolaco generate-text smollm2-135m --sequences 200 -o own.jsonl
+  bolaco distill smollm2-135m --task labelled.jsonl -o tiny
+  bolaco distill predict tiny --data texts.jsonl -o answers.jsonl
   bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
@@ -38,6 +40,7 @@ An interrupted run continues when the same command is given again.
 
 # Those that completion is made for.
 SHELLS = ("bash", "zsh", "fish")
+DISTILL_STAGES = ("prompt", "reinforce", "store", "student", "predict")
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -159,6 +162,32 @@ def command_parser() -> argparse.ArgumentParser:
     _placement(generate)
     _work(generate, "texts that are finished")
 
+    distill = commands.add_parser("distill", help="a tiny classifier, with a store of what a large model knows")
+    distill.add_argument(
+        "stage",
+        metavar="STAGE",
+        nargs="?",
+        choices=DISTILL_STAGES,
+        help="stop after it (prompt, reinforce, store, student), or predict: answer the texts of --data; default: all",
+    )
+    distill.add_argument("model", metavar="TEACHER", help="the large model; of predict, a folder written before")
+    distill.add_argument("--task", metavar="FILE", help='labelled texts, {"text": .., "label": ..} in each line')
+    distill.add_argument("--student", metavar="SPEC", help="MODEL_TYPE:FIELD=VALUE,.. or a config.json (2-layer BERT)")
+    distill.add_argument("--labels", metavar="A,B,..", help="labels of the task (those that occur)")
+    distill.add_argument(
+        "--eval", metavar="FILE", dest="evaluation", help="labelled texts to report on (a part of --task)"
+    )
+    distill.add_argument("--data", metavar="FILE", help="of predict: texts to answer, a line each as in --task")
+    distill.add_argument(
+        "--items", type=int, default=0, metavar="N", help="of predict: nearest store texts to show (0)"
+    )
+    distill.add_argument("--seed", type=int)
+    distill.add_argument("--dtype", choices=DTYPES, help="of the teacher in memory; auto: as stored")
+    distill.add_argument("--device", help=WORDS["device"].help)
+    _settings(distill, "any other field, such as reinforce.algorithm=ppo or store.samples=5000")
+    distill.add_argument("-o", "--out", required=True, help="folder to write, of predict a file; must not exist")
+    _work(distill, "finished stages")
+
     bench = commands.add_parser("bench", help="speed and memory of models, side by side")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
     bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
@@ -187,7 +216,7 @@ def command_parser() -> argparse.ArgumentParser:
 
     completion = commands.add_parser("completion", help="print what completes these words in a shell")
     completion.add_argument("shell", choices=SHELLS)
-    for command in (compress, compare, run, evaluate, tune, generate, bench):
+    for command in (compress, compare, run, evaluate, tune, generate, distill, bench):
         _loudness(command)
     return parser
 

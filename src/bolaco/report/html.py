@@ -81,10 +81,15 @@ def _log_gap(after: float, before: float) -> float | None:
     return math.log(after / before)
 
 
-def _bars(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+def bars_of(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
     """For each stage its name, its seconds, and the length of its bar in percent of the longest."""
     longest = max(seconds.values(), default=0.0) or 1.0
     return [(stage, value, round(100 * value / longest, 1)) for stage, value in seconds.items()]
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page from a template of this folder, with what all pages have."""
+    return _environment().get_template(template).render(**values)
 
 
 def _rank_rows(ranks: Ranks) -> list[tuple[int, list[str]]]:
@@ -107,7 +112,7 @@ def _result(ident: str, info: CompressedInfo | RowResult, curves: Curves) -> dic
         "spectra": spectrum_charts(f"{ident}-spectrum", info.ranks, curves),
         "refinement": refinement_chart(f"{ident}-refinement", curves),
         "ends": end_charts(f"{ident}-end", curves),
-        "bars": _bars(info.seconds),
+        "bars": bars_of(info.seconds),
         "total": sum(info.seconds.values()),
     }
 
@@ -174,7 +179,7 @@ def tuned_page(info: CompressedInfo | TunedInfo, name: str) -> str:
             ppl=ppl,
             log_gap=_log_gap(ppl.after, ppl.before),
             loss=loss_chart("loss", tuning.curve),
-            bars=_bars(tuning.seconds),
+            bars=bars_of(tuning.seconds),
             total=sum(tuning.seconds.values()),
             settings=yaml.safe_dump(tuning.settings, sort_keys=False),
         )
@@ -203,6 +208,6 @@ def comparison_page(record: ComparisonRecord) -> str:
                 (row, _result(f"row-{i}", row, row.curves) if isinstance(row, RowResult) else None)
                 for i, row in enumerate(record.rows)
             ],
-            shared=_bars(record.seconds),
+            shared=bars_of(record.seconds),
         )
     )
