@@ -9,9 +9,9 @@ of each kind to report on, none of which is learned from). Chance is 1/6.
 
 At 64 and at 256 labelled texts: the prompted teacher; a student alone; with distillation on the labelled texts; with
 distillation on texts that the teacher has generated, without a store, which is the fair control; with the store; and
-with a store whose labels are shuffled, which must hurt. Every student has the same steps. The small size has one draw of
-labelled texts and one teacher's store for all seeds; --full has a draw and a store for each. Standard errors are over
-seeds. Stages and results are remembered in --cache.
+with a store whose labels are shuffled, which must hurt. Every student has the same steps. The small size has one draw
+of labelled texts and one teacher's store for all seeds; --full has a draw and a store for each. Standard errors are
+over seeds. Stages and results are remembered in --cache.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ class Reinforcement:
         """
         teacher, prompts = self.teacher, self.prompts
         texts = teacher.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        read = teacher.encode(in_template(self.prompting.template, texts), len(prompts.classify), "generated text")
+        read = teacher.encode(in_template(self.prompting.template, texts), len(prompts.classify), None)
         judged = teacher.judge(prompts.classify, read, prompts.tokens, self.prompting.batch)
         certainty = judged.probabilities[torch.arange(len(labels)), labels]
         embeddings = nn.functional.normalize(judged.embeddings - self.center, dim=1)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bolaco.checkpoint.info import versions
+from bolaco.data.written import Writing, check_length
 from bolaco.distill.measure import measured
 from bolaco.distill.page import distilled_page
 from bolaco.distill.predict import STORE
@@ -31,7 +32,14 @@ from bolaco.distill.study import study
 from bolaco.distill.task import Task, read_task
 from bolaco.distill.teacher import Teacher, answers, save_prompt
 from bolaco.errors import DataError, ResumeError
-from bolaco.models.load import check_finite, load_model, load_tokenizer, resolve_device, weights_fingerprint
+from bolaco.models.load import (
+    check_finite,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    weights_fingerprint,
+)
 from bolaco.progress import Reporter
 from bolaco.report.html import REPORT_FILE
 from bolaco.runs.session import Session, begin
@@ -120,8 +128,9 @@ def distill(
         student_config(settings.student.config, texts.known.labels, settings.student.vocabulary)
         with session.clock.timed("load"):
             reporter.say(f"loading {settings.teacher}")
-            tokenizer = load_tokenizer(settings.teacher)
+            config, tokenizer = load_config(settings.teacher), load_tokenizer(settings.teacher)
             _, words = answers(tokenizer, texts.known.labels)
+            check_length(Writing(length=settings.reinforce.length), config, 2 * settings.prompt.vectors)
             model = load_model(settings.teacher, settings.dtype, settings.device)
             check_finite(model)
         if not words:

@@ -145,8 +145,10 @@ class Kept:
     uncertain: dict[str, int]
 
 
-def judged(teacher: Teacher, prompts: Prompts, texts: Sequence[str], settings: Distillation, what: str) -> Judgement:
-    """What the teacher thinks of texts.
+def judged(
+    teacher: Teacher, prompts: Prompts, texts: Sequence[str], settings: Distillation, what: str | None
+) -> Judgement:
+    """What the teacher thinks of texts; ``what`` they are, or None to cut those that are too long.
 
     Raises:
         DataError: one is too long for it.
@@ -202,7 +204,7 @@ def build_store(
             counts["copies"][name] += len(texts) - len(new)
             if not new:
                 continue
-            found = judged(teacher, prompts, new, settings, "generated text")
+            found = judged(teacher, prompts, new, settings, None)
             certain = found.probabilities[:, label] >= settings.store.certainty
             counts["uncertain"][name] += int((~certain).sum())
             places = _unit(found.embeddings - center)

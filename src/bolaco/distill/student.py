@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from bolaco.distill.prompt import batch_of
 from bolaco.distill.settings import Studying
@@ -22,7 +23,7 @@ from bolaco.distill.store import Store
 from bolaco.errors import DataError, RecipeError
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import positions_of
-from bolaco.settings import parsed_json, parsed_yaml
+from bolaco.settings import meant, parsed_json, parsed_yaml
 
 _PAD, _UNKNOWN, _START = "[PAD]", "[UNK]", "[CLS]"
 _EVERY = 100  # steps between two states that are kept
@@ -47,7 +48,7 @@ def parsed_spec(spec: str) -> dict[str, Any]:
             if not equals:
                 raise RecipeError(f"student {spec}: expected FIELD=VALUE, not {pair!r}")
             values[name.strip()] = parsed_yaml(value)
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+    if not isinstance(values, dict) or not values.get("model_type") or not isinstance(values["model_type"], str):
         raise RecipeError(f"student {spec}: expected MODEL_TYPE:FIELD=VALUE,.. or a config.json with a model_type")
     return values
 
@@ -60,6 +61,10 @@ def student_config(spec: str, labels: Sequence[str], vocabulary: int) -> Any:
     """
     values = parsed_spec(spec)
     kind = values.pop("model_type")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise RecipeError(
+            f"student {spec}: transformers has no models of type {kind!r}{meant(kind, CONFIG_MAPPING_NAMES)}"
+        )
     own = {
         "vocab_size": vocabulary,
         "num_labels": len(labels),
@@ -68,12 +73,14 @@ def student_config(spec: str, labels: Sequence[str], vocabulary: int) -> Any:
         "pad_token_id": 0,
     }
     try:
-        config = AutoConfig.for_model(kind, **(values | own))
+        config: Any = AutoConfig.for_model(kind, **(values | own))
         with torch.device("meta"), quiet():
             AutoModelForSequenceClassification.from_config(config)
     except Exception as error:  # any value can be in it
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"student {spec}: no classifier can be made of it: {reason}") from error
+    if config.is_encoder_decoder:
+        raise RecipeError(f"student {spec}: an encoder with a decoder; name a model that is one of them")
     return config
 
 

@@ -56,14 +56,21 @@ class Teacher:
         """Of an embedded token."""
         return int(self._embed.weight.shape[1])
 
-    def encode(self, texts: Sequence[str], vectors: int, what: str) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], vectors: int, what: str | None) -> list[list[int]]:
         """Token ids of texts, without special tokens.
 
+        Args:
+            texts: the texts.
+            vectors: of the prompt that is put before them.
+            what: they are, for the message; None cuts what is too long.
+
         Raises:
-            DataError: one of them does not fit behind a prompt of so many vectors.
+            DataError: one of them does not fit behind the prompt.
         """
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         positions = positions_of(self.model.config)
+        if what is None:
+            return rows if positions is None else [row[: positions - vectors] for row in rows]
         for number, row in enumerate(rows, 1):
             if positions is not None and len(row) + vectors > positions:
                 raise DataError(
@@ -148,7 +155,7 @@ class Teacher:
         with torch.no_grad():
             for numbers in by_length(rows, batch):
                 logits, mean = self.label_logits(prompt, [rows[n] for n in numbers], tokens)
-                probabilities[numbers] = logits.softmax(-1).cpu()
+                probabilities[numbers] = logits.softmax(-1).float().cpu()
                 embeddings[numbers] = mean.cpu()
         return Judgement(probabilities, embeddings)
 
