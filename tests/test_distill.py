@@ -340,6 +340,8 @@ def test_the_commands_of_the_document_run(place: Path) -> None:
             # The document's own settings win.
             place_of = words.index("--task")
             words[place_of:place_of] = toy_words()
+        if words[0] == "generate-text":
+            words += ["--sequences", "3", "--length", "8", "--batch", "5"]
         assert main(words) == 0, line
     (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(compile(example, "distill.md", "exec"), {})  # noqa: S102 - our own document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,29 @@ def test_a_compressed_model_writes_too(tmp_path: Path) -> None:
     assert found.texts == 2
     with pytest.raises(RecipeError, match="lenght: there is no such field; did you mean 'length'"):
         bolaco.generate_text("model", 2, tmp_path / "other.jsonl", lenght=8)
+
+
+def test_text_like_other_text(place: Path) -> None:
+    rows = [{"text": "cold winter river . cold winter river ."}, {"text": "cold river winter ."}] * 12
+    Path("cold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["generate-text", "model", "--sequences", "12", "--length", "10", "--batch", "12"]
+    ok(*words, "-o", "plain.jsonl")
+    like = [*words, "--like", "cold.jsonl", "-o"]
+    said = ok(*like, "cold-too.jsonl").out
+    found = re.search(r"([\d.]+) nats a token behind the prompt, ([\d.]+) at first", said)
+    assert float(found[1]) < 0.5 * float(found[2])
+
+    def share(file: str) -> float:
+        texts = [json.loads(line)["text"] for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        said = " ".join(texts).split()
+        return sum(word in ("cold", "winter", "river") for word in said) / len(said)
+
+    assert share("cold-too.jsonl") > share("plain.jsonl") + 0.3
+    assert killed("bolaco.data.written.write_text", 1, "after", [*like, "x"]).returncode == -9
+    ok(*like, "x")
+    assert Path("x").read_bytes() == Path("cold-too.jsonl").read_bytes()
+    Path("empty.txt").write_text("  ", encoding="utf-8")
+    assert "empty.txt: there is no text in it" in command(*words, "--like", "empty.txt", "-o", "y").err
 
 
 # --- calibration on it --------------------------------------------------------------------------------------------

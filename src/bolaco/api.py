@@ -18,6 +18,8 @@ from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
 from bolaco.data.memory import Data, InMemory
+from bolaco.distill.generate_text import WrittenTexts, make_generation
+from bolaco.distill.generate_text import generate_text as write_texts
 from bolaco.distill.run import Distilled
 from bolaco.errors import DataError, RecipeError
 from bolaco.evaluation.perplexity import PerplexityResult, evaluation_windows, perplexity
@@ -29,8 +31,6 @@ from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
 from bolaco.runs.given import fitted, named, named_words
 from bolaco.runs.tuned import compress_and_tune
-from bolaco.runs.written import WrittenTexts, make_generation
-from bolaco.runs.written import generate_text as write_texts
 from bolaco.settings import merge
 
 __all__ = [
@@ -235,6 +235,7 @@ def generate_text(
     sequences: int,
     out: str | Path,
     *,
+    like: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     work: str | Path | None = None,
@@ -248,6 +249,7 @@ def generate_text(
         model: whatever :func:`compress` takes by name.
         sequences: how many texts; none is empty or a copy of another.
         out: file to write, ``{"text": ...}`` a line; must not exist.
+        like: a text source; a soft prompt is trained on it, behind which the model writes such texts.
         dtype, device: of the model.
         work: folder of finished batches, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
@@ -259,7 +261,7 @@ def generate_text(
     Raises:
         BolacoError: with one line that says what to mend.
     """
-    settings = make_generation(model, sequences, dtype, device, words)
+    settings = make_generation(model, sequences, like, dtype, device, words)
     return write_texts(settings, Path(out).expanduser(), reporter or Reporter.watched(), _folder(work), keep_work)
 
 

@@ -302,7 +302,13 @@ def _generate_text(args: argparse.Namespace, console: Console) -> None:
 
     words = {word: value for word in _WRITING if (value := getattr(args, word)) is not None}
     places: dict[str, Any] = {"work": args.work, "keep_work": args.keep_work, "reporter": _reporter(args)}
-    found = generate_text(args.model, args.sequences, args.out, dtype=args.dtype, device=args.device, **places, **words)
+    places |= {"like": args.like, "dtype": args.dtype, "device": args.device}
+    found = generate_text(args.model, args.sequences, args.out, **places, **words)
+    if found.losses is not None:
+        before, after = found.losses
+        console.print(
+            f"held-out texts of {args.like}: {after:.3f} nats a token behind the prompt, {before:.3f} at first"
+        )
     console.print(f"{found.texts:,} texts of {found.tokens:,} tokens written to {found.path}")
 
 

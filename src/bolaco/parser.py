@@ -153,6 +153,9 @@ def command_parser() -> argparse.ArgumentParser:
     generate.add_argument("model", metavar="MODEL")
     generate.add_argument("--sequences", type=int, required=True, metavar="N", help="texts to write")
     generate.add_argument("-o", "--out", required=True, metavar="FILE", help="JSON Lines to write; must not exist")
+    generate.add_argument(
+        "--like", metavar="SRC", help="write such texts, behind a soft prompt that is trained on them"
+    )
     generate.add_argument("--length", type=int, metavar="N", help="tokens of a text at most (1024)")
     generate.add_argument("--greedy", type=int, metavar="N", help="of these, the likeliest ones after the first (4)")
     generate.add_argument("--temperature", type=float, metavar="X", help="of the sampling (1)")

@@ -58,7 +58,7 @@ class Studying(Section):
 
     config: str = Field(STUDENT, description="MODEL_TYPE:FIELD=VALUE,.. of transformers, or a config.json")
     vocabulary: int = Field(6000, gt=10, description="tokens of the student's own tokenizer at most")
-    length: int = Field(128, ge=4, description="tokens of a text at most")
+    length: int = Field(256, ge=4, description="tokens of a text at most")
     steps: int = Field(400, gt=0)
     batch: int = Field(32, gt=0)
     learning_rate: float = Field(1e-3, gt=0)

@@ -1,32 +1,21 @@
-"""Texts that the model writes itself: the stage of a run that calibrates on them, and the run that is nothing else."""
+"""Texts that the model writes itself: the stage of a run that calibrates on them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-from pydantic import Field, ValidationError
+from dataclasses import replace
 
 from bolaco.data.memory import InMemory
 from bolaco.data.sources import SELF, is_self
-from bolaco.data.written import Writer, Writing, check_length
-from bolaco.errors import RecipeError
+from bolaco.data.written import Writer, Writing
 from bolaco.models.load import (
     check_finite,
-    load_config,
     load_model,
-    load_tokenizer,
-    resolve_device,
     weights_fingerprint,
 )
 from bolaco.models.weights import stored_weights
-from bolaco.progress import Reporter
 from bolaco.recipe.recipe import Recipe
-from bolaco.runs.session import Session, Source, begin, texts_for
-from bolaco.settings import Section, Values, problems
-from bolaco.work.folder import LOG_FILE, WorkFolder, work_beside
+from bolaco.runs.session import Session, Source, texts_for
 
 
 def with_own_text(recipes: Iterable[Recipe], source: Source, session: Session, more: tuple[str, ...] = ()) -> Source:
@@ -101,66 +90,3 @@ class _Counted:
             self._sum += len(self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         self._texts = len(texts)
         return self._sum
-
-
-class Generation(Section):
-    """What ``bolaco generate-text`` depends on."""
-
-    model: str
-    sequences: int = Field(gt=0, description="texts to write")
-    writing: Writing = Writing()
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-def make_generation(model: str, sequences: int, dtype: str, device: str, writing: Values) -> Generation:
-    """The settings of a run.
-
-    Raises:
-        RecipeError: one is unknown or out of range.
-    """
-    values = {"model": model, "sequences": sequences, "writing": writing, "dtype": dtype, "device": device}
-    try:
-        return Generation.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(problems(error, section=Generation).replace("writing.", "")) from None
-
-
-@dataclass(frozen=True)
-class WrittenTexts:
-    """A file of texts, one JSON object ``{"text": ...}`` a line, and how much is in it."""
-
-    path: Path
-    texts: int
-    tokens: int
-
-
-def generate_text(
-    settings: Generation, out: Path, reporter: Reporter, work: Path | None = None, keep_work: bool = False
-) -> WrittenTexts:
-    """Lets a model write texts, and writes them to the file ``out``.
-
-    Raises:
-        BolacoError: anything the user can mend, in one line.
-    """
-    work = work_beside(out, work, settings)
-    resolve_device(settings.device)
-    with WorkFolder(work, settings, out) as folder, reporter.logged(folder.path / LOG_FILE):
-        tokenizer = load_tokenizer(settings.model)
-        if not folder.taken_up(reporter, keep_work):
-            session = begin(folder, settings, reporter)
-            check_length(settings.writing, load_config(settings.model))
-            reporter.say(f"loading {settings.model}")
-            model = load_model(settings.model, settings.dtype, settings.device)
-            check_finite(model)
-            identity = f"{weights_fingerprint(model)} {model.device.type}"
-            place = folder.artefact("written", model=identity, writing=settings.writing).path
-            writer = Writer(model, tokenizer, settings.writing, place)
-            with session.reporter.stage("write", settings.sequences) as tick:
-                texts = writer.until(lambda found: len(found) >= settings.sequences, tick)[: settings.sequences]
-            with folder.output_file(out) as partial:
-                partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-            folder.close(keep_work)
-    written = [json.loads(line)["text"] for line in out.read_text(encoding="utf-8").splitlines()]
-    tokens = sum(len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in written)
-    return WrittenTexts(out, len(written), tokens)
