@@ -157,7 +157,8 @@ class Bench:
         settings, test = stages.settings, stages.texts.reported
         values = Studying.model_validate(settings.student.model_dump() | ARMS[arm])
         start = time.perf_counter()
-        place = stages.session.folder.path / f"student-{''.join(c for c in arm if c.isalnum())}-{seed}.safetensors"
+        key = {"teacher": stages.identity, "settings": settings, "student": values, "seed": seed}
+        place = stages.session.folder.artefact("student", **key).path / "student.safetensors"
         studied = study(stages.store[0], values, settings.store.held_out, seed, place)
         _, answer = answers_of(studied, test.texts, test.name)
         found = {
@@ -207,7 +208,7 @@ def main() -> None:
         for seed in range(args.seeds):
             drawn = seed if args.full else 0
             settings = bench.settings(labels, drawn)
-            with WorkFolder(args.cache / f"retrikt-{size}-{labels}-{drawn}.work", settings) as folder:
+            with WorkFolder(args.cache / f"retrikt-{labels}-{drawn}-{args.test}.work", settings) as folder:
                 made: list[Stages] = []
 
                 def stages(settings: Distillation = settings, folder: WorkFolder = folder, made: list = made) -> Stages:

@@ -32,7 +32,7 @@ class Reinforcing(Section):
     steps: int = Field(20, ge=0)
     batch: int = Field(32, ge=2, description="texts that are sampled in a step")
     length: int = Field(48, ge=4, description="tokens of a text at most")
-    learning_rate: float = Field(1e-2, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     kl_target: float = Field(6.0, gt=0, description="nats a text that the prompts may move from the supervised ones")
     kl_weight: float = Field(0.1, gt=0, description="of the divergence in the reward, at first; it adapts")
     diversity: float = Field(0.5, ge=0, description="weight of the similarity to what was generated before")
