@@ -268,6 +268,12 @@ def test_what_cannot_be_answered_is_one_line(place: Path) -> None:
     (empty / "store" / "items.jsonl").write_text("")
     with pytest.raises(DataError, match="the store is empty"):
         Predictor(empty, share=0.5)
+    mixed_up = copied(Path("out"), Path("mixed-up"))
+    info = json.loads((mixed_up / "distill.json").read_text(encoding="utf-8"))
+    (mixed_up / "distill.json").unlink()
+    (mixed_up / "distill.json").write_text(json.dumps(info | {"labels": ["winter", "summer"]}))
+    with pytest.raises(CheckpointError, match="the student tells 3 labels apart"):
+        Predictor(mixed_up)
     damaged = copied(Path("out"), Path("damaged"))
     (damaged / "distill.json").unlink()
     (damaged / "distill.json").write_text('{"teacher": "model"}')

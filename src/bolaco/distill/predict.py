@@ -15,7 +15,7 @@ from bolaco.distill.index import Index, make_index
 from bolaco.distill.record import DistilledInfo, Retrieval, read_distilled
 from bolaco.distill.store import Store, read_store
 from bolaco.distill.student import Student
-from bolaco.errors import CheckpointError, DataError
+from bolaco.errors import BolacoError, CheckpointError, DataError
 from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.settings import first_problem
@@ -114,11 +114,19 @@ class Predictor:
             with quiet():
                 model = AutoModelForSequenceClassification.from_pretrained(self.folder)
                 tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            model = model.to(resolve_device(device)).eval()
+            self.student = Student(model, tokenizer, self.info.length)
+            # Its files can say what fails only then.
+            own, place = self.student.read(self.student.encode(["a"], "a text"))
+        except BolacoError:
+            raise
         except Exception as error:  # files can hold anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"{self.folder}: the student cannot be loaded ({reason})") from error
-        model = model.to(resolve_device(device)).eval()
-        self.student = Student(model, tokenizer, self.info.length)
+        if own.shape[1] != len(self.info.labels):
+            raise CheckpointError(
+                f"{self.folder}: the student tells {own.shape[1]} labels apart, distill.json has {len(self.info.labels)}"
+            )
         known = self.info.retrieval
         self.retrieval = Retrieval(
             neighbours=known.neighbours if neighbours is None else neighbours,
@@ -126,8 +134,8 @@ class Predictor:
             temperature=known.temperature,
         )
         self.store = read_store(self.folder / STORE, self.info.labels) if self.retrieval.share else None
-        if self.store is not None and self.store.keys is None:
-            raise CheckpointError(f"{self.folder / STORE}: has no keys; the student has not read it")
+        if self.store is not None and (self.store.keys is None or self.store.keys.shape[1:] != place.shape[1:]):
+            raise CheckpointError(f"{self.folder / STORE}: has no keys of this student, which has not read it")
 
     def probabilities(self, texts: Sequence[str], what: str = "texts") -> tuple[Tensor, Tensor | None]:
         """Of each label ``[texts, labels]``, and the numbers of the nearest items ``[texts, neighbours]``.

@@ -113,8 +113,9 @@ def read_store(folder: Path, labels: Sequence[str]) -> Store:
     try:
         lines = (folder / _ITEMS).read_text(encoding="utf-8").splitlines()
         items = tuple(TypeAdapter(Item).validate_json(line) for line in lines if line.strip())
-    except OSError as error:
-        raise CheckpointError(f"{folder / _ITEMS}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8 text"
+        raise CheckpointError(f"{folder / _ITEMS}: cannot be read ({reason})") from None
     except ValidationError as error:
         raise CheckpointError(f"{folder / _ITEMS}: damaged ({error.errors()[0]['msg']})") from None
     if not items:
