@@ -125,7 +125,7 @@ class Predictor:
             raise CheckpointError(f"{self.folder}: the student cannot be loaded ({reason})") from error
         if own.shape[1] != len(self.info.labels):
             raise CheckpointError(
-                f"{self.folder}: the student tells {own.shape[1]} labels apart, distill.json has {len(self.info.labels)}"
+                f"{self.folder}: the student has {own.shape[1]} labels, distill.json has {len(self.info.labels)}"
             )
         known = self.info.retrieval
         self.retrieval = Retrieval(
