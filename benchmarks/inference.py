@@ -1,32 +1,38 @@
-"""Speed of dense, two-factor and pivoted models, each beside the machine's own limit.
+"""Speed of dense, two-factor and pivoted models as they are loaded and fused, side by side in one process.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --hidden 2048 --intermediate 5632 --layers 4 --heads 32 --kv-heads 8
 
-Prefill is compared with what the matrices' floating-point operations would take at the speed of one large product,
-decoding with what reading all weights once would take at the speed memory is read. Every model runs in a process of
-its own, so that peak memory is its own. Weights are random: speed does not depend on their values.
+Every round takes one step of each model in turn, so that what else the machine does meets all of them; ratios are
+medians over the rounds. "Over dense" is over the dense model in its own best layout, which is fused as well.
+"To bytes" and "to MACs" are that ratio over what weights to read, or operations, alone would allow. ``--profile`` says
+where the time of a step goes. Weights are random: speed does not depend on their values.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from bolaco.evaluation.speed import decode_seconds, median_seconds
 from bolaco.layers import PivotedLinear, install_layers
 from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
+from bolaco.runtime.fuse import fuse
 from bolaco.storage.storage import STORAGES
-from common import print_table
+from common import median, print_table
 
-PREFILL, DECODE = 256, 16
+PREFILL, PROMPT = 256, 32
+# Operations of torch by what they are for.
+PRODUCTS = ("mm", "addmm", "mv", "addmv", "bmm", "mkldnn_linear", "_linear_pointwise", "linear", "_mkl_linear")
+MOVES = ("cat", "index_select", "copy_", "gather")
 
 
 def config_of(args: argparse.Namespace):
@@ -71,42 +77,62 @@ def build(config, kind: str, keep: float, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def limits(dtype: torch.dtype) -> dict[str, float]:
-    """Operations per second of a large product, and bytes per second of reading weights that no cache holds."""
-    a, b = torch.randn(2048, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    flops = 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
-    big, vector = torch.randn(8192, 16384).to(dtype), torch.randn(16384).to(dtype)
-    read = big.numel() * big.element_size() / median_seconds(lambda: big @ vector, 5)
-    total = big.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    streamed = big.numel() * big.element_size() / median_seconds(lambda: total.max(), 5)
-    return {"flops": flops, "bytes": max(read, streamed)}
-
-
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """The child process: one model, both batch sizes."""
-    kind, keep, dtype = args.child[0], float(args.child[1]), getattr(torch, args.child[2])
-    if kind == "limits":
-        return limits(dtype)
-    model = build(config_of(args), kind, keep, dtype)
+def macs_of(model: nn.Module) -> int:
+    """Multiplications of the matrices for one token, without the head."""
     linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
-    result = {
-        "macs": float(sum(m.weight.numel() for m in linears)),
-        "bytes": float(sum(p.numel() * p.element_size() for p in model.parameters())),
-        "head": float(model.get_output_embeddings().weight.numel()),
+    return sum(m.weight.numel() for m in linears)
+
+
+def decoding(model: nn.Module, tokens: torch.Tensor) -> Callable[[], object]:
+    """One more token after a prompt, each time it is called."""
+    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
+    last = tokens[:, -1:]
+    return lambda: model(input_ids=last, past_key_values=cache, use_cache=True)
+
+
+def side_by_side(actions: list[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Seconds of each action in each round, after one that is not counted; every other round goes backwards."""
+    times: list[list[float]] = [[] for _ in actions]
+    for index in range(rounds + 1):
+        order = list(enumerate(actions))
+        for which, action in order if index % 2 else reversed(order):
+            start = time.perf_counter()
+            action()
+            if index:
+                times[which].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: list[float], reference: list[float]) -> float:
+    """How much faster than the reference, as the median over the rounds."""
+    return median([other / own for own, other in zip(times, reference, strict=True)])
+
+
+def where_time_goes(action: Callable[[], object], steps: int = 8) -> dict[str, float]:
+    """Milliseconds of one step in products, in moving numbers, and in everything else; and calls of torch."""
+    action()
+    start = time.perf_counter()
+    for _ in range(steps):
+        action()
+    total = (time.perf_counter() - start) / steps
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(steps):
+            action()
+    parts: dict[str, float] = defaultdict(float)
+    calls = 0
+    for event in seen.key_averages():
+        name = event.key.rpartition("::")[2]
+        kind = "products" if name in PRODUCTS else "moves" if name in MOVES else "other"
+        parts[kind] += event.self_cpu_time_total / 1e3 / steps
+        calls += event.count
+    return {
+        "step": 1e3 * total,
+        "products": parts["products"],
+        "moves": parts["moves"],
+        # The profiler makes every call longer, so that the rest is what is left of an unwatched step.
+        "rest": 1e3 * total - parts["products"] - parts["moves"],
+        "calls": calls / steps,
     }
-    with torch.inference_mode():
-        for batch in (1, 8):
-            tokens = torch.randint(0, 100, (batch, PREFILL), generator=torch.Generator().manual_seed(0))
-            run = lambda t=tokens: model.base_model(input_ids=t, use_cache=False)  # noqa: E731
-            result[f"prefill {batch}"] = batch * PREFILL / median_seconds(run, args.repeats)
-            result[f"decode {batch}"] = batch / decode_seconds(model, tokens[:, :32], DECODE)
-    result["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-    return result
-
-
-def child(args: argparse.Namespace, *words: object) -> dict[str, float]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", *map(str, words)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -114,35 +140,57 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--kinds", nargs="+", default=["two-factor", "pivoted"])
+    parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--profile", action="store_true", help="where the time of a decoding step goes")
     for name in ("hidden", "intermediate", "layers", "heads", "kv-heads"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        print(json.dumps(measure(args)))
-        return
-    header = ["model", "keep", "MACs"]
-    for batch in (1, 8):
-        header += [f"prefill x{batch}", "over dense", "of limit", f"decode x{batch}", "over dense", "of limit"]
-    header += ["weights, MB", "peak, MB"]
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, batch {args.batch}")
     for dtype in args.dtypes:
-        machine = child(args, "limits", 1, dtype)
-        print(f"\n{dtype}: {machine['flops'] / 1e9:.0f} GFLOP/s, {machine['bytes'] / 1e9:.1f} GB/s\n")
-        kinds = [("dense", 1.0)] + [(kind, keep) for keep in args.keep for kind in ("two-factor", "pivoted")]
-        results = [child(args, kind, keep, dtype) for kind, keep in kinds]
-        dense, rows = results[0], []
-        for (kind, keep), found in zip(kinds, results, strict=True):
-            row: list[object] = [kind, keep, found["macs"] / dense["macs"]]
-            for batch in (1, 8):
-                prefill, step = found[f"prefill {batch}"], found[f"decode {batch}"]
-                # Prefill needs no logits here; a decoding step reads every weight once for the whole batch.
-                best = machine["flops"] / (2 * found["macs"])
-                fastest = batch * machine["bytes"] / found["bytes"]
-                row += [prefill, prefill / dense[f"prefill {batch}"], prefill / best]
-                row += [step, step / dense[f"decode {batch}"], step / fastest]
-            rows.append([*row, found["bytes"] / 1e6, found["peak"] / 1e6])
-        print_table(header, rows)
+        table(args, dtype)
+
+
+def table(args: argparse.Namespace, dtype: str) -> None:
+    """All models in one number format."""
+    variants: list[tuple[str, float, bool]] = [("dense", 1.0, False), ("dense", 1.0, True)]
+    variants += [(kind, keep, fused) for keep in args.keep for kind in args.kinds for fused in (False, True)]
+    tokens = torch.randint(0, 100, (args.batch, PREFILL), generator=torch.Generator().manual_seed(0))
+    models, macs, size = [], [], []
+    with torch.inference_mode(False), torch.no_grad():
+        for kind, keep, fused in variants:
+            model: Any = build(config_of(args), kind, keep, getattr(torch, dtype))
+            macs.append(macs_of(model))
+            size.append(sum(p.numel() * p.element_size() for p in model.parameters()))
+            models.append(fuse(model) if fused else model)
+    with torch.inference_mode():
+        prompts = [lambda m=m: m.base_model(input_ids=tokens, use_cache=False) for m in models]
+        prefill = side_by_side(prompts, max(args.rounds // 6, 3))
+        steps = [decoding(m, tokens[:, :PROMPT]) for m in models]
+        decode = side_by_side(steps, args.rounds)
+    best = [min((1, 0), key=lambda i: median(times[i])) for times in (prefill, decode)]
+    header = ["model", "keep", "form", "MACs", "bytes", "prefill", "over dense", "to MACs"]
+    header += ["decode", "over dense", "to bytes"]
+    rows: list[list[object]] = []
+    for i, (kind, keep, fused) in enumerate(variants):
+        count, share = macs[i] / macs[0], size[i] / size[0]
+        row: list[object] = [kind, keep, "fused" if fused else "as loaded", count, share]
+        over = ratio(prefill[i], prefill[best[0]])
+        row += [args.batch * PREFILL / median(prefill[i]), over, over * count]
+        over = ratio(decode[i], decode[best[1]])
+        rows.append([*row, args.batch / median(decode[i]), over, over * share])
+    print(f"\n{dtype}, tokens per second\n")
+    print_table(header, rows)
+    if args.profile:
+        print(f"\n{dtype}, milliseconds of a decoding step\n")
+        with torch.inference_mode():
+            found = [where_time_goes(step) for step in steps]
+        names = ("step", "products", "moves", "rest", "calls")
+        lines = [[*rows[i][:3], *(found[i][name] for name in names)] for i in range(len(rows))]
+        print_table(["model", "keep", "form", *names], lines)
+    del models, prompts, steps
+    gc.collect()
 
 
 if __name__ == "__main__":

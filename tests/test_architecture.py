@@ -28,6 +28,7 @@ ROOMS = (
     "work",
     "layers",
     "models",
+    "runtime",
     "data",
     "evaluation",
     "statistics",

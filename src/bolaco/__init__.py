@@ -17,9 +17,33 @@ from bolaco.models.lowrank import register_when_imported
 from bolaco.version import __version__
 
 if TYPE_CHECKING:
-    from bolaco.api import compare, compress, distill, evaluate, evaluate_tasks, export, generate_text, load, tune
+    from bolaco.api import (
+        compare,
+        compress,
+        distill,
+        evaluate,
+        evaluate_tasks,
+        export,
+        fuse,
+        generate_text,
+        load,
+        tune,
+        unfuse,
+    )
 
-_LAZY = ("compare", "compress", "distill", "evaluate", "evaluate_tasks", "export", "generate_text", "load", "tune")
+_LAZY = (
+    "compare",
+    "compress",
+    "distill",
+    "evaluate",
+    "evaluate_tasks",
+    "export",
+    "fuse",
+    "generate_text",
+    "load",
+    "tune",
+    "unfuse",
+)
 __all__ = [
     "__version__",
     "compare",
@@ -28,9 +52,11 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "fuse",
     "generate_text",
     "load",
     "tune",
+    "unfuse",
 ]
 
 register_when_imported()

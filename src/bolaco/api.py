@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +31,7 @@ from bolaco.runs.chop import chop
 from bolaco.runs.compress import compress as compress_recipe
 from bolaco.runs.given import fitted, named, named_words
 from bolaco.runs.tuned import compress_and_tune
+from bolaco.runtime import fuse as fusing
 from bolaco.settings import merge
 
 __all__ = [
@@ -42,14 +43,37 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "export",
+    "fuse",
     "generate_text",
     "load",
     "read_tasks",
     "run",
     "tune",
+    "unfuse",
 ]
 
-load = load_model
+fuse, unfuse = fusing.fuse, fusing.unfuse
+
+
+def load(
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapters: Literal["attach", "refuse", "leave"] = "attach",
+    *,
+    fuse: bool = False,
+) -> PreTrainedModel:
+    """Loads a model, dense or compressed, in evaluation mode.
+
+    Args:
+        model, dtype, device, adapters: as for :func:`bolaco.models.load.load_model`.
+        fuse: lay it out for this machine, see :func:`fuse`.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    loaded = load_model(model, dtype, device, adapters)
+    return fusing.fuse(loaded) if fuse else loaded
 
 
 @overload
