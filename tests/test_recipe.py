@@ -622,3 +622,18 @@ def test_a_wrong_recipe_of_version_1_is_refused_by_the_names_of_today(tmp_path: 
         load_recipe(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_result_is_to_be_best_at() -> None:
+    def storage(preset: str | None = None, **words: Any) -> str:
+        return make_recipe(recipe_values(**words, options=LEAST), preset).storage
+
+    assert storage(optimize="size") == storage() == "pivoted"
+    assert storage(optimize="speed") == storage(optimize="speed", storage="two-factor") == "two-factor"
+    assert storage("mpifa", optimize="size") == storage("mpifa")
+    with pytest.raises(RecipeError, match="optimize speed means storage two-factor, and storage pivoted was asked for"):
+        recipe_values(optimize="speed", storage="pivoted")
+    with pytest.raises(RecipeError, match="optimize 'fast': must be one of size, speed"):
+        recipe_values(optimize="fast")
+    with pytest.raises(RecipeError, match="storage two-factor contradicts method chop"):
+        storage(optimize="speed", method="chop")

@@ -118,9 +118,10 @@ def compress(
         work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
             interruption.
         reporter: where progress goes; by default to a terminal or a notebook if there is one.
-        words: those of :mod:`bolaco.recipe.words`, such as ``search``, ``method`` and ``calibration``, and ``options``
-            with further fields by dotted name. ``calibration``, ``validation`` and ``evaluation`` are names of sources,
-            lists of strings, a ``datasets.Dataset`` with a column ``text``, or tokens ``[blocks, length]``.
+        words: those of :mod:`bolaco.recipe.words`, such as ``search``, ``method`` and ``calibration``, ``optimize``
+            (``"size"`` or ``"speed"``), and ``options`` with further fields by dotted name. ``calibration``,
+            ``validation`` and ``evaluation`` are names of sources, lists of strings, a ``datasets.Dataset`` with a
+            column ``text``, or tokens ``[blocks, length]``.
 
     Raises:
         BolacoError: with one line that says what to mend.

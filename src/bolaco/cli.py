@@ -61,6 +61,7 @@ def _recipes(args: argparse.Namespace) -> dict[str, Recipe]:
     if args.command == "run":
         return {"": load_recipe(args.recipe)}
     words = {word: getattr(args, word) for word in WORDS} | {"keep": args.keep and args.keep[0]}
+    words["optimize"] = args.optimize
     recipe = make_recipe(merge({"model": args.model}, recipe_values(**words, options=_settings(args.set))), args.preset)
     if args.keep is None or len(args.keep) == 1:
         return {"": recipe}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from bolaco.recipe.presets import PRESETS
+from bolaco.recipe.presets import OPTIMIZED, PRESETS
 from bolaco.recipe.words import COMPARED, DTYPES, SIZES, WORDS
 from bolaco.version import __version__
 
@@ -71,6 +71,11 @@ def command_parser() -> argparse.ArgumentParser:
         type=_preset,
         choices=tuple(PRESETS),
         help="a whole recipe: ours (default), or a published one; paper: all settings of arXiv 2405.10616",
+    )
+    compress.add_argument(
+        "--optimize",
+        choices=tuple(OPTIMIZED),
+        help="what matters at the same bytes: size (least loss, the default), or speed (two factors, which lose more)",
     )
     _settings(compress, "any field of the recipe, such as refinement.steps=5")
     compress.add_argument("--print-recipe", action="store_true", help="print the recipe as YAML and stop")

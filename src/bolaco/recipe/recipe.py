@@ -25,7 +25,7 @@ from bolaco.data.settings import Calibration, Evaluation, Validation
 from bolaco.errors import RecipeError
 from bolaco.factorize.method import METHODS, ChosenMethod
 from bolaco.models.structure import Structure, with_offers
-from bolaco.recipe.presets import PRESETS, SYSTEMS, one_shot
+from bolaco.recipe.presets import OPTIMIZED, PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import preset_before, renamed, upgraded
 from bolaco.recipe.words import SIZES, flat_values
 from bolaco.refine.settings import Refinement
@@ -223,12 +223,24 @@ class LowRankRecipe(BaseRecipe):
 Recipe = LowRankRecipe | TransformRecipe
 
 
-def recipe_values(*, options: dict[str, Any] | None = None, **words: Any) -> Values:
+def recipe_values(*, options: dict[str, Any] | None = None, optimize: str | None = None, **words: Any) -> Values:
     """Nested recipe values from the words of :mod:`bolaco.recipe.words`; what is None is left to the preset.
 
-    ``options`` holds further fields by dotted name, such as ``{"search.rank_multiple": 4}``.
+    ``options`` holds further fields by dotted name, such as ``{"search.rank_multiple": 4}``. ``optimize`` is a key of
+    :data:`bolaco.recipe.presets.OPTIMIZED`.
+
+    Raises:
+        RecipeError: ``optimize`` is unknown, or chooses what another word chooses otherwise.
     """
-    return unflatten(flat_values(words) | (options or {}))
+    values = flat_values(words) | (options or {})
+    if optimize is not None and optimize not in OPTIMIZED:
+        raise RecipeError(f"optimize {optimize!r}: must be one of {', '.join(OPTIMIZED)}")
+    for field, value in OPTIMIZED.get(optimize or "", {}).items():
+        if values.setdefault(field, value) != value:
+            raise RecipeError(
+                f"optimize {optimize} means {field} {value}, and {field} {values[field]} was asked for; leave out one"
+            )
+    return unflatten(values)
 
 
 def _choices(values: Values) -> Values:
