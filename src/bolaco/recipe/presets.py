@@ -16,9 +16,8 @@ def one_shot(method: str, storage: str = "two-factor", search: str = "uniform") 
     return {"method": {"name": method}, "storage": storage, "search": {"name": search}, "refinement": _PLAIN}
 
 
-# What a result is to be best at, for the same bytes. Two factors are the faster form in every runtime (docs/results.md):
-# two products, nothing moved, and those of q, k and v, or gate and up, meet their input in one. Pivoted storage loses
-# less.
+# What a result is to be best at, for the same bytes. Two factors are the faster form (docs/results.md): two products,
+# nothing is moved, and those of q, k and v, or gate and up, meet their input in one. Pivoted storage loses less.
 OPTIMIZED: dict[str, dict[str, str]] = {"size": {}, "speed": {"storage": "two-factor"}}
 # The settings of arXiv 2405.10616. The pool the 100 validation sequences are chosen from is not published;
 # 400 is ours. Constrained proposals are kept as they are there: no filling up, a tenth of slack.
