@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import DataError
-from bolaco.evaluation.speed import linear_macs, measure, median_seconds
+from bolaco.evaluation.engines import RUNTIMES, TorchEngine
+from bolaco.evaluation.speed import linear_macs, measure, measure_apart, median_seconds
 from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
@@ -105,6 +107,61 @@ def test_side_by_side_from_the_command_line(
     assert found["prefill"].keys() == found["decode"].keys() == {"2"}
     assert f"({found['parameters'] / dense['parameters']:.2f})" in done.out
     assert "new tokens/s, batch 2" in done.out
+
+
+@pytest.mark.parametrize("runtime", ["fused", "compile"])
+def test_torch_in_other_ways(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a compiler makes of it is not what is tested.
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    path = compressed("llama").path
+    found = measure(str(path), (1, 2), prompt=8, new=2, repeats=1, runtime=runtime)
+    assert found.runtime == runtime
+    assert found.parameters == read_info(path).parameters
+    assert found.file_bytes == (path / "model.safetensors").stat().st_size
+    assert min(*found.prefill.values(), *found.decode.values(), found.first_token_seconds) > 0
+    assert found.resident_bytes > found.bytes
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", slow("openvino")])
+def test_exported_for_a_runtime(runtime: str, forked: Callable[[int], None]) -> None:
+    for package in RUNTIMES[runtime].packages:
+        pytest.importorskip(package)
+    forked(0)
+    path = compressed("llama").path
+    found = measure_apart(str(path), batches=[1, 2], prompt=8, new=2, repeats=1, runtime=runtime)
+    assert found.runtime == runtime
+    assert found.parameters == read_info(path).parameters
+    assert found.file_bytes > found.bytes == 4 * found.parameters
+    assert min(*found.prefill.values(), *found.decode.values(), found.first_token_seconds) > 0
+
+
+def test_a_runtime_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = bolaco("bench", "m", "--runtime", "eager,onnx")
+    assert done.code == 1
+    assert "--runtime onnx: known are eager, fused, compile, onnxruntime, openvino" in done.err
+    monkeypatch.setattr("bolaco.runtime.onnx.importlib.util.find_spec", lambda name: None)
+    done = bolaco("bench", "m", "--runtime", "openvino")
+    assert done.code == 1
+    assert "this needs onnx; pip install 'bolaco[export]'" in done.err
+
+
+def test_a_step_continues_the_cache() -> None:
+    """What is timed is one more token each time, in whatever computes it."""
+    model = load_model(str(compressed("llama").path))
+    lengths: list[int] = []
+
+    def call(**words: Any) -> Any:
+        made = model(**words)
+        lengths.append(made.past_key_values.get_seq_length())
+        return made
+
+    engine, tokens = TorchEngine(model, call), torch.zeros(2, 5, dtype=torch.long)
+    with torch.no_grad():
+        engine.start(tokens)
+        engine.step(tokens[:, :1])
+        engine.step(tokens[:, :1])
+        engine.start(tokens)
+    assert lengths == [5, 6, 7, 5]
 
 
 def test_the_table_compares_with_the_first() -> None:

@@ -251,15 +251,18 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
     for option, count in (("--prompt", args.prompt), ("--new-tokens", args.new_tokens)):
         if count < 1:
             raise RecipeError(f"{option} {count}: must be at least 1")
+    from bolaco.evaluation.engines import runtime_named
     from bolaco.evaluation.speed import measure_apart
     from bolaco.report.tables import speed_table
 
+    runtimes = [runtime_named(word.strip()).name for word in args.runtime.split(",")]
     found = []
-    with _reporter(args).stage("measure", len(args.models)) as tick:
-        for model in args.models:
-            settings = {"batches": batches, "prompt": args.prompt, "new": args.new_tokens}
-            found.append(measure_apart(model, **settings, dtype=args.dtype, device=args.device))
-            tick(1)
+    with _reporter(args).stage("measure", len(args.models) * len(runtimes)) as tick:
+        for runtime in runtimes:
+            for model in args.models:
+                settings = {"batches": batches, "prompt": args.prompt, "new": args.new_tokens, "runtime": runtime}
+                found.append(measure_apart(model, **settings, dtype=args.dtype, device=args.device))
+                tick(1)
     if args.json != "-":
         console.print(speed_table(found))
     _write_json(args, found)
@@ -419,15 +422,51 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
         console.print(f"report written to {args.html}")
 
 
-def _export(args: argparse.Namespace, console: Console) -> None:
+def _export_dense(args: argparse.Namespace) -> str:
     from bolaco.checkpoint.export import export_dense
 
     counts = export_dense(args.folder, Path(args.out), args.drop_bias)
     before, after = counts["parameters"], counts["parameters_dense"]
-    console.print(
-        f"written to {args.out}: a stock checkpoint with {after:,} parameters; the compressed one has {before:,}. "
+    return (
+        f"a stock checkpoint with {after:,} parameters; the compressed one has {before:,}. "
         "Multiplying the factors gives the saved size and speed back."
     )
+
+
+def _export_two_factor(args: argparse.Namespace) -> str:
+    from bolaco.checkpoint.runtimes import export_two_factor
+
+    count = export_two_factor(args.folder, Path(args.out))
+    return f"{count} pivoted matrices have two plain factors now, which multiply to the same"
+
+
+def _export_onnx(args: argparse.Namespace) -> str:
+    from bolaco.checkpoint.runtimes import export_onnx
+
+    export_onnx(args.folder, Path(args.out))
+    return "an ONNX file with an explicit cache, in float32, and its weights beside it"
+
+
+def _export_openvino(args: argparse.Namespace) -> str:
+    from bolaco.checkpoint.runtimes import export_openvino
+
+    export_openvino(args.folder, Path(args.out))
+    return "a model of OpenVINO with an explicit cache, in float32"
+
+
+_EXPORTS = {
+    "--dense": _export_dense,
+    "--two-factor": _export_two_factor,
+    "--onnx": _export_onnx,
+    "--openvino": _export_openvino,
+}
+
+
+def _export(args: argparse.Namespace, console: Console) -> None:
+    if args.drop_bias and args.form != "--dense":
+        raise RecipeError("--drop-bias is about --dense; other exports keep all biases")
+    written = _EXPORTS[args.form](args)
+    console.print(f"written to {args.out}: {written}")
 
 
 def _methods(args: argparse.Namespace, console: Console) -> None:

@@ -29,6 +29,7 @@ examples:
   bolaco bench meta-llama/Llama-2-7b-hf small
   bolaco inspect small
   bolaco export small --dense -o stock
+  bolaco export small --onnx -o onnx
 
 MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
 SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set (id, id:config or id:config:split), or pydoc
@@ -198,6 +199,12 @@ def command_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="speed and memory of models, side by side")
     bench.add_argument("models", metavar="MODEL", nargs="+", help="the first one is what the others are compared with")
+    bench.add_argument(
+        "--runtime",
+        default="eager",
+        metavar="NAME,..",
+        help="each model in each of eager, fused, compile, onnxruntime, openvino (eager)",
+    )
     bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
     bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
     bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
@@ -209,13 +216,20 @@ def command_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--html", metavar="FILE", help="write the report there too; must not exist")
     _json(inspect)
 
-    export = commands.add_parser("export", help="multiply the factors back")
+    export = commands.add_parser("export", help="write a result for other tools and runtimes")
     export.add_argument("folder", metavar="OUT")
+    forms = export.add_mutually_exclusive_group(required=True)
+    for form, what in {
+        "--dense": "the stock architecture, at its full size: the factors are multiplied back",
+        "--two-factor": "two plain factors for each pivoted matrix, the same product",
+        "--onnx": "an ONNX file with an explicit cache, in float32",
+        "--openvino": "the same for OpenVINO",
+    }.items():
+        forms.add_argument(form, dest="form", action="store_const", const=form, help=what)
     export.add_argument(
-        "--dense", action="store_true", required=True, help="to the stock architecture, at its full size"
-    )
-    export.add_argument(
-        "--drop-bias", action="store_true", help="leave out biases the stock architecture has no place for"
+        "--drop-bias",
+        action="store_true",
+        help="with --dense: leave out biases the stock architecture has no place for",
     )
     export.add_argument("-o", "--out", required=True)
 

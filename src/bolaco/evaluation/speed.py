@@ -11,18 +11,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
-from bolaco.models.load import evaluation_mode, load_model
+from bolaco.evaluation.engines import runtime_named
+from bolaco.models.load import evaluation_mode, load_config, load_model, resolve
 from bolaco.models.size import bytes_in, coded_layers, parameters_in
 from bolaco.models.structure import positions_of, weight_of
 from bolaco.work.memory import largest_resident
+
+# Beside an exported model: what it is.
+FACTS = "facts.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,11 @@ class Speed:
         load_seconds: from nothing to a model in memory.
         peak_bytes: largest resident memory of the process (the allocator's peak on a GPU).
         prefill, decode: tokens per second by batch size: of a prompt, all positions counted; of new tokens after it.
+        runtime: what computed it.
+        file_bytes: of the files its weights are in, 0 if these are not here; exported ones with their graph.
+        resident_bytes: resident memory of the process in the end.
+        first_token_seconds: from the first prompt, of the first batch size, to its next token's logits. What a runtime
+            prepares then, such as compiling, is in it.
     """
 
     model: str
@@ -49,6 +61,10 @@ class Speed:
     peak_bytes: int
     prefill: dict[int, float]
     decode: dict[int, float]
+    runtime: str = "eager"
+    file_bytes: int = 0
+    resident_bytes: int = 0
+    first_token_seconds: float = 0.0
 
 
 def median_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -62,22 +78,6 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return float(torch.tensor(times, dtype=torch.float64).median())
-
-
-def prefill_seconds(model: PreTrainedModel, tokens: Tensor, repeats: int) -> float:
-    """Seconds of one pass over ``tokens`` ``[batch, prompt]`` up to the next token's logits."""
-    return median_seconds(lambda: model(input_ids=tokens, use_cache=True, logits_to_keep=1), repeats)
-
-
-def decode_seconds(model: PreTrainedModel, tokens: Tensor, new: int) -> float:
-    """Seconds of one more token after ``tokens`` ``[batch, prompt]``, with the cache: the median of ``new``."""
-    cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
-    last = tokens[:, -1:]
-
-    def step() -> None:
-        model(input_ids=last, past_key_values=cache, use_cache=True)
-
-    return median_seconds(step, new)
 
 
 def linear_macs(model: nn.Module) -> int:
@@ -94,6 +94,8 @@ def measure(
     repeats: int = 3,
     dtype: str = "auto",
     device: str = "auto",
+    runtime: str = "eager",
+    exported: str = "",
 ) -> Speed:
     """Measures a model in this process.
 
@@ -103,49 +105,101 @@ def measure(
         prompt: tokens of a prompt.
         new: new tokens; their median is taken.
         repeats: passes over the prompt; their median is taken.
-        dtype, device: as in a recipe.
+        dtype, device: as in a recipe; exported models are in float32 and on the CPU.
+        runtime: a name in :data:`bolaco.evaluation.engines.RUNTIMES`.
+        exported: the folder that the model was exported to, of a runtime that needs one.
 
     Raises:
         DataError: prompt and new tokens are more than the model has positions.
+        RecipeError: there is no such runtime.
+        BolacoError: the model cannot be loaded in it.
     """
-    start = time.perf_counter()
-    loaded = load_model(model, dtype, device)
-    seconds = time.perf_counter() - start
-    positions = positions_of(loaded.config)
+    kind = runtime_named(runtime)
+    config = load_config(model)
+    positions = positions_of(config)
     # One step more than is counted.
     if positions is not None and prompt + new + 1 > positions:
         raise DataError(f"a prompt of {prompt} and {new} new tokens: {model} has {positions} positions; lower --prompt")
+    start = time.perf_counter()
+    if kind.torch is None:
+        assert kind.opens is not None
+        engine, where = kind.opens(Path(exported)), torch.device("cpu")
+        seconds = time.perf_counter() - start
+        facts = json.loads((Path(exported) / FACTS).read_text(encoding="utf-8"))
+    else:
+        loaded = load_model(model, dtype, device)
+        facts = facts_of(model, loaded)
+        with evaluation_mode(loaded), torch.no_grad():
+            engine, where = kind.torch(loaded), loaded.device
+        seconds = time.perf_counter() - start
     prefill, decode = {}, {}
     generator = torch.Generator().manual_seed(0)
-    with evaluation_mode(loaded), torch.inference_mode():
+    first = 0.0
+    with torch.no_grad() if kind.compiles else torch.inference_mode():
         for batch in batches:
-            tokens = torch.randint(0, loaded.config.vocab_size, (batch, prompt), generator=generator)
-            tokens = tokens.to(loaded.device)
-            prefill[batch] = batch * prompt / prefill_seconds(loaded, tokens, repeats)
-            decode[batch] = batch / decode_seconds(loaded, tokens, new)
-    on_gpu = loaded.device.type == "cuda"
-    resident = largest_resident()
+            tokens = torch.randint(0, config.vocab_size, (batch, prompt), generator=generator).to(where)
+            start = time.perf_counter()
+            engine.start(tokens)
+            first = first or time.perf_counter() - start
+            prefill[batch] = batch * prompt / median_seconds(lambda t=tokens: engine.start(t), repeats)  # type: ignore[misc]
+            engine.step(tokens[:, -1:])
+            decode[batch] = batch / median_seconds(lambda t=tokens: engine.step(t[:, -1:]), new)  # type: ignore[misc]
+    on_gpu = where.type == "cuda"
     return Speed(
         model=model,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        parameters=parameters_in(loaded),
-        bytes=bytes_in(loaded),
-        macs=linear_macs(loaded),
+        **facts,
         load_seconds=seconds,
-        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else resident,
+        peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else largest_resident(),
         prefill=prefill,
         decode=decode,
+        runtime=runtime,
+        file_bytes=sum(file.stat().st_size for file in weight_files(model, exported)),
+        resident_bytes=psutil.Process().memory_info().rss,
+        first_token_seconds=first,
     )
 
 
+def facts_of(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What of a :class:`Speed` does not depend on how the model is run."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": parameters_in(model),
+        "bytes": bytes_in(model),
+        "macs": linear_macs(model),
+    }
+
+
+def weight_files(model: str, exported: str = "") -> list[Path]:
+    """The files that the weights of a model are in; none that are not on this machine under a path."""
+    if exported:
+        return [file for file in Path(exported).iterdir() if file.name != FACTS]
+    source = resolve(model)
+    if source.gguf:
+        return [Path(source.path) / source.gguf]
+    folder = Path(source.path)
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    return found if folder.is_dir() else []
+
+
 def measure_apart(model: str, **settings: Any) -> Speed:
-    """:func:`measure` in a process of its own.
+    """:func:`measure` in a process of its own; what is exported for it is in another one, and is not kept.
 
     Raises:
         BolacoError: what went wrong there, in one line.
     """
-    words = json.dumps({"model": model, **settings})
-    done = subprocess.run([sys.executable, "-m", __name__, words], capture_output=True, text=True)
+    runtime = runtime_named(settings.get("runtime", "eager"))
+    with TemporaryDirectory(prefix="bolaco-") as folder:
+        if runtime.exports is not None:
+            _apart(model, {"model": model, "runtime": runtime.name, "folder": folder})
+            settings["exported"] = folder
+        found = _apart(model, {"model": model, **settings})
+    for name in ("prefill", "decode"):
+        found[name] = {int(batch): value for batch, value in found[name].items()}
+    return Speed(**found)
+
+
+def _apart(model: str, words: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(words)], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     found: dict[str, Any] = json.loads(lines[-1]) if done.returncode == 0 and lines else {}
     if "error" in found:
@@ -153,16 +207,26 @@ def measure_apart(model: str, **settings: Any) -> Speed:
     if not found:
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
         raise BolacoError(f"{model}: could not be measured: {said[-1].strip()}")
-    for name in ("prefill", "decode"):
-        found[name] = {int(batch): value for batch, value in found[name].items()}
-    return Speed(**found)
+    return found
 
 
 def _child(words: str) -> dict[str, Any]:
+    given = json.loads(words)
     try:
-        return asdict(measure(**json.loads(words)))
+        return _exported(**given) if "folder" in given else asdict(measure(**given))
     except BolacoError as error:
         return {"error": str(error)}
+
+
+def _exported(model: str, runtime: str, folder: str) -> dict[str, Any]:
+    """Writes a model for a runtime, and what it is beside it."""
+    loaded = load_model(model, dtype="float32", device="cpu")
+    export = runtime_named(runtime).exports
+    assert export is not None
+    export(loaded, Path(folder))
+    facts = facts_of(model, loaded)
+    (Path(folder) / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    return facts
 
 
 if __name__ == "__main__":

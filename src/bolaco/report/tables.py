@@ -312,20 +312,24 @@ def speed_table(results: list[Speed]) -> Table:
     """Models side by side, a column each; in brackets the ratio to the first one."""
     table = Table("", title="ratios are to the first model", title_justify="left")
     for result in results:
-        table.add_column(result.model, justify="right")
+        table.add_column(f"{result.model}\n{result.runtime}", justify="right")
     first = results[0]
 
     def row(label: str, shown: Callable[[float], str], value: Callable[[Speed], float]) -> None:
         cells = [shown(value(first))]
-        cells += [f"{shown(value(r))} ({value(r) / value(first):.2f})" for r in results[1:]]
+        cells += [f"{shown(value(r))} ({value(r) / (value(first) or 1):.2f})" for r in results[1:]]
         table.add_row(label, *cells)
 
     table.add_row("weights in", *[result.dtype for result in results])
     row("parameters", lambda v: millions(int(v)), lambda r: r.parameters)
     row("weights", mib, lambda r: r.bytes)
+    if all(result.file_bytes for result in results):
+        row("files", mib, lambda r: r.file_bytes)
     row("multiplications a token", lambda v: millions(int(v)), lambda r: r.macs)
     row("peak memory", mib, lambda r: r.peak_bytes)
+    row("resident memory", mib, lambda r: r.resident_bytes)
     row("seconds to load", lambda v: f"{v:.2f}", lambda r: r.load_seconds)
+    row("seconds to the first token", lambda v: f"{v:.3f}", lambda r: r.first_token_seconds)
     for batch in first.prefill:
         row(f"prompt tokens/s, batch {batch}", "{:,.1f}".format, partial(_at, "prefill", batch))
         row(f"new tokens/s, batch {batch}", "{:,.1f}".format, partial(_at, "decode", batch))
