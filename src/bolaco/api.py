@@ -319,6 +319,7 @@ def compare(
     task_limit: int | None = None,
     task_keep: float | None = None,
     keep_models: bool = False,
+    quantized: Sequence[str] = ("int8", "int6", "int4", "int3"),
     tokenizer: Any = None,
     work: str | Path | None = None,
     keep_work: bool = False,
@@ -339,6 +340,7 @@ def compare(
         tasks, task_limit: accuracy on tasks too, see :func:`evaluate_tasks`.
         task_keep: the keep ratio tasks are run at, the first by default.
         keep_models: keep the checkpoints, in ``out/models``.
+        quantized: forms of plain quantization that the original is measured in as well.
         tokenizer, work, keep_work, reporter: as for :func:`run`.
         words: as for :func:`compress`, for all methods; ``options`` may name one of them, as in
             ``{"default:refinement.steps": 5}``.
@@ -367,6 +369,7 @@ def compare(
         task_limit=task_limit,
         task_keep=task_keep,
         keep_models=keep_models,
+        quantized=quantized,
         **named_words(words, given),
     )
     with nullcontext() if loaded is None else evaluation_mode(loaded):

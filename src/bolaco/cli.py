@@ -171,6 +171,7 @@ def _compare(args: argparse.Namespace, console: Console) -> None:
         task_limit=args.task_limit,
         task_keep=args.task_keep,
         keep_models=args.keep_models,
+        quantized=() if args.quantized == "none" else [word.strip() for word in args.quantized.split(",")],
         work=args.work,
         keep_work=args.keep_work,
         reporter=_reporter(args),

@@ -104,6 +104,12 @@ def command_parser() -> argparse.ArgumentParser:
     compare.add_argument("--task-limit", type=int, metavar="N", help="the first so many examples of each task only")
     compare.add_argument("--task-keep", type=float, metavar="RATIO", help="keep ratio tasks are run at (the first)")
     _settings(compare, "any field of all recipes, or of one method: aa-svd:refinement.steps=20")
+    compare.add_argument(
+        "--quantized",
+        default="int8,int6,int4,int3",
+        metavar="NAMES",
+        help="rows of the original in few bits, rounded to nearest (int8,int6,int4,int3); none leaves them out",
+    )
     compare.add_argument("--keep-models", action="store_true", help="keep the checkpoints, in OUT/models")
     _folders(compare)
 

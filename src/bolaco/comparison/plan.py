@@ -31,6 +31,7 @@ class Comparison(BaseModel):
     task_limit: int | None = None
     task_keep: float | None = None
     keep_models: bool = False
+    quantized: tuple[str, ...] = ()
 
 
 def row_name(method: str, keep: float) -> str:
@@ -50,6 +51,7 @@ def make_comparison(
     task_limit: int | None = None,
     task_keep: float | None = None,
     keep_models: bool = False,
+    quantized: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     **words: Any,
 ) -> Comparison:
@@ -64,6 +66,7 @@ def make_comparison(
         task_limit: examples of each task.
         task_keep: the keep ratio tasks are run at; the first one by default.
         keep_models: the checkpoints are part of the result.
+        quantized: forms that the original is rounded to as well, see :data:`bolaco.comparison.plain.FORMS`.
         options: further fields by dotted name, of all recipes that have them, or of one method as ``method:field``.
         words: further fields of all recipes, see :func:`bolaco.recipe.recipe.recipe_values`.
 
@@ -121,6 +124,7 @@ def make_comparison(
         task_limit=task_limit,
         task_keep=(keep[0] if task_keep is None else task_keep) if tasks else None,
         keep_models=keep_models,
+        quantized=tuple(dict.fromkeys(quantized)),
     )
 
 

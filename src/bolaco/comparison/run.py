@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from bolaco.checkpoint.info import versions
 from bolaco.checkpoint.write import check_savable
+from bolaco.comparison.plain import check_forms, quantized_rows
 from bolaco.comparison.plan import Comparison, row_name
 from bolaco.comparison.rows import (
     Common,
@@ -42,7 +43,16 @@ from bolaco.models.weights import dtype_name
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
 from bolaco.report.comparison import asked_words
-from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, RowResult, TextRecord, read_record
+from bolaco.report.record import (
+    ComparisonRecord,
+    DenseRecord,
+    FailedRow,
+    QuantizedRecord,
+    Row,
+    RowResult,
+    TextRecord,
+    read_record,
+)
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
 from bolaco.runs.session import Source, begin, load, open_source, texts_for
 from bolaco.runs.written import with_own_text
@@ -86,6 +96,7 @@ def compare(
     work = work_beside(out, work, comparison if model is None else None)
     first = next(iter(comparison.recipes.values()))
     resolve_device(first.device)
+    check_forms(comparison.quantized)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
     with WorkFolder(work, comparison, out) as folder, reporter.logged(folder.path / LOG_FILE):
         if folder.taken_up(reporter, keep_work):
@@ -101,9 +112,10 @@ def compare(
             check_savable(loaded.model, loaded.tokenizer)
         common = Common(comparison, loaded, texts, tasks, session)
         dense = measured_dense(common)
+        plain = quantized_rows(common, dense)
         failed = _prepare(common)
-        rows = _rows(common, dense, failed)
-        record = _record(common, dense, rows)
+        rows = _rows(common, dense, plain, failed)
+        record = _record(common, dense, plain, rows)
         with folder.output(out) as partial:
             write_results(partial, record, common.places() if comparison.keep_models else {})
         folder.close(keep_work)
@@ -200,12 +212,14 @@ def _common_plan(common: Common, name: str, recipe: Recipe) -> FactorPlan | None
     return plan_factors(recipe, common.loaded, common.texts[name], common.session, subject)
 
 
-def _rows(common: Common, dense: DenseResults, failed: Mapping[str, str]) -> list[Row]:
+def _rows(
+    common: Common, dense: DenseResults, plain: Sequence[QuantizedRecord], failed: Mapping[str, str]
+) -> list[Row]:
     """All rows in order; each is kept as soon as it is finished."""
     comparison, session = common.comparison, common.session
     points = [(method, keep) for keep in comparison.keep for method in comparison.methods]
     done: list[Row] = []
-    write_so_far(session.folder.path, _record(common, dense, done))
+    write_so_far(session.folder.path, _record(common, dense, plain, done))
     factors = session.folder.kept("factors")
     for number, (method, keep) in enumerate(points, start=1):
         name = row_name(method, keep)
@@ -222,13 +236,15 @@ def _rows(common: Common, dense: DenseResults, failed: Mapping[str, str]) -> lis
         session.folder.discard("subject", "search", "refined")
         session.folder.discard("factors", but=factors)
         done.append(row)
-        write_so_far(session.folder.path, _record(common, dense, done))
+        write_so_far(session.folder.path, _record(common, dense, plain, done))
         if not comparison.keep_models:
             shutil.rmtree(artefact.path, ignore_errors=True)
     return done
 
 
-def _record(common: Common, dense: DenseResults, rows: Sequence[Row]) -> ComparisonRecord:
+def _record(
+    common: Common, dense: DenseResults, plain: Sequence[QuantizedRecord], rows: Sequence[Row]
+) -> ComparisonRecord:
     """The content of ``results.json``."""
     comparison, loaded = common.comparison, common.loaded
     calibrations = [
@@ -257,6 +273,7 @@ def _record(common: Common, dense: DenseResults, rows: Sequence[Row]) -> Compari
             bytes=loaded.bytes,
             format=loaded.format,
         ),
+        quantized=list(plain) or None,
         rows=list(rows),
         seconds=dict(common.session.clock.seconds),
         dtype=dtype_name(loaded.dtype),

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from bolaco.report.charts import frontier_chart
+from bolaco.report.charts import bytes_chart, frontier_chart
 from bolaco.report.comparison import comma_separated, labels, markdown
 from bolaco.report.html import REPORT_FILE, comparison_page
 from bolaco.report.record import ComparisonRecord, write_record
@@ -29,6 +29,9 @@ def write_results(folder: Path, record: ComparisonRecord, models: Mapping[str, P
     picture = frontier_chart("frontier", record.rows, names[0])
     if picture is not None:
         files["frontier.svg"] = standalone(picture)
+    sizes = bytes_chart("bytes", record, names[0]) if record.quantized else None
+    if sizes is not None:
+        files["bytes.svg"] = standalone(sizes)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "recipes").mkdir()

@@ -14,7 +14,7 @@ from bolaco.checkpoint.info import CurvePoint, Curves, TrialRecord
 from bolaco.errors import RecipeError
 from bolaco.models.labels import layer_of, ordered, type_of
 from bolaco.models.structure import Site, Stack
-from bolaco.report.record import Row, RowResult
+from bolaco.report.record import ComparisonRecord, Row, RowResult
 from bolaco.report.svg import Series, band, chart, heat_map
 from bolaco.storage.budget import Ranks
 from bolaco.storage.storage import STORAGES, Storage
@@ -207,6 +207,42 @@ def loss_chart(ident: str, curve: Sequence[CurvePoint]) -> Markup | None:
     (start, first), (end, last) = points[0], points[-1]
     text = f"The loss is {first:.4g} at step {start:.0f} and {last:.4g} at step {end:.0f}."
     return chart(ident, "Training loss", text, [Series("loss", points)], "step", "loss", height=230)
+
+
+def bytes_chart(ident: str, record: ComparisonRecord, text_name: str, index: int = 0) -> Markup | None:
+    """Gap in log-perplexity to the original over the bytes of the whole model; plain quantization is a line as well.
+
+    Args: as of :func:`frontier_chart`.
+
+    Returns:
+        None where fewer than two results have a finite gap.
+    """
+    sized: dict[str, list[tuple[float, float | None]]] = {row.method: [] for row in record.rows}
+    for row in record.results:
+        sized[row.method].append((row.bytes / 1e6, row.gap[index]))
+    sized["plain quantization"] = [(plain.bytes / 1e6, plain.gap[index]) for plain in record.quantized or ()]
+    series = []
+    for name, found in sized.items():
+        points = sorted((size, gap) for size, gap in found if gap is not None)
+        if points:
+            series.append(Series(name, points))
+    points = [point for item in series for point in item.points]
+    if len(points) < 2:
+        return None
+    gaps = [gap for _, gap in points]
+    small = min((size, gap, item.name) for item in series for size, gap in item.points)
+    text = f"{len(points)} results; the smallest is {small[0]:.1f} MB ({small[2]}), with {small[1]:.3g} nats."
+    return chart(
+        ident,
+        f"Log-perplexity gap to dense on {text_name}, over bytes",
+        text,
+        series,
+        "MB of the whole model",
+        "gap to dense (nats)",
+        logarithmic=min(gaps) > 0 and max(gaps) > 8 * min(gaps),
+        descending=True,
+        height=330,
+    )
 
 
 def frontier_chart(ident: str, rows: Sequence[Row], text_name: str, index: int = 0) -> Markup | None:

@@ -21,6 +21,8 @@ from bolaco.report.record import ComparisonRecord, DenseRecord, FailedRow, Row, 
 from bolaco.report.tables import mib
 
 _FAILED = "failed: "
+# Number formats whose weights are on no grid of a few levels.
+_PLAIN_FORMATS = ("float32", "bfloat16", "float16")
 # Of the table's columns, those that a terminal has no room for.
 _NOT_IN_TERMINAL = ("model kept", "linears", "whole model", "peak memory")
 
@@ -86,6 +88,34 @@ def dense_cells(record: ComparisonRecord) -> list[str]:
         "",
         "",
     ]
+
+
+def quantized_cells(record: ComparisonRecord) -> list[list[str]]:
+    """Rows of the original in few bits, a cell for each of :func:`columns_of`."""
+    dense = dense_cells(record)
+    sizes = [f"{record.dense.parameters_linears:,}", f"{record.dense.parameters:,}"]
+    return [
+        [f"dense, {row.name}", dense[1], *_quality(row.perplexity, row.gap), "1", "1", *sizes, mib(row.bytes), "", ""]
+        for row in record.quantized or ()
+    ]
+
+
+def quantized_note(record: ComparisonRecord) -> str:
+    """A sentence on these rows; nothing without them."""
+    if not record.quantized:
+        return ""
+    bits = ", ".join(f"{row.bits:.3g} for {row.name}" for row in record.quantized)
+    found = record.dense.format
+    grid = (
+        ""
+        if found in (None, *_PLAIN_FORMATS)
+        else f" The source's own weights are in {found}: rounding to as many bits or more costs them next to nothing, "
+        "so those rows are no comparison."
+    )
+    return (
+        f'Rows "dense, int..." are plain quantization: the decoder linears rounded to nearest, {bits} bits a weight '
+        f"with scales, all else in {record.dtype or 'its own format'}.{grid}"
+    )
 
 
 def cells_of(record: ComparisonRecord, row: Row) -> list[str]:
@@ -185,7 +215,7 @@ def rich_table(record: ComparisonRecord) -> Table:
     for i in wanted:
         table.add_column(columns[i], justify="left" if i == 0 else "right", no_wrap=i == 0, overflow="fold")
     keep = None
-    for cells in (dense_cells(record), *(cells_of(record, row) for row in record.rows)):
+    for cells in (dense_cells(record), *quantized_cells(record), *(cells_of(record, row) for row in record.rows)):
         if keep is not None and cells[1] != keep:
             table.add_section()
         keep = cells[1]
@@ -206,6 +236,7 @@ def markdown(record: ComparisonRecord) -> str:
     """The content of ``table.md``: the table, what its numbers mean, and the tables of tasks."""
     columns = columns_of(record)
     lines = [_line(columns), _line(["---", *("---:" for _ in columns[1:])]), _line(dense_cells(record))]
+    lines += map(_line, quantized_cells(record))
     for row in record.rows:
         cells = cells_of(record, row)
         lines.append(_line([*cells, *("" for _ in columns[len(cells) :])]))
@@ -218,6 +249,8 @@ def markdown(record: ComparisonRecord) -> str:
         + plain(", ".join(f"{stage} {value:.1f}" for stage, value in record.seconds.items()))
         + f". {memory_note(record)}{size_note(record)}",
     ]
+    if record.quantized:
+        parts.append(plain(quantized_note(record)))
     for table in task_tables(record):
         lines = [_line(table.columns), _line(["---", *("---:" for _ in table.columns[1:])]), *map(_line, table.rows)]
         parts += [
@@ -246,6 +279,13 @@ def comma_separated(record: ComparisonRecord) -> str:
         | _exact(sources, dense.perplexity, [0.0 for _ in sources])
         | _exact_scores(dense.tasks)
     ]
+    for plain_row in record.quantized or ():
+        sizes = {"parameters_linears": dense.parameters_linears, "parameters": dense.parameters}
+        rows.append(
+            {"method": f"dense, {plain_row.name}", "keep_linears": 1, "keep_model": 1}
+            | (sizes | {"bytes": plain_row.bytes})
+            | _exact(sources, plain_row.perplexity, plain_row.gap)
+        )
     for row in record.rows:
         cells: dict[str, Any] = {"method": row.method, asked: row.keep}
         if isinstance(row, FailedRow):

@@ -19,6 +19,7 @@ from bolaco.errors import RecipeError
 from bolaco.models.labels import layer_of, type_of
 from bolaco.recipe.recipe import read_recipe
 from bolaco.report.charts import (
+    bytes_chart,
     end_charts,
     frontier_chart,
     loss_chart,
@@ -37,6 +38,8 @@ from bolaco.report.comparison import (
     labels,
     leaders,
     memory_note,
+    quantized_cells,
+    quantized_note,
     size_note,
     task_tables,
 )
@@ -190,6 +193,8 @@ def comparison_page(record: ComparisonRecord) -> str:
     """The report of a comparison, finished or not."""
     texts = labels([text.source for text in record.texts])
     charts = [(name, frontier_chart(f"frontier-{i}", record.rows, name, i)) for i, name in enumerate(texts)]
+    if record.quantized:
+        charts += [(f"{name}, bytes", bytes_chart(f"bytes-{i}", record, name, i)) for i, name in enumerate(texts)]
     return (
         _environment()
         .get_template("comparison.html.j2")
@@ -200,6 +205,8 @@ def comparison_page(record: ComparisonRecord) -> str:
             table=[(row, cells_of(record, row)) for row in record.rows],
             best=leaders(record),
             dense=dense_cells(record),
+            quantized=quantized_cells(record),
+            quantized_note=quantized_note(record),
             calibration_note=calibration_note(record),
             memory_note=memory_note(record) + size_note(record),
             task_tables=task_tables(record),

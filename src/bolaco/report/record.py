@@ -91,6 +91,23 @@ class DenseRecord(_Later):
     format: str | None = None
 
 
+class QuantizedRecord(Record):
+    """The original with its decoder linears rounded to nearest, in groups; what else it has is as it was.
+
+    Attributes:
+        name: such as ``int4``.
+        bits: that a weight of these takes as it is stored, scales and zero points included.
+        bytes: of the whole model, what is not rounded in the number format of the results.
+        perplexity, gap: as in :class:`RowResult`.
+    """
+
+    name: str
+    bits: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    bytes: Count
+    perplexity: list[float | None]
+    gap: list[float | None]
+
+
 class RowRecord(Record):
     """What every row has: its name in the comparison, the method as the user named it, and the size asked for.
 
@@ -195,6 +212,7 @@ class ComparisonRecord(_Later):
         calibration: descriptions of the texts that methods were calibrated on; empty where none of them reads text.
         texts: in the order of all lists of perplexities and gaps.
         dense: the original.
+        quantized: the original in few bits.
         rows: those that are finished, by keep ratio and then by method, in the order asked for.
         seconds: of each stage that all rows share.
         dtype: number format of the results.
@@ -202,7 +220,7 @@ class ComparisonRecord(_Later):
         versions: of the packages that the rows ran with.
     """
 
-    later: ClassVar[tuple[str, ...]] = ("dtype", "size")
+    later: ClassVar[tuple[str, ...]] = ("dtype", "size", "quantized")
 
     format: Format
     model: str
@@ -213,6 +231,7 @@ class ComparisonRecord(_Later):
     calibration: list[str]
     texts: list[TextRecord]
     dense: DenseRecord
+    quantized: list[QuantizedRecord] | None = None
     rows: list[Row]
     seconds: dict[str, Seconds]
     dtype: str | None = None
@@ -225,6 +244,14 @@ class ComparisonRecord(_Later):
         _check_texts("perplexity", value.perplexity, info)
         if value.tasks and info.data.get("task_keep", 0.0) is None:
             raise ValueError("has tasks, but task_keep does not say which rows have")
+        return value
+
+    @field_validator("quantized")
+    @classmethod
+    def _on_all(cls, value: list[QuantizedRecord] | None, info: ValidationInfo) -> list[QuantizedRecord] | None:
+        for row in value or ():
+            _check_texts(f"{row.name!r:.80}: perplexity", row.perplexity, info)
+            _check_texts(f"{row.name!r:.80}: gap", row.gap, info)
         return value
 
     @field_validator("rows")
