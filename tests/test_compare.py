@@ -197,7 +197,7 @@ def test_what_is_shared_is_computed_once(shared: Path, calls: dict[str, int]) ->
 def test_files(shared: Path) -> None:
     out, record = shared / "out", results(shared / "out")
     assert {path.name for path in out.iterdir()} == {
-        *("table.md", "table.csv", "results.json", "report.html", "frontier.svg", "recipes", "models")
+        *("table.md", "table.csv", "results.json", "report.html", "frontier.svg", "bytes.svg", "recipes", "models")
     }
     names = {row["name"] for row in record["rows"]}
     assert {path.stem for path in (out / "recipes").iterdir()} == {path.name for path in (out / "models").iterdir()}
@@ -206,14 +206,15 @@ def test_files(shared: Path) -> None:
         assert load_recipe(out / f"recipes/{row['name']}.yaml").model_dump(mode="json") == row["recipe"]
     with (out / "table.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    assert [row["method"] for row in table] == ["dense", *(row["method"] for row in record["rows"])]
-    for cells, row in zip(table[1:], record["rows"], strict=True):
+    plain = [f"dense, {row['name']}" for row in record["quantized"]]
+    assert [row["method"] for row in table] == ["dense", *plain, *(row["method"] for row in record["rows"])]
+    for cells, row in zip(table[1 + len(plain) :], record["rows"], strict=True):
         assert int(cells["parameters"]) == row["parameters"]
         assert float(cells["perplexity other.txt"]) == row["perplexity"][0]
         assert float(cells["gap third.txt"]) == row["gap"][1]
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
     widths = {line.count("|") for line in lines if line.startswith("| ") and "questions" not in line}
-    assert len([line for line in lines if line.startswith("| ")]) == (3 + 8) + 2 * (3 + 4)
+    assert len([line for line in lines if line.startswith("| ")]) == (3 + len(plain) + 8) + 2 * (3 + 4)
     assert len(widths) == 2  # of the results, and of the tasks
     svg = ET.parse(out / "frontier.svg").getroot()
     assert len([e for e in svg.iter() if e.get("class") == "mark"]) == 8 + len(METHODS)  # and the legend
@@ -568,7 +569,7 @@ def test_rows_use_the_work_folder_of_the_comparison(place: Path, monkeypatch: py
         assert found == expected, i
     assert left_in(Path("out.work")) == common
     files = {path.name.rpartition("-")[0] for path in Path("out.work").glob("*.json")}
-    assert files == {"row", "dense", "dense-all", ""}  # recipe.json and seconds
+    assert files == {"row", "dense", "dense-all", "quantized", ""}  # recipe.json and seconds
     assert not Path("out.work.lock").exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bolaco.checkpoint.runtimes import export_onnx
 from bolaco.models.load import load_model
 from tests.models import compress_tiny, save_tiny, tiny_llama, tiny_tokenizer
 
@@ -60,6 +61,8 @@ def test_every_section_with_python_is_run_here() -> None:
         "Train adapters on it (PEFT)",
         "Quantize it further (torchao)",
         "Measure it elsewhere (lm-evaluation-harness)",
+        "Make it faster here",
+        "Export it (ONNX Runtime, OpenVINO)",
     }
 
 
@@ -131,3 +134,24 @@ def test_the_harness(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Instance("loglikelihood", {}, ("A river", " carries"), 0)
     ((score, _),) = harness.loglikelihood([request], disable_tqdm=True)
     assert score < 0
+
+
+def test_faster_here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = run(EXAMPLES["Make it faster here"][0], place, monkeypatch)["model"]
+    tokens = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, expected(place, tokens))
+    before, after = (load_file(place / name / "model.safetensors") for name in ("small", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_in_onnx_runtime(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    export_onnx(str(place / "small"), place / "onnx")
+    tokens = run(EXAMPLES["Export it (ONNX Runtime, OpenVINO)"][0], place, monkeypatch)["tokens"]
+    words = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    prompt = tokens[:, :3]
+    generated = load_model(str(place / "small")).generate(prompt, attention_mask=torch.ones_like(prompt), **words)
+    assert torch.equal(tokens, generated)

@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ PREFIX = "lowrank_"
 MODELLING_FILE = "modeling_lowrank"
 # Of the entry "lowrank" in a configuration: 1 had no kinds.
 FORMAT = 2
+# Model types whose classes are registered, and what is called with one as soon as they are.
+REGISTERED: list[str] = []
+AFTER_REGISTERING: list[Callable[[str], None]] = []
 # Auto classes that a compressed model is known to, if the dense one is.
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -306,6 +310,9 @@ def register_models(model_type: str) -> None:
         AutoModel.register(config_class(model_type), base, exist_ok=True)
     for auto in _auto_classes(model_type):
         auto.register(config_class(model_type), causal, exist_ok=True)
+    REGISTERED.append(model_type)
+    for more in AFTER_REGISTERING:
+        more(model_type)
 
 
 class _Compressed(dict[str, Any]):
