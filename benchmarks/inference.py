@@ -26,6 +26,7 @@ from bolaco.layers import PivotedLinear, install_layers
 from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_config
 from bolaco.runtime.fuse import fuse
+from bolaco.runtime.product import PackedProduct, RowProduct
 from bolaco.storage.storage import STORAGES
 from common import median, print_table
 
@@ -135,6 +136,21 @@ def where_time_goes(action: Callable[[], object], steps: int = 8) -> dict[str, f
     }
 
 
+def call_costs(dtype: torch.dtype) -> dict[str, float]:
+    """Microseconds of a product with one token and a matrix that is too small to take any: what a call costs."""
+    weight, x = torch.ones(16, 16, dtype=dtype), torch.ones(1, 1, 16, dtype=dtype)
+    found = {}
+    for kind in (RowProduct, PackedProduct):
+        made, times = kind(weight, None), []
+        with torch.inference_mode():
+            for _ in range(2000):
+                start = time.perf_counter()
+                made(x)
+                times.append(time.perf_counter() - start)
+        found[kind.__name__] = 1e6 * median(times)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
@@ -180,6 +196,8 @@ def table(args: argparse.Namespace, dtype: str) -> None:
         row += [args.batch * PREFILL / median(prefill[i]), over, over * count]
         over = ratio(decode[i], decode[best[1]])
         rows.append([*row, args.batch / median(decode[i]), over, over * share])
+    calls = ", ".join(f"{name} {cost:.1f}" for name, cost in call_costs(getattr(torch, dtype)).items())
+    print(f"\n{dtype}, microseconds of a call: {calls}")
     print(f"\n{dtype}, tokens per second\n")
     print_table(header, rows)
     if args.profile:
