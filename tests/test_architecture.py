@@ -44,6 +44,7 @@ ROOMS = (
     "runs",
     "distill",
     "comparison",
+    "delta",
     "testing",
     "listing",
     "api",

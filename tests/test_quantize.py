@@ -129,6 +129,15 @@ def test_fitted_levels_are_near_the_best_uniform_ones(bits: int, most: float) ->
     assert error < float((spanning - weight).square().mean())
 
 
+@given(spec=specs(), size=SIZES, seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_a_transpose_has_the_same_numbers(spec: GridSpec, size: tuple[int, int], seed: int) -> None:
+    found = round_to_nearest(drawn(*size, seed), spec)
+    turned = found.transposed()
+    assert torch.equal(turned.dense(), found.dense().T)
+    assert turned.stored_bits == turned.grid.spec.stored_bits(*turned.shape) == found.stored_bits
+
+
 def test_groups_along_a_column_are_those_of_the_transpose() -> None:
     weight = drawn(9, 5, 1)
     spec = GridSpec(bits=3, group=4)

@@ -18,8 +18,10 @@ from bolaco.version import __version__
 
 if TYPE_CHECKING:
     from bolaco.api import (
+        DeltaModel,
         compare,
         compress,
+        delta,
         distill,
         evaluate,
         evaluate_tasks,
@@ -32,8 +34,10 @@ if TYPE_CHECKING:
     )
 
 _LAZY = (
+    "DeltaModel",
     "compare",
     "compress",
+    "delta",
     "distill",
     "evaluate",
     "evaluate_tasks",
@@ -45,9 +49,11 @@ _LAZY = (
     "unfuse",
 )
 __all__ = [
+    "DeltaModel",
     "__version__",
     "compare",
     "compress",
+    "delta",
     "distill",
     "evaluate",
     "evaluate_tasks",

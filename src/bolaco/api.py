@@ -18,6 +18,8 @@ from bolaco.comparison.plan import make_comparison
 from bolaco.comparison.run import ComparisonResult
 from bolaco.comparison.run import compare as run_comparison
 from bolaco.data.memory import Data, InMemory
+from bolaco.delta.run import DeltaResult, make_delta
+from bolaco.delta.serve import DeltaModel
 from bolaco.distill.generate_text import WrittenTexts, make_generation
 from bolaco.distill.generate_text import generate_text as write_texts
 from bolaco.distill.run import Distilled
@@ -35,10 +37,13 @@ from bolaco.runtime import fuse as fusing
 from bolaco.settings import merge
 
 __all__ = [
+    "DeltaModel",
+    "DeltaResult",
     "TaskResult",
     "TaskSet",
     "compare",
     "compress",
+    "delta",
     "distill",
     "evaluate",
     "evaluate_tasks",
@@ -288,6 +293,39 @@ def generate_text(
     """
     settings = make_generation(model, sequences, like, dtype, device, words)
     return write_texts(settings, Path(out).expanduser(), reporter or Reporter.watched(), _folder(work), keep_work)
+
+
+def delta(
+    base: str,
+    tuned: str,
+    out: str | Path,
+    *,
+    work: str | Path | None = None,
+    keep_work: bool = False,
+    reporter: Reporter | None = None,
+    options: dict[str, Any] | None = None,
+    **words: Any,
+) -> DeltaResult:
+    """Writes what a fine-tuned model adds to its base, in few bits.
+
+    Args:
+        base, tuned: hub ids, folders, .gguf files or aliases.
+        out: folder to write; must not exist. :func:`load` of it gives the base with the delta.
+        work: folder of intermediate results, ``<out>.work`` by default; removed on success, continued from after an
+            interruption.
+        keep_work: keep it.
+        reporter: where progress goes; by default to a terminal or a notebook if there is one.
+        options: fields of :class:`bolaco.delta.settings.DeltaSettings` by dotted name.
+        words: ``ratio``, ``method``, ``calibration``, ``text_column``, ``seq_len``, ``evaluation``, ``seed``,
+            ``dtype``, ``device``, ``bos``.
+
+    Raises:
+        BolacoError: with one line that says what to mend.
+    """
+    from bolaco.delta.settings import make_settings
+
+    settings = make_settings(base, tuned, words, options)
+    return make_delta(settings, Path(out).expanduser(), reporter or Reporter.watched(), _folder(work), keep_work)
 
 
 def export(folder: str | Path, out: str | Path, *, drop_bias: bool = False) -> Path:

@@ -363,8 +363,76 @@ def _predict(args: argparse.Namespace, console: Console) -> None:
     console.print(f"{found.texts:,} texts answered{right}; written to {args.out}")
 
 
+# Options of `delta` that are fields of its settings.
+_DELTA_WORDS = (*("ratio", "method", "calibration", "text_column", "evaluation", "seq_len", "seed", "dtype", "device"),)
+
+
+def _delta(args: argparse.Namespace, console: Console) -> None:
+    what, place = args.models
+    if what in ("apply", "export"):
+        _use_delta(args, console)
+        return
+    if args.peft:
+        raise RecipeError("--peft is about a delta that is there: bolaco delta export DELTA --peft -o ADAPTER")
+    from bolaco.api import delta
+    from bolaco.delta.page import document, lines_of
+    from bolaco.report.tables import seconds_line
+
+    words: dict[str, Any] = {word: getattr(args, word) for word in _DELTA_WORDS}
+    folders: dict[str, Any] = {"out": args.out, "work": args.work, "keep_work": args.keep_work}
+    result = delta(what, place, **folders, reporter=_reporter(args), options=_settings(args.set), **words)
+    if args.json:
+        _print_json(document(result.path, result.info))
+        return
+    for line in (*lines_of(result.info), seconds_line(result.info)):
+        console.print(line)
+    console.print(f"written to {result.path}")
+
+
+def _use_delta(args: argparse.Namespace, console: Console) -> None:
+    """``bolaco delta apply`` and ``bolaco delta export``."""
+    what, place = args.models
+    given = [f"--{word.replace('_', '-')}" for word in _DELTA_WORDS if getattr(args, word) is not None]
+    if given or args.set:
+        raise RecipeError(f"delta {what}: takes -o alone, not {(given or ['--set'])[0]}")
+    out = Path(args.out).expanduser()
+    if what == "apply":
+        from bolaco.delta.apply import apply_delta
+
+        apply_delta(place, out)
+        console.print(f"written to {out}")
+        return
+    if not args.peft:
+        raise RecipeError("delta export: --peft is the one format there is; `bolaco delta apply` writes a whole model")
+    from bolaco.delta.export import export_peft
+
+    for line in export_peft(place, out):
+        console.print(line)
+    console.print(f"written to {out}")
+
+
+def _inspect_delta(args: argparse.Namespace, console: Console) -> None:
+    from bolaco.delta.page import delta_page, document, lines_of
+    from bolaco.delta.record import read_record
+    from bolaco.report.tables import seconds_line
+    from bolaco.work.output import refuse_existing
+
+    folder = Path(args.folder)
+    info = read_record(folder)
+    if args.json:
+        _print_json(document(folder, info))
+        return
+    for line in (*lines_of(info), seconds_line(info)):
+        console.print(line)
+    if args.html:
+        refuse_existing(Path(args.html))
+        Path(args.html).write_text(delta_page(info, folder.resolve().name), encoding="utf-8")
+        console.print(f"report written to {args.html}")
+
+
 def _inspect(args: argparse.Namespace, console: Console) -> None:
     from bolaco.checkpoint.info import CompressedInfo, read_any_info, read_curves
+    from bolaco.models.adapters import is_delta
     from bolaco.report.tables import (
         allocation_line,
         blocks_line,
@@ -379,6 +447,9 @@ def _inspect(args: argparse.Namespace, console: Console) -> None:
     )
     from bolaco.work.output import refuse_existing
 
+    if is_delta(args.folder):
+        _inspect_delta(args, console)
+        return
     info = read_any_info(args.folder)
     if args.json:
         from bolaco.report.document import result_document
@@ -508,7 +579,7 @@ def _asked_to_end() -> Iterator[None]:
 
 
 # What is kept in a work folder, so that the same command goes on.
-_RESUMED = ("compress", "compare", "run", "tune", "generate-text", "distill")
+_RESUMED = ("compress", "compare", "run", "tune", "generate-text", "distill", "delta")
 _COMMANDS = {
     "compress": _compress,
     "compare": _compare,
@@ -520,6 +591,7 @@ _COMMANDS = {
     "bench": _bench,
     "inspect": _inspect,
     "export": _export,
+    "delta": _delta,
     "methods": _methods,
     "completion": _completion,
 }

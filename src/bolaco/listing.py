@@ -9,6 +9,7 @@ import yaml
 from rich.table import Table
 
 from bolaco.allocate.allocator import ALLOCATORS
+from bolaco.delta.method import DELTA_METHODS
 from bolaco.errors import RecipeError
 from bolaco.factorize.method import METHODS
 from bolaco.plugins import Listing
@@ -41,7 +42,9 @@ def tables() -> Iterator[Table | str]:
     yield _rows(_table("search", "ways to find ranks"), allocators)
     yield _rows(_table("storage", "forms of a factored matrix"), storages)
     yield _rows(_table("mode of tune", "what is trained"), modes)
-    yield from (line for listing in (methods, storages, allocators, modes) for line in listing.refused)
+    deltas = DELTA_METHODS.listing()
+    yield _rows(_table("method of delta", "what a fine-tune adds, in few bits"), deltas)
+    yield from (line for listing in (methods, storages, allocators, modes, deltas) for line in listing.refused)
 
 
 def one_of_it(name: str) -> Iterator[Table | str]:
@@ -57,6 +60,7 @@ def one_of_it(name: str) -> Iterator[Table | str]:
         (ALLOCATORS, "search."),
         (STORAGES, ""),
         (MODES, "options."),
+        (DELTA_METHODS, "options."),
     )
     for registry, prefix in registries:
         if name not in registry:

@@ -30,6 +30,8 @@ examples:
   bolaco inspect small
   bolaco export small --dense -o stock
   bolaco export small --onnx -o onnx
+  bolaco delta ./base ./my-finetune --ratio 1/16 --calibration c4.jsonl -o delta
+  bolaco delta apply delta -o merged
 
 MODEL is a hub id, a local folder, a .gguf file or the alias smollm2-135m.
 SRC is a .txt, .jsonl or .parquet file, a folder of them, a hub data set (id, id:config or id:config:split), or pydoc
@@ -239,12 +241,34 @@ def command_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("-o", "--out", required=True)
 
+    delta = commands.add_parser(
+        "delta",
+        help="what a fine-tune adds to its base, in few bits",
+        usage="bolaco delta BASE TUNED -o DELTA [--ratio 1/16] [--method NAME] [--calibration SRC] [options]\n"
+        "       bolaco delta apply DELTA -o MERGED\n"
+        "       bolaco delta export DELTA --peft -o ADAPTER",
+    )
+    delta.add_argument("models", metavar="BASE TUNED", nargs=2, help="two models; or apply or export, and a delta")
+    delta.add_argument("--ratio", help="bits as a share of 16 for each number of the matrices (1/16)")
+    delta.add_argument("--method", help="how, one of `bolaco methods` (default)")
+    delta.add_argument("--calibration", metavar="SRC", help="general text that statistics are estimated on")
+    delta.add_argument("--text-column", metavar="NAME", help=WORDS["text_column"].help)
+    delta.add_argument("--eval", metavar="SRC", dest="evaluation", help="text of the perplexities (that after it)")
+    delta.add_argument("--seq-len", type=int, help="tokens of a sequence (512)")
+    delta.add_argument("--seed", type=int)
+    delta.add_argument("--dtype", choices=DTYPES, help="of the models in memory (auto: as stored)")
+    delta.add_argument("--device", help=WORDS["device"].help)
+    delta.add_argument("--peft", action="store_true", help="export: a LoRA adapter for PEFT, vLLM and llama.cpp")
+    _settings(delta, "any other, such as calibration.sequences=128, options.NAME of the method")
+    _folders(delta)
+    _json(delta)
+
     methods = commands.add_parser("methods", help="list what is registered, or the options of one of it")
     methods.add_argument("name", metavar="NAME", nargs="?", help="of a method, storage, search, preset or mode")
 
     completion = commands.add_parser("completion", help="print what completes these words in a shell")
     completion.add_argument("shell", choices=SHELLS)
-    for command in (compress, compare, run, evaluate, tune, generate, distill, bench):
+    for command in (compress, compare, run, evaluate, tune, generate, distill, bench, delta):
         _loudness(command)
     return parser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from bolaco.settings import parsed_json
 # Folder of a LoRA adapter as PEFT writes it; files of tensor-train adapters.
 PEFT_FOLDER = "adapter"
 TRAIN_JSON, TRAIN_TENSORS = "adapter_tt.json", "adapter_tt.safetensors"
+# File of a delta, which :mod:`bolaco.delta` writes; the base is in the JSON beside it.
+DELTA_TENSORS, _DELTA_JSON = "delta.safetensors", "bolaco.json"
 
 # Of an adapter; more is damage, and would be made.
 LARGEST_RANK = 2**16
@@ -85,14 +88,19 @@ def save_trains(folder: Path, adapters: Mapping[str, TrainAdapter], base: str | 
     (folder / TRAIN_JSON).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
+def is_delta(folder: str | Path) -> bool:
+    """Whether a folder holds a delta."""
+    return (Path(folder).expanduser() / DELTA_TENSORS).is_file()
+
+
 def base_of(folder: Path) -> str | None:
-    """The model that the adapter in a folder is for, if the folder holds an adapter and no model.
+    """The model that the adapter or delta in a folder is for, if the folder holds one and no model.
 
     Raises:
-        CheckpointError: the adapter does not say.
+        CheckpointError: it does not say.
     """
-    file = folder / TRAIN_JSON
-    if not file.is_file() or (folder / "config.json").is_file():
+    file = base_file(folder)
+    if file is None or (folder / "config.json").is_file():
         return None
     try:
         base = json.loads(file.read_text(encoding="utf-8"))["base"]
@@ -101,6 +109,13 @@ def base_of(folder: Path) -> str | None:
     if not isinstance(base, str) or not base:
         raise CheckpointError(f'{file}: damaged, or without the model it is for; name that in its field "base"')
     return base
+
+
+def base_file(folder: Path) -> Path | None:
+    """The file that says which model the adapter or delta in a folder is for; None where there is neither."""
+    if (folder / DELTA_TENSORS).is_file():
+        return folder / _DELTA_JSON
+    return folder / TRAIN_JSON if (folder / TRAIN_JSON).is_file() else None
 
 
 def attach_trains(model: PreTrainedModel, folder: Path) -> None:
@@ -133,8 +148,18 @@ def attach_trains(model: PreTrainedModel, folder: Path) -> None:
         raise CheckpointError(f"{file}: damaged, or of another model ({why[:300]})") from error
 
 
+def _attach_delta(model: PreTrainedModel, folder: Path) -> None:
+    """Adds a delta to its base. The room of deltas is far above this one: it is found by its name, as methods are."""
+    attach: Attach = importlib.import_module("bolaco.delta.folder").attach
+    attach(model, folder)
+
+
 # What lies in a model's folder -> what puts it on.
-_ADAPTERS: dict[str, Attach] = {TRAIN_JSON: attach_trains, f"{PEFT_FOLDER}/adapter_config.json": attach_peft}
+_ADAPTERS: dict[str, Attach] = {
+    TRAIN_JSON: attach_trains,
+    f"{PEFT_FOLDER}/adapter_config.json": attach_peft,
+    DELTA_TENSORS: _attach_delta,
+}
 
 
 def kept_adapters(folder: Path) -> dict[str, Attach]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
-from bolaco.models.adapters import TRAIN_JSON, base_of, kept_adapters
+from bolaco.models.adapters import DELTA_TENSORS, base_file, base_of, kept_adapters
 from bolaco.models.find import meta_model
 from bolaco.models.folder import check_config, check_index, check_parameters
 from bolaco.models.gguf import plain_reader
@@ -93,13 +93,15 @@ def _adapted(folder: Path, base: str) -> Source:
     Raises:
         UnsupportedModelError: it is not there, or is an adapter itself.
     """
+    file = base_file(folder)
+    assert file is not None  # it was read
     if base_of(Path(base).expanduser()) is not None:
         raise UnsupportedModelError(f"{folder}: an adapter for {base}, which is an adapter itself")
     try:
         source = resolve(base)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f'{folder}: an adapter for a model that is not there ({error}); "base" in {TRAIN_JSON} says where it is'
+            f'{folder}: an adapter for a model that is not there ({error}); "base" in {file.name} says where it is'
         ) from error
     return replace(source, adapter=str(folder))
 
@@ -191,7 +193,10 @@ def load_tokenizer(model: str) -> Any:
     register_folder(source.path)
     with quiet(), source.reading():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False, **source.kwargs)
+            # An adapter can bring its own, with another chat template.
+            own = source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file()
+            where, arguments = (source.adapter, {}) if own else (source.path, source.kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
             tokenizer("a")  # its files can say what fails only then
         except BolacoError:
             raise
@@ -225,6 +230,8 @@ def load_model(
     check_index(Path(source.path))
     beside = Path(source.adapter or source.path)
     kept = kept_adapters(beside) if adapters != "leave" else {}
+    if DELTA_TENSORS in kept and adapters == "refuse":
+        raise UnsupportedModelError(f"{model}: a delta, not a model; make it one with `bolaco delta apply` first")
     if kept and adapters == "refuse":
         raise UnsupportedModelError(
             f"{model}: an adapter is kept beside its weights ({next(iter(kept))}) and would be lost; tune the model it "
@@ -239,7 +246,9 @@ def load_model(
         check_parameters(load_config(model), Path(source.path))
     register_folder(source.path)
     loading: Any = AutoModelForCausalLM
-    wanted: Any = _DTYPES.get(dtype, torch.float32 if source.gguf else "auto")
+    stored: Any = torch.float32 if source.gguf else "auto"
+    # A delta is for the weights as they are stored; its sum with them is rounded once.
+    wanted = stored if DELTA_TENSORS in kept else _DTYPES.get(dtype, stored)
     with quiet(), source.reading():
         try:
             loaded, found = loading.from_pretrained(
@@ -281,6 +290,8 @@ def load_model(
     model_here: PreTrainedModel = loaded.to(resolve_device(device))
     for attach in kept.values():
         attach(model_here, beside)
+    if DELTA_TENSORS in kept and dtype in _DTYPES:
+        model_here.to(dtype=_DTYPES[dtype])
     return model_here
 
 

@@ -39,6 +39,13 @@ class QuantizedMatrix:
         scale, zero = self.grid.each(rows, columns)
         return ((codes.float() - zero) * scale).to(dtype)
 
+    def transposed(self) -> QuantizedMatrix:
+        """``[columns, rows]`` of the same numbers; groups along rows are along columns then."""
+        rows, columns = self.shape
+        spec = self.grid.spec.model_copy(update={"by_column": not self.grid.spec.by_column})
+        codes = unpack(self.codes, spec.bits, rows * columns).view(rows, columns).T
+        return from_codes(codes, Grid(spec, self.grid.scales, self.grid.zeros))
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored: ``codes``, ``scales`` and, of asymmetric levels, ``zeros``."""
         found = {"codes": self.codes, "scales": self.grid.scales}

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pydantic import ByteSize
 from rich.table import Table
@@ -168,7 +168,15 @@ def sizes_markdown(infos: Mapping[str, CompressedInfo]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\nPerplexity on {text}.\n"
 
 
-def seconds_line(record: CompressedInfo | TuningRecord) -> str:
+class Timed(Protocol):
+    """A record of a run."""
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage."""
+
+
+def seconds_line(record: Timed) -> str:
     """Seconds of each stage and their sum, in one line."""
     parts = [f"{stage} {seconds:.1f}" for stage, seconds in record.seconds.items()]
     return f"seconds: {', '.join(parts)}; {sum(record.seconds.values()):.1f} in all"

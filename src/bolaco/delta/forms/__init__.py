@@ -1,0 +1,1 @@
+"""Forms of the delta of one matrix, one file each; the folder is their list."""
