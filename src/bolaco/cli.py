@@ -252,6 +252,11 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
     for option, count in (("--prompt", args.prompt), ("--new-tokens", args.new_tokens)):
         if count < 1:
             raise RecipeError(f"{option} {count}: must be at least 1")
+    if args.deltas:
+        if args.runtime != "eager":
+            raise RecipeError(f"--runtime {args.runtime}: deltas beside one base run in eager only")
+        _bench_deltas(args, console)
+        return
     from bolaco.evaluation.engines import runtime_named
     from bolaco.evaluation.speed import measure_apart
     from bolaco.report.tables import speed_table
@@ -266,6 +271,24 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
                 tick(1)
     if args.json != "-":
         console.print(speed_table(found))
+    _write_json(args, found)
+
+
+def _bench_deltas(args: argparse.Namespace, console: Console) -> None:
+    counts = [int(word) if word.strip().isdigit() else 0 for word in args.counts.split(",")]
+    if min(counts) < 1:
+        raise RecipeError(f"--counts {args.counts}: expected numbers from 1 up with commas between, such as 1,4,16")
+    from bolaco.delta.bench import delta_table, measure_deltas
+
+    found = []
+    words = {"prompt": args.prompt, "new": args.new_tokens, "dtype": args.dtype, "device": args.device}
+    with _reporter(args).stage("measure", len(counts)) as tick:
+        for row in measure_deltas(args.models, counts, unpacked=args.unpacked, **words):
+            found.append(row)
+            tick(1)
+    if args.json != "-":
+        console.print(delta_table(found))
+        console.print("in brackets: memory over one whole model's; tokens/s of whole models")
     _write_json(args, found)
 
 

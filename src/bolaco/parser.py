@@ -216,6 +216,11 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", default="1,8", metavar="N,..", help="batch sizes (1,8)")
     bench.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (256)")
     bench.add_argument("--new-tokens", type=int, default=16, help="tokens decoded after it (16)")
+    bench.add_argument(
+        "--deltas", action="store_true", help="MODEL are deltas of one base: several beside it in memory"
+    )
+    bench.add_argument("--counts", default="1,4,16", metavar="N,..", help="numbers of --deltas, taken in turn (1,4,16)")
+    bench.add_argument("--unpacked", type=int, metavar="N", help="--deltas that are kept unpacked (all)")
     _json_file(bench)
     _placement(bench)
 

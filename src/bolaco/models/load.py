@@ -291,7 +291,7 @@ def load_model(
     for attach in kept.values():
         attach(model_here, beside)
     if DELTA_TENSORS in kept and dtype in _DTYPES:
-        model_here.to(dtype=_DTYPES[dtype])
+        loaded.to(_DTYPES[dtype])
     return model_here
 
 

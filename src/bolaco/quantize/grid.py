@@ -20,7 +20,7 @@ SCALES = torch.bfloat16
 ZEROS = torch.int16
 _BITS_OF_A_SCALE = 16
 # Shares of the range that are tried when scales are fitted, from where one-bit levels of heavy tails are.
-_SHARES = [0.06 * 1.073**step for step in range(41)]
+_SHARES = [0.06 * 1.125**step for step in range(25)]
 
 
 class Levels(Enum):
@@ -119,6 +119,7 @@ def fit_grid(weight: Tensor, spec: GridSpec) -> Grid:
     # Zeros behind a shorter last group change neither its range, which has zero in it, nor its error, see below.
     padded = lines.new_zeros(outer, count * group)
     padded[:, :inner] = lines
+    whole = inner == count * group
     there = torch.zeros(count * group, dtype=torch.bool, device=lines.device)
     there[:inner] = True
     groups, there = padded.view(outer, count, group), there.view(1, count, group)
@@ -126,13 +127,16 @@ def fit_grid(weight: Tensor, spec: GridSpec) -> Grid:
     if spec.levels is not Levels.ASYMMETRIC:
         high = torch.maximum(-low, high)
         low = -high
+    if not torch.isfinite((high - low).to(SCALES)).all():
+        raise NonFiniteError("numbers of a matrix to quantize are too large (3e38 and more apart)")
     if not spec.fitted:
         scales, zeros = _spanning(low, high, spec, upwards=True)
         return Grid(spec, scales, zeros)
     best: tuple[Tensor, Tensor | None, Tensor] | None = None
     for share in _SHARES:
         scales, zeros = _spanning(low * share, high * share, spec, upwards=False)
-        error = (_nearest(groups, scales, zeros, spec) - groups).square_().mul_(there).sum(2)
+        error = _nearest(groups, scales, zeros, spec).sub_(groups).square_()
+        error = (error if whole else error.mul_(there)).sum(2)
         if best is None:
             best = scales, zeros, error
             continue
@@ -155,8 +159,6 @@ def _spanning(low: Tensor, high: Tensor, spec: GridSpec, upwards: bool) -> tuple
 
 def _rounded(scales: Tensor, upwards: bool) -> Tensor:
     found = scales.to(SCALES)
-    if not torch.isfinite(found).all():
-        raise NonFiniteError("numbers of a matrix to quantize are too large (3e38 and more apart)")
     if upwards:
         found = torch.where(found.double() < scales, torch.nextafter(found, torch.full_like(found, torch.inf)), found)
     return found

@@ -15,8 +15,7 @@ sides of zero and none at it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from pydantic import Field
@@ -50,31 +49,38 @@ class DefaultOptions(Section):
     damping: float = Field(0.01, ge=0, description="share of the mean diagonal that GPTQ adds to its Hessian")
 
 
-def leaning(matrix: Tensor, share: float) -> Tensor:
-    """A metric ``[n, n]`` and its mean times the identity, mixed; the identity where it is zero."""
-    exact = matrix.double()
-    mean = float(exact.diagonal().mean())
-    mixed = exact * ((1 - share) if mean > 0 else 0.0)
-    mixed.diagonal().add_(share * mean if mean > 0 else 1.0)
-    return mixed
-
-
-@dataclass(frozen=True)
 class Metric:
-    """A positive definite matrix, with its root and the root's inverse, ``[n, n]`` each; float64."""
+    """A symmetric positive definite matrix ``[n, n]``, float64, that leans on the identity.
 
-    matrix: Tensor
-    root: Tensor
-    inverse: Tensor
-    feedback: Feedback
+    Args:
+        matrix: positive semi-definite; None is the identity.
+        share: that share of its mean times the identity is mixed into it; a matrix of zeros becomes the identity.
+        damping: of GPTQ under it.
+    """
 
-    @classmethod
-    def of(cls, matrix: Tensor, damping: float) -> Metric:
-        """From the matrix alone."""
-        values, vectors = torch.linalg.eigh(matrix)
+    def __init__(self, matrix: Tensor | None, size: int, share: float, damping: float) -> None:
+        mean = 0.0 if matrix is None else float(matrix.diagonal().double().mean())
+        self._plain = mean if share == 1 and mean > 0 else 1.0 if mean <= 0 else None
+        self._damping = damping
+        if self._plain is not None or matrix is None:
+            self.matrix = (self._plain or 1.0) * torch.eye(size, dtype=torch.float64)
+        else:
+            self.matrix = (1 - share) * matrix.double()
+            self.matrix.diagonal().add_(share * mean)
+
+    @cached_property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """Its root and the inverse of that, ``[n, n]``, computed when they are first asked for."""
+        if self._plain is not None:
+            return self.matrix / self._plain**0.5, self.matrix / self._plain**1.5
+        values, vectors = torch.linalg.eigh(self.matrix)
         values = values.clamp(min=1e-12 * float(values[-1])).sqrt()
-        root, inverse = (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
-        return cls(matrix, root, inverse, Feedback(matrix, damping))
+        return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """For GPTQ of rows ``[r, n]``."""
+        return Feedback(self.matrix, self._damping)
 
 
 def directions(
@@ -84,7 +90,7 @@ def directions(
 
     Both are vectors of D itself: ``left @ diag(values ** 0.5) @ right`` is D at full rank.
     """
-    sided = outputs.root @ weight @ inputs.root
+    sided = outputs.roots[0] @ weight @ inputs.roots[0]
     tall = sided.shape[0] > sided.shape[1]
     gram = sided.T @ sided if tall else sided @ sided.T
     values, vectors = torch.linalg.eigh(gram)
@@ -94,7 +100,7 @@ def directions(
         left, right = (sided @ vectors) / sizes, vectors.T
     else:
         left, right = vectors, (vectors.T @ sided) / sizes[:, None]
-    return outputs.inverse @ left, values, right @ inputs.inverse
+    return outputs.roots[1] @ left, values, right @ inputs.roots[1]
 
 
 @cache
@@ -281,10 +287,9 @@ def _of_block(
         group = site.input_group
         if group not in shared:
             moment = inputs[group][MOMENTS].second_moment
-            shared[group] = Metric.of(leaning(moment, options.inputs), options.damping)
+            shared[group] = Metric(moment, site.in_features, options.inputs, options.damping)
         own = outputs.get(site.name)
-        gradient = torch.zeros(site.out_features, site.out_features) if own is None else own
-        return shared[group], Metric.of(leaning(gradient, options.outputs), options.damping)
+        return shared[group], Metric(own, site.out_features, options.outputs, options.damping)
 
     return metrics
 
