@@ -38,6 +38,7 @@ COMMANDS = (
     "bench",
     "inspect",
     "export",
+    "delta",
     "methods",
 )
 METHOD_NAMES = sorted({*METHODS.names(), *SYSTEMS})
@@ -122,7 +123,7 @@ def test_version() -> None:
     assert re.fullmatch(r"bolaco \d+\.\d+\.\d+\n", bolaco("--version").out)
 
 
-@pytest.mark.parametrize("words", [(), ("compres",), ("compress",), ("export", "x", "-o", "y")])
+@pytest.mark.parametrize("words", [(), ("compres",), ("compress",), ("export", "delta", "x", "-o", "y")])
 def test_wrong_usage_is_exit_2(words: tuple[str, ...]) -> None:
     assert bolaco(*words).code == 2
 
@@ -143,6 +144,7 @@ def test_methods() -> None:
         "ways to find ranks": {"spectral", "5x1", "5x4", "uniform", "welore", "hand"},
         "forms of a factored matrix": {"two-factor", "pivoted", "shared"},
         "what is trained": {"diagonal", "factors", "lora", "continued", "mixed-rank", "sketch", "tt-lora"},
+        "what a fine-tune adds, in few bits": {"default", "delta-come", "lowrank", "bitdelta", "ultradelta"},
     }
     assert kinds["allocation"]["welore"][0] == kinds["ways to find ranks"]["welore"][0] == "arXiv 2407.11239"
     assert kinds["transform"]["chop"][0] == "arXiv 2305.14864"
@@ -718,9 +720,9 @@ def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
     """Importing a subpackage sets an attribute of its name; none may be that of a public function."""
     package = importlib.import_module("bolaco")
     folder = Path(str(package.__file__)).parent
-    # A folder called `tune` can be called (tests/test_notebook.py).
+    # Folders of these names can be called (tests/test_notebook.py).
     hidden = {name for name in package.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()}
-    assert hidden == {"tune"}
+    assert hidden == {"delta", "tune"}
 
 
 def test_presets_offered_are_those_there_are() -> None:
