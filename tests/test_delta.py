@@ -151,6 +151,8 @@ def test_exported_it_is_an_adapter(here: Path) -> None:
     for method in ("bitdelta", "ultradelta"):
         done = call("delta", "export", method, "--peft", "-o", "other")
         assert "no products of thin ones; take `bolaco delta apply`" in done.err
+    ok(*delta_words("zero", method="lowrank")[:2], "base", *delta_words("zero", method="lowrank")[3:])
+    assert "the delta is zero" in call("delta", "export", "zero", "--peft", "-o", "other").err
     assert "--peft is the one format" in call("delta", "export", "default", "-o", "other").err
 
 

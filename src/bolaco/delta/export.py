@@ -59,13 +59,15 @@ def export_peft(folder: str, out: Path) -> list[str]:
         ranks[module] = right.shape[0]
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = left.contiguous()
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = right.contiguous()
-    most = max(ranks.values(), default=1)
+    if not ranks:
+        raise UnsupportedModelError(f"{folder}: the delta is zero, and there is no adapter of no matrices")
+    most = max(ranks.values())
     with new_folder(out) as partial:
         save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         text = json.dumps(_config(delta.info.base, ranks, most), indent=1)
         (partial / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     size = sum(tensor.numel() for tensor in tensors.values()) * torch.float32.itemsize
-    lines = [f"rank {min(ranks.values(), default=0)} to {most}, {size / 2**20:,.1f} MiB in float32"]
+    lines = [f"rank {min(ranks.values())} to {most}, {size / 2**20:,.1f} MiB in float32"]
     if most > _SERVED:
         beyond = (
             "" if most <= _SERVED_AT_MOST else f", which at most {_SERVED_AT_MOST} goes for: it will not serve this"

@@ -112,7 +112,7 @@ class DeltaTask:
             for layer in range(self.layers):
                 if not self.store.has(layer):
                     sites = self.sites(layer)
-                    self.store.save(layer, {site.name: make(site, self.subject.weight(site)) for site in sites})
+                    self.store.save(layer, {site.name: make(site, self.subject.weight(site).cpu()) for site in sites})
                 tick(1)
 
 

@@ -202,7 +202,7 @@ def compress(task: DeltaTask, options: DefaultOptions) -> None:
 
 
 def _exact(task: DeltaTask, site: Site) -> Tensor:
-    return task.subject.weight(site).double()
+    return task.subject.weight(site).cpu().double()
 
 
 def quantized(delta: Tensor, plan: Mapping[int, int], inputs: Metric, outputs: Metric, rounds: int = 2) -> Form:
@@ -263,7 +263,7 @@ def _metrics(
     task: DeltaTask, done: BlockStore, gradients: StatisticStore | None, options: DefaultOptions, tick: Tick
 ) -> Iterator[tuple[int, MetricsOf]]:
     """The blocks that ``done`` does not have, each with the metrics of its matrices on the fine-tuned model's text."""
-    subject, device = task.subject, task.subject.model.device
+    subject, cpu = task.subject, torch.device("cpu")
     walk = input_walk(subject.model, subject.structure, task.tokens, task.calibration.batch)
     try:
         while walk.layer < task.layers:
@@ -273,7 +273,7 @@ def _metrics(
                 continue
             for layer, inputs in enumerate(collect(walk, (MOMENTS,), task.calibration.groups, tick), first):
                 if not done.has(layer):
-                    yield layer, _of_block(inputs, {} if gradients is None else gradients.get(layer, device), options)
+                    yield layer, _of_block(inputs, {} if gradients is None else gradients.get(layer, cpu), options)
     finally:
         walk.close()
 
@@ -286,7 +286,7 @@ def _of_block(
     def metrics(site: Site) -> tuple[Metric, Metric]:
         group = site.input_group
         if group not in shared:
-            moment = inputs[group][MOMENTS].second_moment
+            moment = inputs[group][MOMENTS].second_moment.cpu()
             shared[group] = Metric(moment, site.in_features, options.inputs, options.damping)
         own = outputs.get(site.name)
         return shared[group], Metric(own, site.out_features, options.outputs, options.damping)

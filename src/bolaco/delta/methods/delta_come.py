@@ -116,7 +116,7 @@ def _quantize(matrix: _Matrix, index: int, inputs: Feedback, options: DeltaComeO
 
 
 def _prepared(task: DeltaTask, site: Site, options: DeltaComeOptions) -> _Matrix:
-    delta = task.subject.weight(site)
+    delta = task.subject.weight(site).cpu()
     plan = plan_of(site, task.budget(site), options)
     rank = sum(count for _, count in plan)
     left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)

@@ -44,7 +44,7 @@ def compress(task: DeltaTask, options: UltraDeltaOptions) -> None:
     with task.reporter.stage("trace norms", task.layers) as tick:
         for layer in range(task.layers):
             for site in task.sites(layer):
-                delta = task.subject.weight(site)
+                delta = task.subject.weight(site).cpu()
                 variance[site.name] = float(delta.double().var(correction=0))
                 trace[site.name] = float(torch.linalg.svdvals(delta.double()).sum()) / math.sqrt(site.size)
                 places[site.name] = float((_codes(delta, options.bits)[0] != _zero(options.bits)).float().mean())
