@@ -1,6 +1,6 @@
 """What damaged, foreign and hostile files and words do to the command line: a mutation of one input at a time.
 
-    python benchmarks/fuzz.py                              every class as often as COUNTS says: 3,497 in all
+    python benchmarks/fuzz.py                              every class as often as COUNTS says: 3,617 in all
     python benchmarks/fuzz.py --count 300 --seed 7         about so many in all, others than those of seed 0
     python benchmarks/fuzz.py --only lowrank               one class
     python benchmarks/fuzz.py --only lowrank --number 17   one mutation of it again, with all that it said
@@ -58,6 +58,7 @@ COUNTS = {
     "model config": 150,
     "weights": 110,
     "adapter": 40,
+    "delta": 120,
     "questions": 107,
     "index": 100,
     "tokenizer": 100,
@@ -196,6 +197,22 @@ def _adapter(inputs: Inputs, place: Path, draw: random.Random) -> Trial:
     return Trial(said, draw.choice([loading[0], loading[2]]))
 
 
+def _delta(inputs: Inputs, place: Path, draw: random.Random) -> Trial:
+    folder = _copy(draw.choice(inputs.deltas), place)
+    if draw.random() < 0.7:
+        said = changed_json(folder / "bolaco.json", draw)
+    else:
+        file = folder / "delta.safetensors"
+        said = replace(file, *damaged(file.read_bytes(), draw))
+    commands = [
+        ["eval", str(folder), "--data", inputs.text, "--seq-len", "16", "--limit", "2"],
+        ["delta", "apply", str(folder), "-o", str(place / "merged")],
+        ["delta", "export", str(folder), "--peft", "-o", str(place / "exported")],
+        ["inspect", str(folder), "--html", str(place / "page.html")],
+    ]
+    return Trial(said, draw.choice(commands))
+
+
 def _tokenizer_files(inputs: Inputs, place: Path, draw: random.Random) -> Trial:
     folder = _copy(draw.choice([inputs.results[0], inputs.models[0]]), place)
     file = folder / draw.choice(("tokenizer.json", "tokenizer_config.json", "generation_config.json"))
@@ -314,6 +331,7 @@ CLASSES: dict[str, Callable[[Inputs, Path, random.Random], Trial]] = {
     "model config": _model_config,
     "weights": _weights,
     "adapter": _adapter,
+    "delta": _delta,
     "questions": _questions,
     "index": _index,
     "tokenizer": _tokenizer_files,

@@ -92,6 +92,11 @@ class Inputs:
         return sorted((self.folder / "tuned").glob("*"))
 
     @property
+    def deltas(self) -> list[Path]:
+        """Of a model over another, one of each form."""
+        return sorted((self.folder / "deltas").iterdir())
+
+    @property
     def text(self) -> str:
         return str(self.folder / "text.txt")
 
@@ -124,6 +129,12 @@ def make_inputs(folder: Path, models: Sequence[str] = tuple(MODELS), more: bool 
         api.tune(default, "sketch", out=results / "sketch", options=sketched, **common)
         for mode, model in (("tt-lora", default), ("lora", default), ("continued", llama)):
             api.tune(model, mode, out=folder / "tuned" / mode, options=fields, **common)
+    _write_model(folder / "other", "llama", tokenizer, seed=1)
+    for method in ("lowrank", "ultradelta"):
+        api.delta(llama, str(folder / "other"), folder / "deltas" / method, method=method, ratio="1/2")
+    few = {"options.steps": 0, "calibration.sequences": 4, "evaluation.windows": 2}
+    words = {"method": "bitdelta", "ratio": "1/8", "options": few}
+    api.delta(llama, str(folder / "other"), folder / "deltas" / "bitdelta", **texts, **words)
     for result in inputs.results:
         _shard(result)
     compared = {name: value for name, value in _SMALL.items() if not name.startswith("refinement")}
@@ -142,9 +153,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=POSITIONS, **names)
 
 
-def _write_model(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write_model(folder: Path, kind: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> None:
     ids = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**(MODELS[kind] | ids)), dtype=torch.float32)
     model.save_pretrained(folder, max_shard_size="20KB")
     tokenizer.save_pretrained(folder)

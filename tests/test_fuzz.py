@@ -18,7 +18,7 @@ from tests.types import BENCHMARKS
 # All but those of adapters: to tune takes seconds.
 CLASSES = (
     *("bolaco.json", "set", "recipe", "results.json", "curves.json", "lowrank", "config.json", "model config"),
-    *("weights", "questions", "index", "tokenizer", "instructions"),
+    *("weights", "questions", "index", "tokenizer", "instructions", "delta"),
 )
 # Together they are to take seconds.
 EACH = 4
@@ -44,9 +44,9 @@ def inputs(fuzz: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_there_is_as_much_of_everything_as_it_says(fuzz: Any) -> None:
     assert fuzz.COUNTS.keys() == fuzz.CLASSES.keys()
-    assert sum(fuzz.COUNTS.values()) == 3497
+    assert sum(fuzz.COUNTS.values()) == 3617
     assert set(fuzz.CLASSES) == {*CLASSES, "adapter"}
-    assert sum(fuzz.shares(None, None).values()) == 3497
+    assert sum(fuzz.shares(None, None).values()) == 3617
     assert fuzz.shares(10, "set") == {"set": 10}
     assert min(fuzz.shares(20, None).values()) == 1
 
