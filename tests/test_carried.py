@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import bolaco  # noqa: F401 - teaches the auto classes
 from bolaco.errors import CheckpointError
-from bolaco.layers import FollowerLinear, LeadLinear, LowRankLinear, PivotedLinear, SketchLinear
+from bolaco.layers import CodedLinear, FollowerLinear, LeadLinear, LowRankLinear, PivotedLinear, SketchLinear
 from bolaco.models.carried import kinds_in
 from bolaco.models.load import load_model
 from bolaco.models.lowrank import FORMAT, auto_map, config_class, model_classes
@@ -81,6 +81,7 @@ EVERY_KIND: dict[str, Entry] = {
         ],
     },
     "layers.1.mlp.up_proj": {"kind": "sketch", "bits": 2, "groups": 2, "layer": linear("two-factor", 48, 8)},
+    "layers.1.mlp.down_proj": {"kind": "quantized", "bits": 3, "group": 8, "layer": linear("two-factor", 32, 8)},
 }
 
 
@@ -97,7 +98,7 @@ def made_of(matrices: dict[str, Entry], folder: Path) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, PivotedLinear):
                 module.order.copy_(torch.randperm(len(module.order), generator=draw))
-            if isinstance(module, SketchLinear):
+            if isinstance(module, CodedLinear):
                 module.codes.copy_(torch.randint(0, 256, module.codes.shape, generator=draw))
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -156,10 +157,10 @@ def test_a_checkpoint_carries_the_layers_it_uses(name: str) -> None:
 def test_every_kind_is_carried_where_it_is_used(tmp_path: Path) -> None:
     made_of(EVERY_KIND, tmp_path / "all")
     layers = {"LowRankLinear", "LeadLinear", "FollowerLinear", "PivotedLinear", "SplitLinear", "SketchLinear"}
-    assert classes_of(tmp_path / "all") == COMMON | layers
+    assert classes_of(tmp_path / "all") == COMMON | layers | {"CodedLinear", "QuantizedLinear"}
     coded = {"layers.1.mlp.up_proj": EVERY_KIND["layers.1.mlp.up_proj"]}
     made_of(coded, tmp_path / "coded")
-    assert classes_of(tmp_path / "coded") == COMMON | {"SketchLinear", "LowRankLinear"}
+    assert classes_of(tmp_path / "coded") == COMMON | {"CodedLinear", "SketchLinear", "LowRankLinear"}
     made_of({}, tmp_path / "none")
     assert classes_of(tmp_path / "none") == COMMON
 
@@ -336,6 +337,10 @@ def test_no_matrices_are_refused(copied: Path) -> None:
 # --- format 1 ----------------------------------------------------------------------------------------------------
 
 
+# The kinds that there were.
+KINDS_OF_FORMAT_1 = {name: entry for name, entry in EVERY_KIND.items() if entry["kind"] != "quantized"}
+
+
 def in_format_1(entry: Entry) -> Entry:
     """An entry as it was before there were kinds."""
     if entry["kind"] == "split":
@@ -362,7 +367,7 @@ def downgrade(folder: Path) -> None:
 def test_a_checkpoint_of_format_1_is_the_same_model(name: str, tmp_path: Path) -> None:
     old = tmp_path / "old"
     if name == "every kind":
-        made_of(EVERY_KIND, old)
+        made_of(KINDS_OF_FORMAT_1, old)
     else:
         shutil.copytree(run_of(name), old)
     config, expected = config_of(old), logits(load_model(str(old)))
@@ -388,10 +393,10 @@ def test_a_configuration_of_format_1_saved_alone(tmp_path: Path) -> None:
 
 
 def test_layers_of_format_1_by_name(tmp_path: Path) -> None:
-    made_of(EVERY_KIND, tmp_path / "old")
+    made_of(KINDS_OF_FORMAT_1, tmp_path / "old")
     downgrade(tmp_path / "old")
     base = load_model(str(tmp_path / "old")).base_model
-    found = {name: type(base.get_submodule(name)) for name in EVERY_KIND}
+    found = {name: type(base.get_submodule(name)) for name in KINDS_OF_FORMAT_1}
     first = "layers.0.self_attn"
     assert (found[f"{first}.q_proj"], found[f"{first}.k_proj"]) == (LeadLinear, FollowerLinear)
     assert found[f"{first}.o_proj"] is found["layers.0.mlp.down_proj"] is PivotedLinear

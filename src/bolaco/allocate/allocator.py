@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from bolaco.data.settings import Validation
+from bolaco.factorize.noise import Noise
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Structure
 from bolaco.models.subject import Subject
@@ -48,12 +49,14 @@ class Allocation:
         dimensions: names of the dimensions of the search, if it was one.
         trials: in order.
         notes: numbers that say what the rule came to, by name.
+        bits: of every site, where the allocator chose them; else empty.
     """
 
     ranks: Ranks
     dimensions: tuple[str, ...] = ()
     trials: tuple[Trial, ...] = ()
     notes: Mapping[str, float] = field(default_factory=dict)
+    bits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class AllocationTask:
         seed: of the run.
         warm: ranks of an earlier result to start from.
         trials: for allocators that search; None for the others.
+        noise: reads the errors that codes of some bits add, by bits and site name; None where bits are not chosen. The
+            budget is then one of bits, and its storage a :class:`bolaco.storage.coded.CodedStorage`.
     """
 
     structure: Structure
@@ -104,6 +109,7 @@ class AllocationTask:
     seed: int = 0
     warm: Ranks | None = None
     trials: Trials | None = None
+    noise: Callable[[], Mapping[int, Mapping[str, Noise]]] | None = None
 
 
 def _never(options: Section) -> bool:
@@ -127,6 +133,7 @@ class Allocator:
         searches: whether it evaluates allocations on the validation text.
         warms: whether it takes ``search.warm_start``.
         stacks: whether it can give a rank to a stack of matrices.
+        chooses_bits: whether it gives bits to matrices, where :attr:`AllocationTask.noise` says what they cost.
         offers: from its options, whether it looks at the stacks that are offered in the place of matrices.
     """
 
@@ -141,6 +148,7 @@ class Allocator:
     searches: bool = False
     warms: bool = False
     stacks: bool = True
+    chooses_bits: bool = False
     offers: Callable[[Any], bool] = _never
 
 

@@ -47,8 +47,8 @@ class Dimension:
 
     @property
     def size(self) -> int:
-        """Parameters when dense."""
-        return sum(site.size for site in self.sites)
+        """Cost when dense: the last level is."""
+        return self.levels[-1].cost
 
     def at(self, keep: float) -> int:
         """Index of the highest level not above ``keep``; the lowest level for ratios below all."""
@@ -56,11 +56,11 @@ class Dimension:
 
 
 def _levels(sites: Sequence[Site], multiple: int, min_keep: float, storage: Storage) -> tuple[Level, ...]:
-    size = sum(site.size for site in sites)
+    size = sum(storage.dense_cost(site) for site in sites)
     ratios = {min_keep}
     for site in sites:
         for rank in range(multiple, storage.max_rank(site, multiple) + 1, multiple):
-            ratio = storage.parameters(site, rank) / site.size
+            ratio = storage.parameters(site, rank) / storage.dense_cost(site)
             if ratio > min_keep:
                 ratios.add(ratio)
     found: list[Level] = []
@@ -211,7 +211,7 @@ def uniform_preview(task: AllocationTask) -> Ranks:
     least = 0
     for site in task.structure.sites:
         factored = site.type not in task.dense_types and storage.max_rank(site, task.multiple) > 0
-        least += storage.cost(site, task.multiple) if factored else site.size
+        least += storage.cost(site, task.multiple) if factored else storage.dense_cost(site)
     if least > budget.limit:
         raise budget.too_small(least, NO_FLOOR)
     space = space_of(task, SpaceOptions(min_keep=1e-9))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import UnsupportedModelError
-from bolaco.layers import Entry, FactoredLinear, SplitLinear
+from bolaco.layers import CodedLinear, Entry, FactoredLinear, SplitLinear
 from bolaco.models.experts import experts_of, fused_tensors
 from bolaco.models.find import inspect_structure, meta_model
 from bolaco.models.load import load_model, load_tokenizer
@@ -121,6 +121,8 @@ def _dense(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     if isinstance(module, FactoredLinear):
         offset = module.dense_bias()
         return module.dense().detach(), None if offset is None else offset.detach()
+    if isinstance(module, CodedLinear):
+        return module.weight.detach(), None if module.bias is None else module.bias.detach()
     own = module.bias
     assert own is None or isinstance(own, Tensor)
     return weight_of(module).detach().contiguous(), None if own is None else own.detach()

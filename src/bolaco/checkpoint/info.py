@@ -204,6 +204,8 @@ class CompressedInfo(Info):
         dimensions: of the search.
         trials: of the search, in order.
         allocation: what else the rule for ranks came to; of ``welore`` its threshold and the effective rank reduction.
+        bits: of every quantized matrix by name; 16 has no codes. Empty where nothing is quantized.
+        bits_group: numbers that share a scale.
         seconds: of each stage.
         recipe: everything the run depended on.
         versions: of the packages that it ran with.
@@ -238,6 +240,8 @@ class CompressedInfo(Info):
     dimensions: list[str] = []
     trials: list[TrialRecord]
     allocation: dict[str, float] = {}
+    bits: dict[str, Annotated[int, Field(ge=1, le=16)]] = {}
+    bits_group: Count | None = None
     seconds: dict[str, Seconds]
     recipe: Values
     versions: dict[str, str]
@@ -248,7 +252,7 @@ class CompressedInfo(Info):
         """Format 1 said "dense" where nothing is factored."""
         return None if value == "dense" else value
 
-    @field_validator("ranks", "tokens_per_expert")
+    @field_validator("ranks", "tokens_per_expert", "bits")
     @classmethod
     def _of_a_layer(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         check_layers(value, info.data.get("layers_dense", _MOST_LAYERS))

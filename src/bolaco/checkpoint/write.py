@@ -19,19 +19,23 @@ from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import NonFiniteError, UnsupportedModelError
 from bolaco.layers import (
+    CodedLinear,
     EachExpert,
     Entry,
     FactoredLinear,
     GroupedExperts,
+    QuantizedLinear,
     RoutedExperts,
     SplitLinear,
     put_module,
 )
+from bolaco.layers.quantized import entry_of
 from bolaco.models.experts import experts_of, together
 from bolaco.models.lowrank import compressed_config, compressed_skeleton
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Site, Structure, prefix_of
 from bolaco.models.weights import in_dtype
+from bolaco.quantize.grid import SCALES
 from bolaco.storage.storage import Storage
 
 
@@ -43,11 +47,13 @@ class CompressedState:
         matrices: the ``matrices`` entry of the configuration.
         tensors: the state dict.
         growth: of matrices whose stored form lets rounding errors grow, the factor, by site name.
+        exact: names of the scales of codes, which are stored in 16 bits whatever the number format.
     """
 
     matrices: dict[str, Entry]
     tensors: dict[str, Tensor]
     growth: dict[str, float] = field(default_factory=dict)
+    exact: set[str] = field(default_factory=set)
 
 
 def compressed_state(
@@ -82,7 +88,7 @@ def compressed_state(
             original = model.base_model.get_submodule(sites[0].module)
             module = block.get_submodule(name)
             # A dense matrix is as it was, unless it has got a bias, or a Conv1D (GPT-2) has become a Linear.
-            stays = not isinstance(module, FactoredLinear) and isinstance(module, Conv1D) == isinstance(
+            stays = not isinstance(module, FactoredLinear | CodedLinear) and isinstance(module, Conv1D) == isinstance(
                 original, Conv1D
             )
             if not stays or (entry["bias"] and original.bias is None):
@@ -92,6 +98,7 @@ def compressed_state(
             put_module(block, name, stored)
             if isinstance(stored, RoutedExperts | EachExpert | GroupedExperts):
                 result.matrices[inside + name] = stored.entry()
+        result.exact |= {f"{prefix}{inside}{name}.scales" for name in _quantized(block)}
         result.tensors.update({prefix + inside + key: value.contiguous() for key, value in block.state_dict().items()})
     return result
 
@@ -106,6 +113,10 @@ def _stored_forms(block: nn.Module, storage: Storage) -> dict[FactoredLinear, Fa
         return dict(zip(layers, pool.map(storage.packed, layers), strict=True))
 
 
+def _quantized(block: nn.Module) -> list[str]:
+    return [name for name, module in block.named_modules() if isinstance(module, QuantizedLinear)]
+
+
 def _finite(module: nn.Module) -> bool:
     return all(torch.isfinite(tensor).all() for tensor in module.state_dict().values())
 
@@ -117,6 +128,8 @@ def _packed(
     module = block.get_submodule(name)
     if not _finite(module):
         raise NonFiniteError(f"{site.name}: its compressed form holds NaN or infinity")
+    if isinstance(module, CodedLinear):
+        return entry_of(module)
     if not isinstance(module, FactoredLinear):
         return {"kind": "dense", "out": site.out_features, "bias": module.bias is not None}
     packed = forms[module]
@@ -125,7 +138,7 @@ def _packed(
     grows = packed.growth()
     if grows is not None:
         growth[site.name] = grows
-    return packed.entry()
+    return entry_of(packed)
 
 
 def check_savable(model: PreTrainedModel, tokenizer: Any, compressed: bool = True) -> None:
@@ -161,8 +174,10 @@ def write_model(folder: Path, model: PreTrainedModel, state: CompressedState, dt
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
     skeleton = compressed_skeleton(model, state.matrices)
     skeleton.to(dtype)
+    plain = {name: tensor for name, tensor in state.tensors.items() if name not in state.exact}
+    scales = {name: state.tensors[name].to(SCALES) for name in state.exact}
     with quiet():
-        skeleton.save_pretrained(folder, state_dict=in_dtype(state.tensors, model.dtype, dtype))
+        skeleton.save_pretrained(folder, state_dict=in_dtype(plain, model.dtype, dtype) | scales)
 
 
 def lowrank_model(model: PreTrainedModel, matrices: dict[str, Entry]) -> PreTrainedModel:

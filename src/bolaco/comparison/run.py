@@ -233,7 +233,7 @@ def _rows(
                 session.reporter.say(f"{name} failed: {row.error}")
             artefact.write(row)
         # What only this row needed.
-        session.folder.discard("subject", "search", "refined")
+        session.folder.discard("subject", "search", "refined", "quantized")
         session.folder.discard("factors", but=factors)
         done.append(row)
         write_so_far(session.folder.path, _record(common, dense, plain, done))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
 
+import torch
 import yaml
 from pydantic import (
     ByteSize,
@@ -25,16 +26,20 @@ from bolaco.data.settings import Calibration, Evaluation, Validation
 from bolaco.errors import RecipeError
 from bolaco.factorize.method import METHODS, ChosenMethod
 from bolaco.models.structure import Structure, with_offers
+from bolaco.quantize.settings import Quantization
 from bolaco.recipe.presets import OPTIMIZED, PRESETS, SYSTEMS, one_shot
 from bolaco.recipe.upgrade import preset_before, renamed, upgraded
 from bolaco.recipe.words import SIZES, flat_values
 from bolaco.refine.settings import Refinement
 from bolaco.settings import NO_FIELD, Section, Values, meant, merge, parsed_yaml, problems, unflatten
-from bolaco.storage.storage import STORAGES, Storage
+from bolaco.storage.coded import CodedStorage
+from bolaco.storage.storage import STORAGES, TWO_FACTORS, Storage
 from bolaco.transform.base import TRANSFORMS, Transform
 
 # What a recipe that factors matrices has and one of a transform has not.
-_FACTORING = ("storage", "search", "refinement")
+_FACTORING = ("storage", "search", "refinement", "quantization")
+# What a recipe says nothing of where it is not asked for.
+_UNSAID = (*SIZES, "tuning", "quantization")
 
 
 class _HasOptions(Protocol):
@@ -115,9 +120,9 @@ class BaseRecipe(Section):
 
     @model_serializer(mode="wrap")
     def _without_the_unsaid(self, dump: SerializerFunctionWrapHandler) -> Values:
-        """A recipe does not speak of sizes that it does not ask for, nor of tuning that there is none of."""
+        """A recipe does not speak of sizes, tuning and quantization that it does not ask for."""
         values: Values = dump(self)
-        return {name: value for name, value in values.items() if name not in (*SIZES, "tuning") or value is not None}
+        return {name: value for name, value in values.items() if name not in _UNSAID or value is not None}
 
     @property
     def share(self) -> float:
@@ -171,6 +176,18 @@ class LowRankRecipe(BaseRecipe):
     storage: str = Field(description="how factored matrices are stored; a name that `bolaco methods` lists")
     search: SearchChoice
     refinement: Refinement = Refinement()
+    quantization: Quantization | None = Field(None, description="bits of matrices; without it they are not quantized")
+
+    @property
+    def counts_bits(self) -> bool:
+        """Whether the keep ratio is a share of bits, not of parameters: for a target size that codes are to meet."""
+        return self.quantization is not None and self.target_size is not None
+
+    def priced(self, dtype: torch.dtype) -> Storage:
+        """The storage, in the unit that the budget is counted in; ``dtype`` is of what has no codes."""
+        if self.quantization is None or not self.counts_bits:
+            return self.form
+        return CodedStorage(self.form, self.quantization.options, self.quantization.group, dtype)
 
     @property
     def chosen(self) -> ChosenMethod:
@@ -294,6 +311,10 @@ def resolved(values: Values, preset: str | None = None) -> Values:
             )
         values = values | {"method": {**section, "name": of_preset}}
     merged = laid_over(PRESETS[preset], values)
+    if values.get("quantization") is not None and values.get("storage") is None:
+        stored = merged.get("storage")
+        if isinstance(stored, str) and stored in STORAGES and STORAGES.get(stored).fragile:
+            merged["storage"] = TWO_FACTORS
     if system is None:
         if of_preset in TRANSFORMS and not {"storage", "search"} <= merged.keys():
             raise RecipeError(
@@ -391,11 +412,32 @@ def _check(recipe: LowRankRecipe) -> None:
     if storage.stacks and not allocator.stacks:
         known = ", ".join(name for name in ALLOCATORS.names() if ALLOCATORS.get(name).stacks)
         raise RecipeError(f"search.name {allocator.name} is not possible with {storage.name} storage; there is {known}")
+    if recipe.quantization is not None:
+        _check_quantization(recipe, recipe.quantization)
     if storage.stacks and recipe.refinement.fit:
         raise RecipeError(f"refinement.fit is not possible with {storage.name} storage; leave it out")
     if recipe.search.warm_start is not None and (storage.stacks or not allocator.warms):
         what = f"{storage.name} storage" if storage.stacks else f"search {allocator.name}"
         raise RecipeError(f"search.warm_start is not possible with {what}; leave it out")
+
+
+def _check_quantization(recipe: LowRankRecipe, settings: Quantization) -> None:
+    """Raises RecipeError for what does not go with codes."""
+    storage, auto = recipe.form, settings.bits is None
+    if storage.fragile:
+        raise RecipeError(
+            f"storage {storage.name} does not go with quantization: {storage.fragile}; leave it out, which makes two "
+            "factors"
+        )
+    if auto and recipe.target_size is None and not recipe.counts_bits:
+        raise RecipeError("quantization auto needs a size in bytes to choose bits for: give --target-size")
+    if auto and not recipe.allocator.chooses_bits:
+        known = ", ".join(name for name in ALLOCATORS.names() if ALLOCATORS.get(name).chooses_bits)
+        raise RecipeError(f"search {recipe.allocator.name} chooses no bits; take --search {known}, or one --quantize")
+    if auto and storage.stacks:
+        raise RecipeError(f"quantization auto is not possible with {storage.name} storage; take one --quantize")
+    if recipe.tuning is not None:
+        raise RecipeError("what is quantized cannot be tuned; leave out one of --quantize and --tune")
 
 
 def applicable(options: dict[str, Any], values: Values, preset: str | None) -> dict[str, Any]:

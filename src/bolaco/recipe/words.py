@@ -27,6 +27,7 @@ class Word:
     option: str | None = None
 
 
+FORMATS = ("int2", "int3", "int4", "int5", "int6", "int8", "auto")
 EFFORT = ("fast", "default", "best")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 WORDS: dict[str, Word] = {
@@ -59,6 +60,11 @@ WORDS: dict[str, Word] = {
         "refinement.effort",
         "what blocks are trained once the ranks are known: nothing, what is worth its time, or until it helps no more",
         choices=EFFORT,
+    ),
+    "quantize": Word(
+        "quantization.format",
+        "matrices in few bits, in two factors; auto: ranks and bits of each together, for a --target-size",
+        choices=FORMATS,
     ),
     "seq_len": Word("calibration.seq_len", "length of calibration sequences, and of the others by default (1024)", int),
     "warm_start": Word("search.warm_start", "earlier result whose allocation is started from", metavar="OUT"),

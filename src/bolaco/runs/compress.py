@@ -1,12 +1,13 @@
 """A run that factors matrices, from model to checkpoint, top to bottom.
 
-load -> subject -> statistics and factors, block by block -> ranks -> blocks refined -> checkpoint -> evaluation of what
-was written. Each stage leaves its result in the work folder, under a name that changes with what it depends on.
+load -> subject -> statistics and factors, block by block -> ranks -> blocks refined -> quantized, if that is asked for
+-> checkpoint -> evaluation of what was written. Each stage leaves its result in the work folder, under a name that
+changes with what it depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
 from bolaco.evaluation.objective import check_tokens
 from bolaco.factorize.method import METHODS
+from bolaco.factorize.noise import Noise
 from bolaco.factorize.store import FactorStore
 from bolaco.models.load import resolve_device
 from bolaco.progress import Reporter
@@ -31,9 +33,17 @@ from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.refine.run import Refiner, stored_block
 from bolaco.refine.train import Training
 from bolaco.report.curves import matrix_curves, thinned
-from bolaco.runs.dry_run import preview_task
+from bolaco.runs.dry_run import check_quantizable, preview_task
 from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
+from bolaco.runs.quantized import (
+    BlockMaker,
+    bits_of,
+    block_maker,
+    make_noise,
+    quantization_artefact,
+    quantize,
+)
 from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
 from bolaco.runs.size import refused_as_asked, settled
 from bolaco.runs.warm import warm_ranks
@@ -99,7 +109,9 @@ def compress_loaded(
     check_savable(loaded.model, loaded.tokenizer)
     asked, recipe = recipe, settled(recipe, loaded.shapes)
     made = subject_artefact(recipe, loaded, texts, session)
-    preview = preview_task(recipe, loaded.structure)
+    if recipe.quantization is not None:
+        check_quantizable(loaded.structure)
+    preview = preview_task(recipe, loaded.structure, loaded.dtype)
     budget = preview.budget
     # Called for what it raises: a budget that cannot be met shows before anything that takes long.
     with refused_as_asked(asked, loaded.shapes):
@@ -122,10 +134,19 @@ def compress_loaded(
     if refined is not None:
         with session.clock.timed("refine"):
             _refine(recipe, plan, factors, allocation.ranks, refined, session)
+    coded: Artefact | None = None
+    block = _blocks(plan, factors, allocation.ranks, refined)
+    settings, bits = recipe.quantization, {}
+    if settings is not None:
+        bits = bits_of(settings, allocation.bits, allocation.ranks)
+        make = block_maker(plan, factors, allocation.ranks, refined)
+        coded = quantization_artefact(settings, plan, allocation.ranks, bits, refined, recipe.seed, session)
+        with session.clock.timed("quantize"):
+            block = quantize(settings, plan, make, bits, coded, recipe.seed, session)
     states: list[CompressedState] = []
 
     def write(folder: Path) -> None:
-        blocks = _blocks(recipe, plan, factors, allocation.ranks, refined)
+        blocks = (block(layer) for layer in range(units.num_layers))
         states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form))
         write_model(folder, subject.model, states[-1], loaded.dtype)
         subject.save_extra(folder)
@@ -163,6 +184,8 @@ def compress_loaded(
                 "dimensions": list(allocation.dimensions),
                 "trials": [TrialRecord(**asdict(trial)) for trial in allocation.trials],
                 "allocation": dict(allocation.notes),
+                "bits": {member.name: bits[site.name] for site in units.sites for member in site.members if bits},
+                "bits_group": None if settings is None else settings.group,
                 "seconds": {},
                 "recipe": asked.model_dump(mode="json"),
                 "versions": versions(
@@ -221,6 +244,13 @@ def _allocate(
             session.clock.timed,
         )
     structure, top = plan.subject.structure, plan.top
+    settings, noise = recipe.quantization, None
+    if settings is not None and settings.bits is None:
+        chosen = settings
+
+        def noise() -> Mapping[int, Mapping[str, Noise]]:
+            return make_noise(chosen, plan, factors, session)
+
     task = AllocationTask(
         structure,
         budget,
@@ -231,6 +261,7 @@ def _allocate(
         recipe.seed,
         warm,
         trials,
+        noise,
     )
     return recipe.allocator.allocate(task, options)
 
@@ -282,15 +313,15 @@ def _refine(
     refiner.run(BlockStore(artefact.path), session.reporter, on_block)
 
 
-def _blocks(
-    recipe: LowRankRecipe, plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artefact | None
-) -> Iterator[nn.Module]:
-    """The decoder blocks of the result, in the form in which they are trained."""
-    for layer in range(plan.subject.structure.num_layers):
+def _blocks(plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artefact | None) -> BlockMaker:
+    """Makes the decoder blocks of the result, in the form in which they are trained."""
+
+    def make(layer: int) -> nn.Module:
         if refined is not None:
-            yield stored_block(BlockStore(refined.path), plan.subject, layer)
-        else:
-            yield compressed_block(plan.subject, layer, factors.load(layer) if factors.has(layer) else {}, ranks)
+            return stored_block(BlockStore(refined.path), plan.subject, layer)
+        return compressed_block(plan.subject, layer, factors.load(layer) if factors.has(layer) else {}, ranks)
+
+    return make
 
 
 def _curves(plan: FactorPlan, factors: FactorStore, ranks: Ranks, refined: Artefact | None) -> Curves:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from torch import Tensor
 
 from bolaco.allocate.allocator import AllocationTask
 from bolaco.checkpoint.write import check_savable
 from bolaco.data.sources import is_self, on_hub
+from bolaco.errors import UnsupportedModelError
 from bolaco.evaluation.objective import check_tokens
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import resolve_device, skeleton_of
@@ -27,6 +29,7 @@ from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
 from bolaco.runs.tuning import tuning_settings
 from bolaco.runs.warm import warm_ranks
 from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.coded import CodedStorage
 from bolaco.work.files import require_space
 from bolaco.work.folder import work_beside
 
@@ -35,10 +38,10 @@ def _no_spectra() -> Mapping[str, Tensor]:
     raise AssertionError("a preview looks at no weights")
 
 
-def preview_task(recipe: LowRankRecipe, structure: Structure) -> AllocationTask:
-    """What an allocator gets to know before any weight is looked at."""
+def preview_task(recipe: LowRankRecipe, structure: Structure, dtype: torch.dtype) -> AllocationTask:
+    """What an allocator gets to know before any weight is looked at; ``dtype`` is the result's."""
     units = recipe.units(structure)
-    budget = Budget(units.sites, recipe.share, recipe.form)
+    budget = Budget(units.sites, recipe.share, recipe.priced(dtype))
     return AllocationTask(units, budget, recipe.search.rank_multiple, recipe.dense_types, _no_spectra)
 
 
@@ -52,6 +55,7 @@ class Preview:
         stored: its weights on disk; None where they are not there yet.
         linears: parameters of the decoder linears afterwards.
         biases: parameters of the biases that they get.
+        coded: bytes of quantized linears; None where they are not quantized.
         kept: decoder blocks that stay, of a transform.
         task, ranks: what an allocator gets to know, and its first allocation; None for a transform.
     """
@@ -64,6 +68,7 @@ class Preview:
     task: AllocationTask | None = None
     ranks: Ranks | None = None
     biases: int = 0
+    coded: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -73,6 +78,8 @@ class Preview:
     @property
     def bytes(self) -> int:
         """Of its weights."""
+        if self.coded is not None:
+            return self.shapes.bytes_at(self.biases) + self.coded
         return self.shapes.bytes_at(self.linears + self.biases)
 
 
@@ -117,13 +124,27 @@ def _planned(recipe: Recipe, shapes: Shapes, stored: StoredWeights | None) -> Pr
         kept = kept_blocks(recipe, structure)
         linears = sum(site.size for site in structure.sites if site.layer in kept)
         return Preview(recipe, shapes, stored, linears, kept)
-    task = preview_task(recipe, structure)
+    if recipe.quantization is not None:
+        check_quantizable(structure)
+    task = preview_task(recipe, structure, shapes.dtype)
     ranks = recipe.allocator.preview(task, recipe.allocator_options)
     warm_ranks(recipe, task.budget)
     blocks = tuple(range(structure.num_layers))
     factored = (site for site in task.structure.sites if ranks.get(site.name) is not None)
     biases = new_biases(recipe, factored)
-    return Preview(recipe, shapes, stored, task.budget.cost(ranks), blocks, task, ranks, biases)
+    linears = Budget(task.structure.sites, 1.0, recipe.form).cost(ranks)
+    coded = None
+    if recipe.quantization is not None:
+        storage = CodedStorage(recipe.form, recipe.quantization.options, recipe.quantization.group, shapes.dtype)
+        coded = Budget(task.structure.sites, 1.0, storage.cheapest()).cost(ranks) // 8
+    return Preview(recipe, shapes, stored, linears, blocks, task, ranks, biases, coded)
+
+
+def check_quantizable(structure: Structure) -> None:
+    """Raises UnsupportedModelError for a model whose matrices cannot be quantized."""
+    experts = next((site for unit in structure.sites for site in unit.members if site.expert is not None), None)
+    if experts is not None:
+        raise UnsupportedModelError(f"{experts.name}: matrices of experts cannot be quantized; leave out --quantize")
 
 
 def described(recipe: Recipe, out: Path | None = None, work: Path | None = None) -> Iterator[Table | str]:

@@ -13,6 +13,7 @@ from bolaco.data.texts import Texts
 from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.models.load import load_model
 from bolaco.models.quiet import quiet
+from bolaco.models.size import parameters_in
 from bolaco.models.weights import dtype_name
 from bolaco.report.card import model_card
 from bolaco.report.html import REPORT_FILE, result_page
@@ -50,7 +51,7 @@ def perplexities_of(
         windows=after.windows,
         tokens=after.tokens,
     )
-    return found, sum(p.numel() for p in compressed.parameters())
+    return found, parameters_in(compressed)
 
 
 def finish(

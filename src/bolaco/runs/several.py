@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
@@ -101,7 +102,7 @@ def compress_several(
             texts = texts_for(first, source)
             loaded = load(source, first.dtype, first.device, texts.calibration)
         for recipe in recipes.values():
-            check_budget(recipe, loaded.structure)
+            check_budget(recipe, loaded.structure, loaded.dtype)
         places = {name: _result(name, recipe, loaded, texts, session) for name, recipe in recipes.items()}
         infos = {name: read_info(place) for name, place in places.items()}
         with folder.output(out) as partial:
@@ -112,14 +113,14 @@ def compress_several(
     return SeveralResults(out, {name: Result(out / name, info) for name, info in infos.items()})
 
 
-def check_budget(recipe: Recipe, structure: Structure) -> None:
+def check_budget(recipe: Recipe, structure: Structure, dtype: torch.dtype) -> None:
     """Stops before anything takes long if the size of a recipe cannot be met.
 
     Raises:
         BudgetError: it cannot.
     """
     if isinstance(recipe, LowRankRecipe):
-        recipe.allocator.preview(preview_task(recipe, structure), recipe.allocator_options)
+        recipe.allocator.preview(preview_task(recipe, structure, dtype), recipe.allocator_options)
     else:
         kept_blocks(recipe, structure)
 
@@ -145,5 +146,5 @@ def _result(name: str, recipe: Recipe, loaded: Loaded, texts: Texts, session: Se
     else:
         chop_loaded(recipe, place, loaded, texts, own)
     # What only this result needed.
-    session.folder.discard("subject", "search", "refined")
+    session.folder.discard("subject", "search", "refined", "quantized")
     return place

@@ -22,11 +22,14 @@ from bolaco.errors import BudgetError
 from bolaco.models.structure import Site, Structure, parameter_limit
 from bolaco.models.weights import in_dtype
 from bolaco.recipe.recipe import BaseRecipe, LowRankRecipe
+from bolaco.storage.budget import ratio_of
 
 R = TypeVar("R", bound=BaseRecipe)
 
 # Bytes of a tensor's entry in a safetensors header beside its name; the entries that a factored matrix has more.
 _ENTRY, _MORE_ENTRIES = 100, 3
+# The same of a matrix with codes, factored or not.
+_MORE_CODED, _MORE_DENSE = 5, 1
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,13 @@ def settled(recipe: R, shapes: Shapes) -> R:
         assert recipe.target_size is not None  # a recipe has one of the three
         left = recipe.target_size - shapes.bytes_at(0) - shapes.header - _storage_bytes(recipe, shapes)
         limit = left // shapes.dtype.itemsize
-    keep = _ratio(min(max(limit, 1), total), total)
+        if isinstance(recipe, LowRankRecipe) and recipe.counts_bits:
+            # What the ratio is a share of, the recipe says by going on to have a size in bytes.
+            storage = recipe.priced(shapes.dtype)
+            total = sum(storage.dense_cost(site) for site in shapes.structure.sites)
+            return recipe.model_copy(update={"keep": ratio_of(min(max(8 * left, 1), total), total)})
+    keep = ratio_of(min(max(limit, 1), total), total)
     return recipe.model_copy(update={"keep": keep, "keep_model": None, "target_size": None})
-
-
-def _ratio(limit: int, total: int) -> float:
-    """The keep ratio that allows exactly ``limit`` of ``total`` parameters."""
-    keep = limit / total
-    while parameter_limit(keep, total) < limit:
-        keep = math.nextafter(keep, 1)
-    return keep
 
 
 def _factored(recipe: BaseRecipe, shapes: Shapes) -> list[Site]:
@@ -126,6 +126,11 @@ def _storage_bytes(recipe: BaseRecipe, shapes: Shapes) -> int:
     if not isinstance(recipe, LowRankRecipe):
         return 0
     size, dtype = _new_biases(recipe, shapes) * shapes.dtype.itemsize, shapes.dtype
+    if recipe.counts_bits:
+        factored = {member.name for site in _factored(recipe, shapes) for member in site.members}
+        for site in shapes.structure.sites:
+            size += (_MORE_CODED if site.name in factored else _MORE_DENSE) * (len(site.name) + _ENTRY)
+        return size
     for site in _factored(recipe, shapes):
         rank = recipe.search.rank_multiple
         bits = recipe.form.bits(site, rank, dtype) - 8 * dtype.itemsize * recipe.form.parameters(site, rank)
@@ -159,7 +164,9 @@ def refused_as_asked(recipe: BaseRecipe, shapes: Shapes) -> Iterator[None]:
 
 
 def smallest_bytes(recipe: BaseRecipe, shapes: Shapes, least: int) -> int:
-    """The target size that allows ``least`` parameters in the decoder linears."""
+    """The target size that allows ``least`` parameters in the decoder linears, or bits where it counts those."""
+    if isinstance(recipe, LowRankRecipe) and recipe.counts_bits:
+        return shapes.bytes_at(0) + -(-least // 8) + shapes.header + _storage_bytes(recipe, shapes)
     return shapes.bytes_at(least) + shapes.header + _storage_bytes(recipe, shapes)
 
 

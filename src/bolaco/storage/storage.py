@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import torch
 
-from bolaco.layers import FactoredLinear, FollowerLinear, LeadLinear
+from bolaco.layers import FactoredLinear, FollowerLinear, LeadLinear, LowRankLinear
 from bolaco.models.structure import Site, Stack, Structure
 from bolaco.plugins import Registry, in_folder
 
@@ -23,6 +23,9 @@ class Storage(ABC):
         stacks: whether its units are stacks of several matrices; not every allocation and fit can do with those. A
             stack that is offered beside the units of another storage is stored as two factors.
         dense_types: matrix types it leaves dense unless the recipe names others; None leaves that to the allocation.
+        unit: what costs are counted in.
+        fragile: why it does not keep what it stores in few bits; empty where it does. A recipe that asks for bits and
+            not for a storage has two factors in its place.
     """
 
     name: str
@@ -30,6 +33,8 @@ class Storage(ABC):
     summary: str
     stacks: bool = False
     dense_types: tuple[str, ...] | None = None
+    unit: str = "parameters"
+    fragile: str = ""
 
     def units(self, structure: Structure, dense_types: Iterable[str]) -> Structure:
         """The structure with one site for each matrix, or stack of matrices, that is factored as one."""
@@ -59,8 +64,12 @@ class Storage(ABC):
     def parameters(self, site: Site, rank: int | None) -> int:
         """Parameters of a site at a rank; of the dense matrix for None."""
         if rank is None:
-            return site.size
+            return self.dense_cost(site)
         return pair_cost(site, rank) if self._offered(site) else self.cost(site, rank)
+
+    def dense_cost(self, site: Site) -> int:
+        """Parameters of the dense matrix."""
+        return site.size
 
     def top(self, site: Site, multiple: int) -> int:
         """:meth:`max_rank` of a unit of this storage, or of a stack that is offered beside them."""
@@ -75,7 +84,7 @@ class Storage(ABC):
         return isinstance(site, Stack) and not self.stacks
 
     def rank_for(self, site: Site, keep: float, multiple: int) -> int | None:
-        """The largest multiple stored in a share ``keep`` of the matrix, but at least one multiple.
+        """The largest multiple stored in a share ``keep`` of what the dense matrix costs, but at least one multiple.
 
         None (dense) for keep >= 1, and for a matrix too small to be factored at all.
         """
@@ -83,7 +92,7 @@ class Storage(ABC):
         if keep >= 1 or top == 0:
             return None
         # The guard keeps a ratio that was computed from a rank from rounding down to the rank below.
-        allowed = keep * site.size + 1e-5
+        allowed = keep * self.dense_cost(site) + 1e-5
         steps = range(multiple, top + 1, multiple)
         return multiple * max(bisect_right(steps, allowed, key=lambda rank: self.cost(site, rank)), 1)
 
@@ -97,6 +106,9 @@ def pair_max_rank(site: Site, multiple: int) -> int:
     """The largest multiple below ``out in / (out + in)``."""
     return (site.size - 1) // (site.out_features + site.in_features) // multiple * multiple
 
+
+# What matrices are trained in, and what takes the place of a storage that does not keep in few bits.
+TWO_FACTORS = LowRankLinear.kind
 
 STORAGES: Registry[Storage] = Registry(
     "storage",

@@ -26,6 +26,7 @@ from bolaco.checkpoint.info import (
 )
 from bolaco.checkpoint.result import Result
 from bolaco.errors import CheckpointError, RecipeError, UnsupportedModelError
+from bolaco.layers import QuantizedLinear
 from bolaco.models.load import check_finite, load_model, resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.progress import Reporter
@@ -194,6 +195,11 @@ def _begin(
         artefact.path if first else None,
         reporter,
     )
+    if any(isinstance(module, QuantizedLinear) for module in loaded.model.modules()):
+        raise UnsupportedModelError(
+            f"{settings.model}: its matrices are quantized, and no mode trains codes; tune it before it is quantized, "
+            "or make it dense with `bolaco export --dense`"
+        )
     if is_coded(loaded.model) and not mode.coded:
         raise UnsupportedModelError(
             f"{settings.model}: its weights are coded into tables, and mode {mode.name!r} would lose that; "

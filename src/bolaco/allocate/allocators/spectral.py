@@ -11,17 +11,20 @@ factors for each and one input factor for all.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from bolaco.allocate.allocator import Allocation, AllocationTask, Allocator
 from bolaco.allocate.space import uniform_preview
+from bolaco.factorize.noise import Noise
 from bolaco.models.structure import Site, Stack
 from bolaco.settings import Section
 from bolaco.storage.budget import Budget, Ranks
+from bolaco.storage.coded import CodedStorage
 from bolaco.storage.storage import Storage
 
 _BISECTIONS = 100
@@ -36,12 +39,14 @@ class Menu:
         ranks: ascending, dense (None) last; of several forms one after the other.
         costs, errors: of each entry.
         units: of each entry, the names of the sites that get its rank.
+        bits: of each entry, where they are chosen; else empty.
     """
 
     ranks: tuple[int | None, ...]
     costs: np.ndarray
     errors: np.ndarray
     units: tuple[tuple[str, ...], ...]
+    bits: tuple[int, ...] = ()
 
     def choose(self, price: float) -> int:
         """Index of least ``error + price x cost``; the cheaper one of equals."""
@@ -65,7 +70,7 @@ def make_menu(
     costs = [storage.parameters(site, rank) for rank in ranks]
     return Menu(
         (*ranks, None),
-        np.array([*costs, site.size], dtype=np.int64),
+        np.array([*costs, storage.dense_cost(site)], dtype=np.int64),
         np.array([*errors, 0.0]) / scale,
         ((site.name,),) * (len(ranks) + 1),
     )
@@ -113,7 +118,81 @@ def spectral_ranks(
         over = budget.cost(warm) > budget.limit
         costs = [sum(budget.storage.parameters(budget.sites[n], warm[n]) for n in names) for names in groups]
         menus = [_from(menu, cost, over) for menu, cost in zip(menus, costs, strict=True)]
-    fixed = budget.total - sum(budget.sites[name].size for names in groups for name in names)
+    fixed = budget.total - sum(budget.storage.dense_cost(budget.sites[n]) for names in groups for n in names)
+    choice = _chosen(menus, fixed, budget)
+    ranks: Ranks = dict.fromkeys(budget.sites)
+    for names, menu, i in zip(groups, menus, choice, strict=True):
+        for name in names:
+            del ranks[name]
+        ranks.update(dict.fromkeys(menu.units[i], menu.ranks[i]))
+    return ranks
+
+
+def coded_menu(
+    site: Site,
+    spectrum: Tensor | None,
+    multiple: int,
+    storage: CodedStorage,
+    relative: bool,
+    noise: Mapping[int, Mapping[str, Noise]],
+) -> Menu:
+    """The menu of a site with all bits that it can have; costs are in bits, errors those of rank and codes together.
+
+    ``spectrum`` is None for a site that is not factored. Where errors are ``relative`` they are shares of its whole.
+    """
+    menus, bits = [], []
+    energy = torch.zeros(0, dtype=torch.float64) if spectrum is None else spectrum.double()
+    for width in storage.choices:
+        found = noise[width][site.name]
+        menu = make_menu(site, energy, multiple, storage.at(width), relative=False)
+        size = found.energy if spectrum is None else float(energy.sum())
+        scale = size if relative and size > 0 else 1.0
+        common = min(len(found.components), len(energy))
+        added = torch.cumsum(found.components[:common] * energy[:common], 0).tolist()
+        reached = [found.dense * size if rank is None else added[rank - 1] for rank in menu.ranks]
+        menus.append(replace(menu, errors=(menu.errors + np.array(reached)) / scale))
+        bits += [width] * len(menu.ranks)
+    return Menu(
+        tuple(rank for menu in menus for rank in menu.ranks),
+        np.concatenate([menu.costs for menu in menus]),
+        np.concatenate([menu.errors for menu in menus]),
+        tuple(unit for menu in menus for unit in menu.units),
+        tuple(bits),
+    )
+
+
+def coded_ranks(
+    sites: Sequence[Site],
+    spectra: Mapping[str, Tensor],
+    budget: Budget,
+    multiple: int,
+    relative: bool,
+    noise: Mapping[int, Mapping[str, Noise]],
+) -> tuple[Ranks, dict[str, int]]:
+    """Ranks and bits of least estimated error within a budget of bits; sites without a spectrum get bits alone.
+
+    Raises:
+        BudgetError: not even the lowest ranks and bits fit.
+    """
+    storage = budget.storage
+    assert isinstance(storage, CodedStorage)  # whoever asks for bits has a budget of them
+    menus = [coded_menu(site, spectra.get(site.name), multiple, storage, relative, noise) for site in sites]
+    choice = _chosen(menus, 0, budget)
+    found = list(zip(sites, menus, choice, strict=True))
+    return {site.name: menu.ranks[i] for site, menu, i in found}, {site.name: menu.bits[i] for site, menu, i in found}
+
+
+def _chosen(menus: Sequence[Menu], fixed: int, budget: Budget) -> list[int]:
+    """Of each menu the entry of least error at one price for all, what is left spent.
+
+    Args:
+        menus: of the matrices.
+        fixed: cost of the others.
+        budget: what may not be exceeded.
+
+    Raises:
+        BudgetError: the cheapest entries cost more.
+    """
 
     def cost(choice: Sequence[int]) -> int:
         return fixed + sum(int(menu.costs[i]) for menu, i in zip(menus, choice, strict=True))
@@ -133,12 +212,7 @@ def spectral_ranks(
             else:
                 high, choice = price, tried
     _spend(menus, choice, budget.limit - cost(choice))
-    ranks: Ranks = dict.fromkeys(budget.sites)
-    for names, menu, i in zip(groups, menus, choice, strict=True):
-        for name in names:
-            del ranks[name]
-        ranks.update(dict.fromkeys(menu.units[i], menu.ranks[i]))
-    return ranks
+    return choice
 
 
 def _tied(sites: Iterable[Site]) -> list[list[str]]:
@@ -197,10 +271,12 @@ def _spend(menus: Sequence[Menu], choice: list[int], left: int) -> None:
         for m, menu in enumerate(menus):
             extra = menu.costs - menu.costs[choice[m]]
             saved = menu.errors[choice[m]] - menu.errors
-            for i in np.flatnonzero((extra > 0) & (extra <= left) & (saved >= 0)):
-                worth = float(saved[i]) / int(extra[i])
-                if best is None or worth > best[0]:
-                    best = (worth, m, int(i), int(extra[i]))
+            able = np.flatnonzero((extra > 0) & (extra <= left) & (saved >= 0))
+            if len(able):
+                worth = saved[able] / extra[able]
+                i = int(np.argmax(worth))
+                if best is None or worth[i] > best[0]:
+                    best = (float(worth[i]), m, int(able[i]), int(extra[able[i]]))
         if best is None:
             return
         _, changed, entry, price = best
@@ -219,6 +295,10 @@ class SpectralOptions(Section):
 def allocate(task: AllocationTask, options: SpectralOptions) -> Allocation:
     """The closed form."""
     structure = task.structure
+    if task.noise is not None:
+        spectra, relative = task.spectra(), not task.comparable
+        ranks, bits = coded_ranks(structure.sites, spectra, task.budget, task.multiple, relative, task.noise())
+        return Allocation(ranks, bits=bits)
     found = spectral_ranks(
         structure.sites,
         task.spectra(),
@@ -234,10 +314,13 @@ def allocate(task: AllocationTask, options: SpectralOptions) -> Allocation:
 def preview(task: AllocationTask, options: SpectralOptions) -> Ranks:
     """One ratio for all; raises BudgetError where the lowest ranks do not fit."""
     storage, budget = task.budget.storage, task.budget
+    if isinstance(storage, CodedStorage) and len(storage.choices) > 1:
+        budget = budget.in_storage(storage.cheapest())
+        task, storage = replace(task, budget=budget), budget.storage
     least = 0
     for site in task.structure.sites:
         factored = site.type not in task.dense_types and storage.max_rank(site, task.multiple) > 0
-        least += storage.cost(site, task.multiple) if factored else site.size
+        least += storage.cost(site, task.multiple) if factored else storage.dense_cost(site)
     if least > budget.limit:
         raise budget.too_small(least, _ADVICE)
     return uniform_preview(task)
@@ -253,4 +336,5 @@ ALLOCATOR = Allocator(
     options=SpectralOptions,
     offers=lambda options: options.shared_experts,
     warms=True,
+    chooses_bits=True,
 )

@@ -17,6 +17,7 @@ class PivotedStorage(Storage):
     name = PivotedLinear.kind
     paper = "arXiv 2501.19090"
     summary = "rows or columns that make the others, r (out + in - r) parameters (PIFA)"
+    fragile = "rows are made of other rows there, so that the rounding of both adds up"
 
     def cost(self, site: Site, rank: int) -> int:
         """Pivots and coefficients; the index is no parameter."""
