@@ -3,9 +3,10 @@
     python benchmarks/bytes.py --data DATA --calibration 256 --gradients 256
 
 Rows: `int4` and the like are the dense model, every matrix of the decoder rounded to nearest with scales of least
-squared error; `gptq` the same with error feedback; `keep 0.8 int4` the default's factors in two factors, ranks by the
-closed form; `auto 55` ranks and bits by the closed form for so many MB of linears. `, trained` is with the steps on
-scales, norms and biases afterwards (--steps). Blocks are not refined before. Groups of 32 numbers with 16-bit scales.
+squared error; `gptq` the same with error feedback; `mixed 55` with bits for each matrix, by the closed form for so many
+MB of linears; `auto 55` ranks and bits by it; `keep 0.8 int4` the default's factors in two factors, ranks by the closed
+form. `, trained` is with the steps on scales, norms and biases afterwards (--steps). Blocks are not refined before.
+Groups of 32 numbers with 16-bit scales.
 MB are 10^6 bytes: of the linears with scales and biases, and of all weights, where embedding and vectors have 16 bits.
 Gaps are in nats to the dense model as it is read, on text that nothing was chosen by. The source of the default model
 is a Q4_1 file: its weights are on a grid of four bits in groups of 32, so from four bits on plain rows say little.
@@ -42,7 +43,8 @@ GROUP, CHOICES = 32, (2, 3, 4, 5, 6, 8, WHOLE)
 ROWS = [
     *(f"int{bits}{how}" for how in ("", " gptq") for bits in (8, 6, 5, 4, 3, 2)),
     *(f"keep {keep} int{bits}" for keep in (0.8, 0.6) for bits in (8, 6, 4, 3)),
-    *(f"auto {size}{how}" for size in (65, 55, 50, 45, 40) for how in ("", ", trained")),
+    *(f"mixed {size}" for size in (55, 48, 40)),
+    *(f"auto {size}{how}" for size in (55, 48, 40) for how in ("", ", trained")),
 ]
 _FIELDS = ("mean", "covariance", "group_means", "group_counts")
 
@@ -89,11 +91,13 @@ class Bench:
         """Ranks and bits of a row."""
         sites = self.structure.sites
         spectra = self.prepared.store.spectra(self.layers)
-        if words[0] == "auto":
+        if words[0] in ("auto", "mixed"):
+            spectra = spectra if words[0] == "auto" else {}
             coded = CodedStorage(self.storage, CHOICES, GROUP, torch.bfloat16)
             total = sum(coded.dense_cost(site) for site in sites)
             # Biases are not in the budget of matrices, and are in what is compared.
-            limit = 8 * int(float(words[1]) * 1e6 - 2 * sum(site.out_features for site in sites))
+            biases = 2 * sum(site.out_features for site in sites) if spectra else 0
+            limit = 8 * int(float(words[1]) * 1e6 - biases)
             return coded_ranks(sites, spectra, Budget(sites, ratio_of(limit, total), coded), 8, False, self.noise())
         width = int(words[2 if words[0] == "keep" else 0].removeprefix("int"))
         bits = dict.fromkeys((site.name for site in sites), width)

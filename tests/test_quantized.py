@@ -36,7 +36,7 @@ from bolaco.quantize.settings import WHOLE, Quantization, grid_spec
 from bolaco.recipe.recipe import load_recipe
 from bolaco.refine.loss import relative_error
 from bolaco.refine.quantize import scaled_codes, settle
-from bolaco.refine.rounding import InputFeedback, quantized_linear, round_pair
+from bolaco.refine.rounding import BlockRounding, InputFeedback, quantized_linear, round_pair
 from bolaco.storage.budget import Budget, ratio_of
 from bolaco.storage.coded import CodedStorage
 from bolaco.storage.storage import STORAGES
@@ -544,3 +544,27 @@ def test_what_is_quantized_is_not_tuned(tmp_path: Path) -> None:
     for mode in ("factors", "sketch"):
         with pytest.raises(UnsupportedModelError, match="quantized, and no mode trains codes"):
             tune(str(run.path), mode, str(text_file()), tmp_path / "out", options={"data.seq_len": 16})
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_run_that_ends_between_two_quantized_blocks_goes_on(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the bytes of a run that nothing disturbed; the first block is not quantized again."""
+    values = DEFAULT | {"quantize": "int3", "options": SMALL | {"quantization.steps": steps, "refinement.steps": 0}}
+    whole = compress_tiny(tiny_llama(), tmp_path / "whole", **values)
+    run, rounded = BlockRounding.run, []
+
+    def ending(self: BlockRounding, layer: int, *args: Any) -> None:
+        rounded.append(layer)
+        if rounded == [0, 1]:
+            raise KeyboardInterrupt
+        run(self, layer, *args)
+
+    monkeypatch.setattr(BlockRounding, "run", ending)
+    with pytest.raises(KeyboardInterrupt):
+        compress_tiny(tiny_llama(), tmp_path / "out", **values)
+    again = compress_tiny(tiny_llama(), tmp_path / "out", **values)
+    assert rounded == [0, 1, 1]
+    for file in ("model.safetensors", "config.json"):
+        assert (again.path / file).read_bytes() == (whole.path / file).read_bytes()

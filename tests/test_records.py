@@ -148,7 +148,7 @@ def test_the_keys_are_those_of_format_1(kind: str, chopped: Compressed) -> None:
     old = values_of(V1 / kind / "bolaco.json")
     new = values_of(run.path / "bolaco.json")
     later = {"allocation", "kept", "walk", "parameters_active", "parameters_active_dense", "tokens_per_expert"}
-    later |= {"bytes_dense_here", "dtype_dense", "stacks"}
+    later |= {"bytes_dense_here", "dtype_dense", "stacks", "bits", "bits_group"}
     assert new.keys() == old.keys() | later
     for part in ("perplexity", "versions"):
         assert new[part].keys() == old[part].keys()
