@@ -11,7 +11,8 @@ from rich.table import Table
 from bolaco.delta.record import read_record
 from bolaco.delta.serve import DeltaModel
 from bolaco.errors import DataError, RecipeError
-from bolaco.evaluation.speed import decode_seconds, prefill_seconds
+from bolaco.evaluation.engines import TorchEngine
+from bolaco.evaluation.speed import step_seconds
 from bolaco.models.load import load_model
 from bolaco.models.structure import positions_of
 from bolaco.report.tables import mib
@@ -77,7 +78,8 @@ def measure_deltas(
     bytes_of_one = sum(p.numel() * p.element_size() for p in whole.parameters())
     with torch.inference_mode():
         # Whole models share nothing, so that each takes its row alone.
-        alone = prompt / prefill_seconds(whole, tokens[:1], 3), 1 / decode_seconds(whole, tokens[:1], new)
+        prefill, decode = step_seconds(TorchEngine(whole, whole), tokens[:1], 3, new)
+    alone = prompt / prefill, 1 / decode
     del whole
     model = DeltaModel(bases[0], unpacked=0, dtype=dtype, device=device)
     for count in sorted(counts):
@@ -86,8 +88,7 @@ def measure_deltas(
             model.add(str(i), folders[i % len(folders)])
         rows = model.names[:count]
         with torch.inference_mode(), model.using(rows):
-            prefill = prefill_seconds(model.model, tokens[:count], 3)
-            decode = decode_seconds(model.model, tokens[:count], new)
+            prefill, decode = step_seconds(TorchEngine(model.model, model.model), tokens[:count], 3, new)
         found = model.bytes
         packed = found["base"] + found["deltas"]
         yield DeltaSpeed(

@@ -17,12 +17,12 @@ from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bolaco.errors import BolacoError, DataError
-from bolaco.evaluation.engines import runtime_named
+from bolaco.evaluation.engines import Engine, runtime_named
 from bolaco.models.load import evaluation_mode, load_config, load_model, resolve
 from bolaco.models.size import bytes_in, coded_layers, parameters_in
 from bolaco.models.structure import positions_of, weight_of
@@ -78,6 +78,12 @@ def median_seconds(action: Callable[[], object], repeats: int) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return float(torch.tensor(times, dtype=torch.float64).median())
+
+
+def step_seconds(engine: Engine, tokens: Tensor, repeats: int, new: int) -> tuple[float, float]:
+    """Seconds of one pass over prompts ``[batch, n]``, and of one more token after them: medians of so many."""
+    prefill = median_seconds(lambda: engine.start(tokens), repeats)
+    return prefill, median_seconds(lambda: engine.step(tokens[:, -1:]), new)
 
 
 def linear_macs(model: nn.Module) -> int:
@@ -141,9 +147,8 @@ def measure(
             start = time.perf_counter()
             engine.start(tokens)
             first = first or time.perf_counter() - start
-            prefill[batch] = batch * prompt / median_seconds(lambda t=tokens: engine.start(t), repeats)  # type: ignore[misc]
-            engine.step(tokens[:, -1:])
-            decode[batch] = batch / median_seconds(lambda t=tokens: engine.step(t[:, -1:]), new)  # type: ignore[misc]
+            seconds_of = step_seconds(engine, tokens, repeats, new)
+            prefill[batch], decode[batch] = batch * prompt / seconds_of[0], batch / seconds_of[1]
     on_gpu = where.type == "cuda"
     return Speed(
         model=model,
