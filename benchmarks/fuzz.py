@@ -276,14 +276,14 @@ def _set(inputs: Inputs, place: Path, draw: random.Random) -> Trial:
 
 def _tune_set(model: str, data: str, word: str, place: Path) -> None:
     """The settings of a tuning run with a word of ``--set``, up to the Trainer's."""
-    from bolaco.cli import _settings
+    from bolaco.commands.words import settings_given
     from bolaco.tune.mode import MODES
     from bolaco.tune.resolve import resolve
     from bolaco.tune.settings import make_settings
     from bolaco.tune.trainer import training_arguments
 
     words = {"mode": "factors", "data": data, "seq_len": 16, "batch": 1}
-    settings, _ = resolve(make_settings(model, words, _settings([word])), MODES.get("factors"))
+    settings, _ = resolve(make_settings(model, words, settings_given([word])), MODES.get("factors"))
     training_arguments(settings, 1, place / "checkpoints", torch.device("cpu"))
 
 

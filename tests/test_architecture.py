@@ -49,6 +49,7 @@ ROOMS = (
     "listing",
     "api",
     "parser",
+    "commands",
     "cli",
 )
 

@@ -722,7 +722,7 @@ def test_functions_of_the_package_are_not_hidden_by_its_folders() -> None:
     folder = Path(str(package.__file__)).parent
     # Folders of these names can be called (tests/test_notebook.py).
     hidden = {name for name in package.__all__ if (folder / name).exists() or (folder / f"{name}.py").exists()}
-    assert hidden == {"delta", "tune"}
+    assert hidden == {"delta", "distill", "tune"}
 
 
 def test_presets_offered_are_those_there_are() -> None:

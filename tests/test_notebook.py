@@ -42,9 +42,10 @@ def compress(**words: Any) -> Any:
 
 
 def test_the_package_shows_its_functions() -> None:
-    functions = {"compare", "compress", "evaluate", "evaluate_tasks", "export", "load", "tune"}
+    functions = {"compare", "compress", "delta", "distill", "evaluate", "evaluate_tasks", "export", "fuse"}
+    functions |= {"generate_text", "load", "tune", "unfuse"}
     assert functions <= set(dir(bolaco))
-    assert functions == set(bolaco.__all__) - {"__version__"}
+    assert functions == set(bolaco.__all__) - {"DeltaModel", "__version__"}
     assert all(callable(getattr(bolaco, name)) for name in functions)
 
 
@@ -57,6 +58,15 @@ def test_tune_is_a_function_whatever_was_imported(tmp_path: Path) -> None:
         assert imported.make_settings
         with pytest.raises(RecipeError, match="no-such-mode"):
             bolaco.tune("model", "no-such-mode", "text.txt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["delta", "distill"])
+def test_other_functions_that_have_a_folder_stay_functions(name: str) -> None:
+    folder = importlib.import_module(f"bolaco.{name}")
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing .* required positional arguments"):
+        folder()
+    with pytest.raises(TypeError, match=rf"{name}\(\) missing .* required positional arguments"):
+        getattr(bolaco, name)()
 
 
 # --- texts in memory ----------------------------------------------------------------------------------------------

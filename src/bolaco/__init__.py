@@ -90,7 +90,7 @@ class _Folder(ModuleType):
 
 
 class _Package(ModuleType):
-    """This package. Importing from its folder ``tune`` puts that in the place of the function."""
+    """This package. Importing from its folder ``tune``, say, puts that in the place of the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _LAZY and type(value) is ModuleType:
