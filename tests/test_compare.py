@@ -569,7 +569,7 @@ def test_rows_use_the_work_folder_of_the_comparison(place: Path, monkeypatch: py
         assert found == expected, i
     assert left_in(Path("out.work")) == common
     files = {path.name.rpartition("-")[0] for path in Path("out.work").glob("*.json")}
-    assert files == {"row", "dense", "dense-all", "quantized", ""}  # recipe.json and seconds
+    assert files == {"row", "dense", "dense-all", "plain", ""}  # recipe.json and seconds
     assert not Path("out.work.lock").exists()
 
 

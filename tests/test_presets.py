@@ -106,6 +106,10 @@ def test_a_method_inside_our_recipe(name: str) -> None:
             "recipe of your own: method svd-llm, pivoted storage, search spectral, refinement: 20 steps for each block",
         ),
         (
+            ("--method", "svd-llm", "--quantize", "int4"),
+            "recipe svd-llm: method svd-llm, two-factor storage, search uniform, no refinement, matrices in int4",
+        ),
+        (
             ("--preset", "mpifa", "--set", "refinement.steps=3"),
             "recipe of your own: method svd-llm, pivoted storage, search uniform, "
             "refinement: fit to the inputs and 3 steps for each block",

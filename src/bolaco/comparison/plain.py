@@ -47,7 +47,7 @@ def _row(common: Common, dense: DenseResults, name: str) -> QuantizedRecord:
     first, recipe = next(iter(comparison.recipes.items()))
     texts, batch = common.texts[first], recipe.validation.batch
     artefact = session.folder.artefact(
-        "quantized", model=loaded.identity, form=FORMS[name], text=texts.measured, batch=batch, dtype=str(loaded.dtype)
+        "plain", model=loaded.identity, form=FORMS[name], text=texts.measured, batch=batch, dtype=str(loaded.dtype)
     )
     known = artefact.read(QuantizedRecord)
     if known is not None:

@@ -16,6 +16,9 @@ def recipe_line(recipe: Recipe) -> str:
     parts = [f"method {recipe.method.name}"]
     if isinstance(recipe, LowRankRecipe):
         parts += [f"{recipe.storage} storage", f"search {recipe.search.name}", _refinement(recipe.refinement)]
+        if recipe.quantization is not None:
+            bits = recipe.quantization.format
+            parts.append("bits of each matrix chosen" if bits == "auto" else f"matrices in {bits}")
     return f"recipe {name or 'of your own'}: {', '.join(parts)}"
 
 
@@ -39,7 +42,8 @@ def _parts(recipe: Recipe) -> tuple[object, ...]:
     if not isinstance(recipe, LowRankRecipe):
         return (recipe.method.name,)
     refinement = recipe.refinement
-    return recipe.method.name, recipe.storage, recipe.search.name, refinement.fit, refinement.active
+    trained = refinement.steps > 0 or refinement.trains_end
+    return recipe.method.name, recipe.storage, recipe.search.name, refinement.fit, trained
 
 
 def _agreeing(one: Recipe, other: Recipe) -> int:
