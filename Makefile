@@ -2,11 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO_STEPS ?= 15
+DEMO_STEPS ?= 5
 DEMO_OUT ?= demo-output
 TEST_PROCESSES ?= 2
 
-.PHONY: setup demo test test-slow lint wheel test-wheel clean
+.PHONY: setup demo test test-slow test-faults lint wheel test-wheel clean
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,12 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.model
 	$(BIN)/python -m pytest -m slow
+
+# Kills at any moment, full disks, damaged work, two runs at once; then damaged and hostile input. About half an hour.
+FUZZ_COUNT ?= 10000
+test-faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults
+	$(BIN)/python benchmarks/fuzz.py --count $(FUZZ_COUNT)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

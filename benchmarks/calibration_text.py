@@ -93,7 +93,7 @@ class Bench:
             ranks,
             blocks,
             chosen("kfac"),
-            Refinement(steps=args.steps, sequences=min(32, len(blocks))),
+            Refinement(steps=args.steps),
             Calibration(),
             prepared.statistics,
         )

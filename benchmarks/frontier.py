@@ -3,9 +3,9 @@
     python benchmarks/frontier.py --data DATA --keep 0.8
     python benchmarks/frontier.py --data DATA --keep 0.9 0.7 0.6 --only dense base all
 
-Five gains over feature PCA at one ratio for all matrices ("base"): the two-sided metric, ranks in closed form, pivoted
-storage, error-aware fitting and block refinement. Every variant sees the same calibration text and keeps the
-same number of parameters up to the rank step. Results are remembered in --cache, so a run that was stopped goes on.
+Gains over feature PCA at one ratio for all matrices ("base"): the two-sided metric, ranks in closed form, pivoted
+storage, error-aware fitting, block refinement and training on next tokens. Every variant sees the same calibration
+text and keeps the same number of parameters up to the rank step. Results are remembered in --cache, so a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class Variant:
     storage: str = "two-factor"
     drift: float | None = None
     steps: bool = False
+    end: bool = False
 
 
 BASE = Variant()
-ALL = Variant("kfac", "spectral", "pivoted", steps=True)
+ALL = Variant("kfac", "spectral", "pivoted", steps=True, end=True)
 VARIANTS = {
     "base: feature PCA, uniform": BASE,
     "base + two-sided metric": replace(BASE, method="kfac"),
@@ -70,7 +71,9 @@ VARIANTS = {
     "all - two-sided metric": replace(ALL, method="afm"),
     "all - closed-form ranks": replace(ALL, ranks="uniform"),
     "all - pivoted storage": replace(ALL, storage="two-factor"),
+    "all - training on next tokens": replace(ALL, end=False),
     "all - block refinement": replace(ALL, steps=False),
+    "all - both": replace(ALL, steps=False, end=False),
     "all + error-aware fit": replace(ALL, drift=1.0),
     "all + fit to a quarter of the drift": replace(ALL, drift=0.25),
     "SVD-LLM": Variant("svd-llm"),
@@ -130,7 +133,7 @@ class Bench:
         structure, model = prepared.structure, prepared.model
         ranks, ratio = self.ranks(variant, keep)
         layers = range(structure.num_layers)
-        if variant.drift is None and not variant.steps:
+        if variant.drift is None and not variant.steps and not variant.end:
             made = [compressed_block(prepared.subject, n, prepared.store.load(n), ranks) for n in layers]
         else:
             made = self._refined(name, variant, keep, ranks)
@@ -146,9 +149,11 @@ class Bench:
             fit=variant.drift is not None,
             drift=variant.drift or 0.0,
             steps=steps,
+            logit_steps=self.args.logit_steps if variant.end else 0,
             sequences=self.args.refine_sequences,
         )
         sizes = (self.args.calibration, self.args.length, self.args.gradients, self.args.refine_sequences, steps)
+        sizes = (*sizes, settings.end_steps)
         key = f"{name}-{keep}-{'-'.join(map(str, sizes))}"
         store = BlockStore(self.args.cache / ("refined-" + "".join(c if c.isalnum() else "-" for c in key)))
         subject, tokens = prepared.subject, self.texts.calibration
@@ -172,12 +177,14 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--gradients", type=int, default=64, help="of these, sequences for the loss gradients")
     parser.add_argument("--steps", type=int, default=Refinement().steps)
-    parser.add_argument("--refine-sequences", type=int, default=32, help="of these, sequences fitted and trained on")
+    parser.add_argument("--logit-steps", type=int, default=Refinement().end_steps)
+    parser.add_argument("--refine-sequences", type=int, help="of these, sequences fitted and trained on (all)")
     parser.add_argument("--trials", type=int, default=30, help="of the searches")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--measured", action="store_true", help="print what has been measured, compute nothing")
     args = parser.parse_args()
     sizes = (f"{args.calibration}x{args.length}", args.gradients, args.refine_sequences, args.steps, args.windows)
+    sizes = (*sizes, args.logit_steps)
     name = f"frontier-{'-'.join(map(str, sizes))}.json"
     ledger = Ledger(args.cache / name)
     wanted = {n: v for n, v in VARIANTS.items() if not args.only or n.startswith(tuple(args.only))}

@@ -30,12 +30,15 @@ from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from common import Ledger, arguments, chosen, gap, prepare, print_table, protocol_texts, with_blocks
 
-_LONG = {"steps": 160, "sequences": 64, "held_out": 8}
+# Blocks alone, on so many sequences.
+_BLOCKS: dict[str, float | None] = {"sequences": 32, "held_out": 0, "logit_steps": 0}
+_LONG = _BLOCKS | {"steps": 160, "sequences": 64, "held_out": 8}
 _HALF = _LONG | {"steps": 80}
-_ALL: dict[str, float | None] = {"sequences": None, "held_out": 16}
+_ALL: dict[str, float | None] = _BLOCKS | {"sequences": None, "held_out": 16, "steps": 20}
 VARIANTS: dict[str, dict[str, float | None]] = {
-    "not refined": {"steps": 0},
-    "20 steps": {"steps": 20, "sequences": 32},
+    "not refined": _BLOCKS | {"steps": 0},
+    "the default": {},
+    "20 steps": _BLOCKS | {"steps": 20},
     "80 steps": _HALF,
     "80 steps, 32 sequences": _HALF | {"sequences": 32, "held_out": 4},
     "80 steps, rate 1e-3": _HALF | {"learning_rate": 1e-3},
@@ -47,13 +50,14 @@ VARIANTS: dict[str, dict[str, float | None]] = {
     "160 steps, half of the loss in nats": _LONG | {"curvature": 0.5},
     "320 steps": _LONG | {"steps": 320},
     "640 steps": _LONG | {"steps": 640},
-    "20 steps, 96 sequences": {"steps": 20, "sequences": 96, "held_out": 16},
-    "20 steps, all text": _ALL | {"steps": 20},
+    "20 steps, 96 sequences": _ALL | {"sequences": 96},
+    "20 steps, all text": _ALL,
     "60 steps, all text": _ALL | {"steps": 60},
-    "20 steps, all text; last block on logits": _ALL | {"steps": 20, "logit_steps": 60, "logits": 1},
-    "20 steps, all text; all blocks on logits": _ALL | {"steps": 20, "logit_steps": 60},
-    "20 steps, all text; all blocks on logits, rate 3e-4": _ALL | {"steps": 20, "logit_steps": 60, "logit_rate": 3e-4},
-    "20 steps, all text; scales": _ALL | {"steps": 20, "scale_steps": 60},
+    "0 steps, 96 sequences; all blocks on logits": _ALL | {"steps": 0, "sequences": 96, "logit_steps": 60},
+    "20 steps, all text; last block on logits": _ALL | {"logit_steps": 60, "logits": 1},
+    "20 steps, all text; all blocks on logits": _ALL | {"logit_steps": 60},
+    "20 steps, all text; all blocks on logits, rate 1e-4": _ALL | {"logit_steps": 60, "logit_rate": 1e-4},
+    "20 steps, all text; scales": _ALL | {"scale_steps": 60},
 }
 # What is done after the blocks, which variants that have the rest in common share.
 _END = {"logit_steps", "logits", "logit_rate", "scale_steps", "scale_rate"}

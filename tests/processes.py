@@ -126,6 +126,10 @@ class Server:
         out, err = (stream.read_text(encoding="utf-8") if stream.exists() else "" for stream in streams)
         return subprocess.CompletedProcess([], code_of_exit, out, err)
 
+    def run_alone(self, code: str, folder: Path, *arguments: object) -> Done:
+        """Runs code in a folder with the environment of this process, and one thread."""
+        return self.run(code, folder, dict(os.environ) | {"OMP_NUM_THREADS": "1"}, arguments)
+
 
 def environment_of(home: Path) -> dict[str, str]:
     """Without settings of Python and of the hub, with empty caches in ``home`` and without a network."""
@@ -161,7 +165,8 @@ def _others() -> Server:
 
 
 @functools.cache
-def _ours() -> Server:
+def ours(number: int = 0) -> Server:
+    """Where bolaco is imported already; processes of two numbers run at the same time."""
     return _start(OURS, lambda _: os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -176,7 +181,7 @@ def without_bolaco(code: str, folder: Path, *arguments: Path) -> Done:
 
 def with_bolaco(code: str, *arguments: object) -> Done:
     """Runs code in the current folder as in a new interpreter that has imported bolaco."""
-    return _ours().run(code, Path.cwd(), dict(os.environ) | {"OMP_NUM_THREADS": "1"}, arguments)
+    return ours(0).run_alone(code, Path.cwd(), *arguments)
 
 
 def killed(where: str, call: int, moment: str, words: Sequence[str]) -> Done:

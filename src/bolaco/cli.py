@@ -65,20 +65,22 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 or 143 when interrupted."""
-    args = command_parser().parse_args(argv)
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     console = plain_console(soft_wrap=True)
     errors = plain_console(soft_wrap=True, stderr=True)
+    goes_on = ""
     try:
         with _asked_to_end():
+            args = command_parser().parse_args(argv)
+            if args.command in _RESUMED:
+                goes_on = "; the same command continues where this one was"
             _COMMANDS[args.command](args, console)
     except BolacoError as error:
         errors.print(f"bolaco: error: {' '.join(str(error).splitlines())}")
         return 1
     except KeyboardInterrupt as stop:
-        goes_on = "; the same command continues where this one was" if args.command in _RESUMED else ""
         errors.print(f"bolaco: stopped{goes_on}")
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except Exception as error:

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bolaco.checkpoint.info import versions
@@ -31,7 +29,7 @@ from bolaco.distill.student import student_config
 from bolaco.distill.study import study
 from bolaco.distill.task import Task, read_task
 from bolaco.distill.teacher import Teacher, answers, save_prompt
-from bolaco.errors import DataError, ResumeError
+from bolaco.errors import DataError
 from bolaco.models.load import (
     check_finite,
     load_config,
@@ -46,6 +44,7 @@ from bolaco.runs.session import Session, begin
 from bolaco.settings import json_text
 from bolaco.work.files import whole
 from bolaco.work.folder import LOG_FILE, WorkFolder, work_beside
+from bolaco.work.tensors import load_tensors, save_tensors
 
 STAGES = ("prompt", "reinforce", "store", "student")
 
@@ -312,9 +311,5 @@ def _kept(file: Path, compute: Callable[[], Tensor]) -> Tensor:
     if not file.exists():
         found = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as partial:
-            save_file({"tensor": found.contiguous()}, partial)
-    try:
-        return load_file(file)["tensor"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ResumeError(f"{file}: damaged; delete this file and run again") from error
+        save_tensors(file, {"tensor": found})
+    return load_tensors(file)["tensor"]

@@ -6,18 +6,15 @@ that has to be kept.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from bolaco.errors import NonFiniteError, ResumeError
-from bolaco.work.files import whole
+from bolaco.errors import NonFiniteError
+from bolaco.work.tensors import damaged, load_record, load_tensors, save_tensors
 
 # A step's number -> its loss; the gradient is left in the parameters.
 Step = Callable[[int], float]
@@ -126,15 +123,12 @@ class Steps:
             tensors |= {f"{kind}.{name}": state[kind] for kind in _STATE if kind in state}
         tensors |= {f"kept.{name}": tensor for name, tensor in self.tensors.items()}
         record = {"done": self.done, "losses": self.losses, "worths": self.worths, "notes": self.notes}
-        with whole(self.file) as partial:
-            plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-            save_file(plain, partial, metadata={"record": json.dumps(record)})
+        # Copies, for two names may share a tensor.
+        save_tensors(self.file, {name: tensor.detach().clone() for name, tensor in tensors.items()}, record)
 
     def _read(self) -> None:
         try:
-            with safe_open(self.file, framework="pt") as file:
-                record = json.loads((file.metadata() or {})["record"])
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            record, found = load_record(self.file), load_tensors(self.file)
             self.done, self.losses, self.notes = record["done"], record["losses"], record["notes"]
             self.worths = {int(step): value for step, value in record["worths"].items()}
             kept = "kept."
@@ -146,6 +140,5 @@ class Steps:
                     state = {kind: found[f"{kind}.{name}"].to(tensor) for kind in _STATE if f"{kind}.{name}" in found}
                     if state:
                         self._optimizer.state[tensor] = {"step": torch.tensor(float(self.done)), **state}
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ResumeError(f"{self.file}: damaged ({why}); delete this file and run again") from error
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise damaged(self.file, error) from error

@@ -62,6 +62,6 @@ def _fields(values: Values, prefix: str = "") -> set[tuple[str, str]]:
 def _refinement(settings: Refinement) -> str:
     done = ["fit to the inputs"] if settings.fit else []
     done += [f"{settings.steps} steps for each block"] if settings.steps else []
-    done += [f"{settings.logit_steps} steps on next tokens"] if settings.on_logits else []
+    done += [f"{settings.end_steps} steps on next tokens"] if settings.on_logits else []
     done += [f"{settings.scale_steps} of scales"] if settings.scale_steps else []
     return f"refinement: {' and '.join(done)}" if done else "no refinement"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _PLAIN = {"fit": False, "steps": 0}
+# Of what fits matrices again: the text that this is done on, all of it.
+_FIT = {"fit": True, "sequences": 32, "held_out": 0}
 
 
 def one_shot(method: str, storage: str = "two-factor", search: str = "uniform") -> dict[str, Any]:
@@ -60,8 +62,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fwsvd": one_shot("fwsvd"),
     "welore": one_shot("svd", search="welore"),
     "aa-svd": one_shot("svd-llm")
-    | {"refinement": {"fit": True, "drift": 1.0, "steps": 200, "learning_rate": 1e-4, "weight_decay": 0.01}},
-    "mpifa": one_shot("svd-llm", storage="pivoted") | {"refinement": {"fit": True, "drift": 0.25, "steps": 0}},
+    | {
+        "refinement": _FIT | {"drift": 1.0, "steps": 200, "logit_steps": 0, "learning_rate": 1e-4, "weight_decay": 0.01}
+    },
+    "mpifa": one_shot("svd-llm", storage="pivoted") | {"refinement": _FIT | {"drift": 0.25, "steps": 0}},
     "lpaf": one_shot("lpaf"),
     "joint": one_shot("svd", storage="shared"),
     "chop": {"method": {"name": "chop"}},

@@ -232,7 +232,7 @@ class Refiner:
             return
         first = self.first_on_logits if name == "logits" else 0
         steps, rate = {
-            "logits": (settings.logit_steps, settings.logit_rate),
+            "logits": (settings.end_steps, settings.logit_rate),
             "scales": (settings.scale_steps, settings.scale_rate),
         }[name]
         if not made.has(self.layers):

@@ -26,10 +26,10 @@ class Refinement(Section):
     drift: float = Field(1.0, ge=0, le=1, description="share of the change of its inputs that the fit makes up for")
     damping: float = Field(1e-2, ge=0, description="share of the inputs' mean eigenvalue added in that fit")
     sequences: int | None = Field(
-        32, gt=0, description="of the calibration sequences, how many fit and training see; null: all"
+        None, gt=0, description="of the calibration sequences, how many fit and training see; null: all"
     )
     held_out: int = Field(
-        0,
+        16,
         ge=0,
         description="of these, how many are not trained on, a third at most: what is trained stays as it was best on "
         "them",
@@ -45,8 +45,11 @@ class Refinement(Section):
         0.0, ge=0, le=1, description="share of the error in nats in what is minimised, where the method knows it"
     )
     window: int = Field(1, gt=0, description="blocks that are trained together, towards the output of the last of them")
-    logit_steps: int = Field(
-        0, ge=0, description="steps, at most, of the last blocks towards the original's next-token distribution, then"
+    logit_steps: int | None = Field(
+        None,
+        ge=0,
+        description="steps, at most, of the last blocks towards the original's next-token distribution, then; null: "
+        "three for each of a block",
     )
     logits: int | None = Field(
         None, ge=0, description="how many blocks that are; by default as many as hold at most logit_parameters"
@@ -54,7 +57,7 @@ class Refinement(Section):
     logit_parameters: int = Field(
         300_000_000, gt=0, description="parameters at most that are trained so; each takes 20 bytes while it is"
     )
-    logit_rate: float = Field(1e-4, gt=0, description="learning rate of that")
+    logit_rate: float = Field(1e-5, gt=0, description="learning rate of that")
     scale_steps: int = Field(
         0, ge=0, description="steps, at most, of the scales of all rows and columns towards the same, in the end"
     )
@@ -66,9 +69,14 @@ class Refinement(Section):
         return self.fit or self.steps > 0 or self.trains_end
 
     @property
+    def end_steps(self) -> int:
+        """Steps on next tokens."""
+        return 3 * self.steps if self.logit_steps is None else self.logit_steps
+
+    @property
     def on_logits(self) -> bool:
         """Whether blocks are trained on next tokens."""
-        return self.logit_steps > 0 and self.logits != 0
+        return self.end_steps > 0 and self.logits != 0
 
     @property
     def trains_end(self) -> bool:
@@ -84,8 +92,6 @@ class Refinement(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Refinement:
-        if self.sequences is not None and self.held_out >= self.sequences:
-            raise ValueError(f"held_out ({self.held_out}) must be less than sequences ({self.sequences})")
         if self.fit and self.window > 1:
             raise ValueError("fit is of one block at a time; it does not go with a window of several")
         return self

@@ -25,7 +25,7 @@ def _refinement(recipe: Recipe) -> str:
         )
     text = f"Every block was then {' and '.join(done)}.\n" if done else ""
     if settings is not None and settings.trains_end:
-        what = [f"the last blocks for {settings.logit_steps} steps"] if settings.on_logits else []
+        what = [f"the last blocks for {settings.end_steps} steps"] if settings.on_logits else []
         what += [f"the scales of all rows and columns for {settings.scale_steps}"] if settings.scale_steps else []
         text += (
             f"In the end, {' and '.join(what)} at most were trained towards the original's next-token distribution.\n"

@@ -12,7 +12,6 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +21,7 @@ from bolaco.evaluation.losses import summed_losses
 from bolaco.evaluation.objective import Head, final_hidden
 from bolaco.models.structure import prefix_of
 from bolaco.tune.mode import Context, Moments, structure_of
-from bolaco.work.files import whole
+from bolaco.work.tensors import load_tensors, save_tensors
 
 # In the work folder.
 _FILE = "moments.safetensors"
@@ -51,15 +50,12 @@ def filled(context: Context, steps: int) -> Moments:
     original = context.original(None)
     moments = _moments(context, original, _names(context), steps)
     if file is not None:
-        with whole(file) as partial:
-            save_file(
-                {f"{k}.{n}": v.cpu() for k in ("mean", "square") for n, v in getattr(moments, k).items()}, partial
-            )
+        save_tensors(file, {f"{k}.{n}": v for k in ("mean", "square") for n, v in getattr(moments, k).items()})
     return moments
 
 
 def _read(file: Path, steps: int, device: torch.device) -> Moments:
-    state = load_file(file, device=str(device))
+    state = {name: tensor.to(device) for name, tensor in load_tensors(file).items()}
     parts: dict[str, dict[str, Tensor]] = {"mean": {}, "square": {}}
     for key, tensor in state.items():
         kind, _, name = key.partition(".")

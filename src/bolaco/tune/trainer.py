@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -26,11 +25,13 @@ from bolaco.tune.fill import begin_with
 from bolaco.tune.loss import Student
 from bolaco.tune.mode import Prepared
 from bolaco.tune.settings import Training, TuneSettings
-from bolaco.work.files import whole
+from bolaco.work.files import checksum, write_text
+from bolaco.work.tensors import load_tensors, save_tensors
 
-# In a checkpoint of the Trainer: what is trained, and the seconds that training has taken so far.
+# In a checkpoint of the Trainer: what is trained, the seconds that training has taken so far, checksums of all files.
 TRAINED = "trained.safetensors"
 _CLOCK = "clock.json"
+_SUMS = "checksums.json"
 _SCHEDULES = {"cosine": "cosine_with_min_lr", "linear": "linear", "constant": "constant_with_warmup"}
 # The loss curve in bolaco.json has at most so many points.
 CURVE = 200
@@ -213,9 +214,7 @@ def out_of_patience(state: dict[str, Any], training: Training) -> bool:
 
 def save_trained(model: nn.Module, file: Path) -> None:
     """Writes the parameters that require a gradient, by name; the file appears whole or not at all."""
-    state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    with whole(file) as partial:
-        save_file(state, partial)
+    save_tensors(file, {name: p for name, p in model.named_parameters() if p.requires_grad})
 
 
 def load_trained(model: nn.Module, file: Path) -> None:
@@ -226,8 +225,8 @@ def load_trained(model: nn.Module, file: Path) -> None:
     """
     _hold_in_float32(model)
     wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = load_tensors(file)
     try:
-        state = load_file(file)
         if state.keys() != wanted.keys():
             raise ValueError("other parameters than those that are trained")
         with torch.no_grad():
@@ -248,13 +247,31 @@ def last_checkpoint(folder: Path) -> Checkpoint | None:
     """The latest complete checkpoint in a folder; one whose writing was interrupted is passed over."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     for path in sorted(found, key=lambda p: -int(p.name.rpartition("-")[2])):
-        # The Trainer writes this file last.
+        # The Trainer writes this file last, and then checksums are written.
         try:
             state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        return Checkpoint(path, state)
+        if (path / _SUMS).is_file():
+            _check_sums(path)
+            return Checkpoint(path, state)
     return None
+
+
+def _sums_of(folder: Path) -> dict[str, int]:
+    """Of the files of a checkpoint; states of random numbers are written by each process for itself."""
+    files = [file for file in folder.iterdir() if file.is_file() and not file.name.startswith(("rng_state", _SUMS))]
+    return {file.name: checksum(file) for file in sorted(files)}
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises ResumeError if a file of a checkpoint is not as it was written."""
+    try:
+        known = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    if known != _sums_of(folder):
+        raise ResumeError(f"{folder}: a checkpoint that is damaged; delete this folder and run again")
 
 
 def _meet(arguments: TrainingArguments) -> None:
@@ -388,6 +405,11 @@ class _Watch(TrainerCallback):
         if self.clock.share(args.device) >= 1:
             self.out_of_time = state.global_step < state.max_steps
             control.should_training_stop = control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.should_save:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_text(folder / _SUMS, json.dumps(_sums_of(folder)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         loss = (logs or {}).get("loss")

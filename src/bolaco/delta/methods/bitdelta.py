@@ -14,7 +14,6 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bolaco.delta.forms.signs import Signs
@@ -23,7 +22,7 @@ from bolaco.errors import BudgetError, NonFiniteError
 from bolaco.models.structure import Site
 from bolaco.models.walk import no_gradients
 from bolaco.settings import Section
-from bolaco.work.files import whole
+from bolaco.work.tensors import load_tensors, save_tensors
 
 
 class BitDeltaOptions(Section):
@@ -69,7 +68,7 @@ def _trained(
     sizes = nn.Parameter(torch.stack([start[name] for name in names]))
     first, second, done = torch.zeros_like(sizes), torch.zeros_like(sizes), 0
     if file.is_file():
-        kept = load_file(file)
+        kept = load_tensors(file)
         sizes.data, first, second, done = kept["sizes"], kept["first"], kept["second"], int(kept["step"])
     model = task.subject.model
     with no_gradients(model), task.reporter.stage("train sizes", options.steps) as tick:
@@ -91,8 +90,7 @@ def _trained(
             sizes = nn.Parameter(sizes.detach() - rate * move)
             if step % 10 == 9 or step + 1 == options.steps:
                 state = {"sizes": sizes.detach(), "first": first, "second": second, "step": torch.tensor(step + 1)}
-                with whole(file) as partial:
-                    save_file(state, partial)
+                save_tensors(file, state)
             tick(1)
     return {name: sizes.detach()[i] for i, name in enumerate(names)}
 

@@ -17,7 +17,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -30,7 +29,8 @@ from bolaco.models.walk import BlockRunner
 from bolaco.statistics.moments import PooledMoments
 from bolaco.tune.mode import Context, Defaults, Matrix, Mode, Options, Prepared, structure_of
 from bolaco.tune.tables import Coded, code, coded_layer, inverse_factor
-from bolaco.work.files import require_space, whole
+from bolaco.work.files import require_space
+from bolaco.work.tensors import load_tensors, save_tensors
 
 # In the work folder: tables and codes as they are before training.
 _FILE = "sketch.safetensors"
@@ -74,7 +74,7 @@ def prepare(context: Context) -> Prepared:
     wanted = [matrix for matrix in matrices if any(_leaves(model, matrix))]
     file = None if context.folder is None else context.folder / _FILE
     if file is not None and file.is_file():
-        state = load_file(file, device=str(model.device))
+        state = {name: tensor.to(model.device) for name, tensor in load_tensors(file).items()}
         for name in {key.rpartition(".")[0] for key in state}:
             _put(model, name, Coded(state[f"{name}.lut"], state[f"{name}.codes"]), options.bits)
     elif wanted:
@@ -83,8 +83,7 @@ def prepare(context: Context) -> Prepared:
             require_space([(file.parent, sum(weight.numel() for weight in leaves))], "the codes")
         state = _code_blocks(context, wanted)
         if file is not None:
-            with whole(file) as partial:
-                save_file(state, partial)
+            save_tensors(file, state)
     for matrix in matrices:
         for module in matrix.of(model).modules():
             if isinstance(module, SketchLinear):
