@@ -5,7 +5,8 @@
 
 Gains over feature PCA at one ratio for all matrices ("base"): the two-sided metric, ranks in closed form, pivoted
 storage, error-aware fitting, block refinement and training on next tokens. Every variant sees the same calibration
-text and keeps the same number of parameters up to the rank step. Results are remembered in --cache, so a run that was stopped goes on.
+text and keeps the same number of parameters up to the rank step. Results are remembered in --cache, so a run that was
+stopped goes on.
 """
 
 from __future__ import annotations
