@@ -185,8 +185,8 @@ def test_stages_alone_are_found_by_the_next(place: Path, monkeypatch: pytest.Mon
 
 
 MOMENTS = {
-    "in the prompt that classifies": ("bolaco.distill.steps.save_file", 3, "after"),
-    "in the prompts that generate": ("bolaco.distill.steps.save_file", 11, "before"),
+    "in the prompt that classifies": ("bolaco.distill.steps.save_tensors", 3, "after"),
+    "in the prompts that generate": ("bolaco.distill.steps.save_tensors", 11, "before"),
     "in the policy gradient": ("bolaco.distill.reinforce.Reinforcement.reward", 5, "after"),
     "in the store": ("bolaco.data.written.write_text", 3, "after"),
     "at the end of the store": ("bolaco.distill.store.save_file", 1, "after"),

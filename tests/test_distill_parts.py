@@ -90,7 +90,7 @@ def test_a_loss_that_is_none_stops(tmp_path: Path) -> None:
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     fit(tmp_path / "state")
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-9])
-    with pytest.raises(ResumeError, match="state: damaged"):
+    with pytest.raises(ResumeError, match="state: missing or damaged"):
         fit(tmp_path / "state")
 
 

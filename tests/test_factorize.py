@@ -397,7 +397,7 @@ def test_a_failed_save_leaves_no_finished_file(tmp_path: Path, monkeypatch: pyte
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bolaco.work.blockstore.save_file", interrupted)
+    monkeypatch.setattr("bolaco.work.tensors.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.save(0, {"m.q": item})
     assert not store.has(0)

@@ -173,7 +173,7 @@ def test_disk_space_is_foreseen(family, cache, statistics, monkeypatch, tmp_path
         safetensors.torch.save_file(tensors, path, metadata=metadata)
         largest = max(largest, sum(f.stat().st_size for f in tmp_path.rglob("*") if f.is_file()))
 
-    monkeypatch.setattr("bolaco.work.blockstore.save_file", save_and_look)
+    monkeypatch.setattr("bolaco.work.tensors.save_file", save_and_look)
     settings = Calibration(gradient_sequences=4, batch=2, cache=cache)
     foreseen = stored_bytes(statistics, model, structure, tokens, settings)
     for kind in statistics:

@@ -87,7 +87,11 @@ def test_a_method_inside_our_recipe(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "recipe default: method kfac, pivoted storage, search spectral, refinement: 20 steps for each block"),
+        (
+            (),
+            "recipe default: method kfac, pivoted storage, search spectral, "
+            "refinement: 20 steps for each block and 60 steps on next tokens",
+        ),
         (("--method", "svd-llm"), "recipe svd-llm: method svd-llm, two-factor storage, search uniform, no refinement"),
         (("--method", "afm"), "recipe afm: method afm, two-factor storage, search uniform, no refinement"),
         (("--method", "bolaco"), "recipe bolaco-5x1: method afm, two-factor storage, search 5x1, no refinement"),
@@ -103,7 +107,8 @@ def test_a_method_inside_our_recipe(name: str) -> None:
         (("--method", "chop"), "recipe chop: method chop"),
         (
             ("--preset", "default", "--method", "svd-llm"),
-            "recipe of your own: method svd-llm, pivoted storage, search spectral, refinement: 20 steps for each block",
+            "recipe of your own: method svd-llm, pivoted storage, search spectral, "
+            "refinement: 20 steps for each block and 60 steps on next tokens",
         ),
         (
             ("--method", "svd-llm", "--quantize", "int4"),
@@ -112,7 +117,7 @@ def test_a_method_inside_our_recipe(name: str) -> None:
         (
             ("--preset", "mpifa", "--set", "refinement.steps=3"),
             "recipe of your own: method svd-llm, pivoted storage, search uniform, "
-            "refinement: fit to the inputs and 3 steps for each block",
+            "refinement: fit to the inputs and 3 steps for each block and 9 steps on next tokens",
         ),
     ],
 )

@@ -241,7 +241,7 @@ def test_training_brings_a_block_nearer_and_leaves_the_model_alone(family: str) 
         target = torch.cat([runner.run(0, hidden[rows]) for rows in runner.slices])
     block = compressed_block(subject, 0, store.load(0), run.info.ranks)
     block = trainable_copy(subject, 0, block)
-    trainer = BlockTrainer(runner, Refinement(learning_rate=3e-3, autocast=False), seed=0)
+    trainer = BlockTrainer(runner, Refinement(learning_rate=3e-3, autocast=False, held_out=0), seed=0)
     losses = trainer.train(Stretch(0, [block], hidden, target), OutputLoss(), 40).losses
     assert len(losses) == 40
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
@@ -298,7 +298,7 @@ def test_checkpoint_is_the_refined_model(family, storage, tmp_path):
 
 
 def _refiner(run: Compressed, subject: Subject, store: FactorStore) -> Refiner:
-    tokens, settings = token_blocks(6, 32, seed=6), Refinement(fit=True, steps=3)
+    tokens, settings = token_blocks(6, 32, seed=6), Refinement(fit=True, steps=3, held_out=0, logit_steps=0)
     return Refiner(subject, store, run.info.ranks, tokens, run.recipe.chosen, settings, run.recipe.calibration)
 
 

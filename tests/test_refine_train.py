@@ -320,8 +320,10 @@ def test_the_end_on_logits_brings_the_model_nearer_on_what_is_held_out(tmp_path)
 @pytest.mark.parametrize(
     ("values", "first"),
     [
-        ({}, 4),
-        ({"logits": 2}, 4),  # without steps
+        ({}, 0),
+        ({"logits": 2}, 2),
+        ({"steps": 0, "logits": 2}, 4),  # without steps
+        ({"logit_steps": 0}, 4),
         ({"logit_steps": 1}, 0),
         ({"logit_steps": 1, "logits": 0}, 4),
         ({"logit_steps": 1, "logits": 3}, 1),
@@ -367,7 +369,7 @@ def test_of_the_default_on_a_tiny_model_too(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"refinement.held_out": 40}, "held_out"),
+        ({"refinement.held_out": -1}, "held_out"),
         ({"refinement.fit": True, "refinement.window": 2}, "window"),
         ({"refinement.logits": -1}, "logits"),
     ],

@@ -266,7 +266,7 @@ def check(text: str) -> Page:
 def test_compress_writes_a_report(searched: Compressed) -> None:
     text = (searched.path / "report.html").read_text(encoding="utf-8")
     page = check(text)
-    assert page.tags["svg"] == 1 + 1 + 6 + 1  # ranks, search, spectra without v, refinement
+    assert page.tags["svg"] == 1 + 1 + 6 + 1 + 1  # ranks, search, spectra without v, refinement, next tokens
     assert f"{searched.info.perplexity.compressed:.4g}" in text
     assert f"{searched.info.keep_linears:.4f}" in text
     assert "bolaco run" in text

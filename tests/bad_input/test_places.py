@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from bolaco.allocate.search.run import Evaluator
 from bolaco.models.find import inspect_structure
 from bolaco.runs import compress as runs
-from bolaco.work import blockstore
+from bolaco.work import tensors as tensors_module
 from tests.bad_input.common import contents, one_line, refused
 from tests.command import bolaco, compress, ok, snapshot, what_counts
 from tests.models import english, save_tiny, slow, tiny_llama
@@ -258,10 +258,10 @@ def test_full_disk_while_writing_factors(place: Path, monkeypatch: pytest.Monkey
         path.write_bytes(b"half")
         if kind == "OSError":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise blockstore.SafetensorError("I/O error: No space left on device (os error 28)")
+        raise tensors_module.SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(blockstore, "save_file", full)
+        patch.setattr(tensors_module, "save_file", full)
         one_line(bolaco(*compress("out", "--search", "hand")), "no space left on the disk", "give the same command")
     (first,) = Path("out.work").glob("factors-*/block-00000.safetensors")
     written = first.stat().st_mtime_ns

@@ -127,8 +127,8 @@ class Steps:
         save_tensors(self.file, {name: tensor.detach().clone() for name, tensor in tensors.items()}, record)
 
     def _read(self) -> None:
+        record, found = load_record(self.file), load_tensors(self.file)
         try:
-            record, found = load_record(self.file), load_tensors(self.file)
             self.done, self.losses, self.notes = record["done"], record["losses"], record["notes"]
             self.worths = {int(step): value for step, value in record["worths"].items()}
             kept = "kept."

@@ -22,6 +22,10 @@ RENAMED = {
 }
 
 
+# What version 1 did where it refined and nothing was said.
+_REFINEMENT = {"sequences": 32, "held_out": 0, "logit_steps": 0}
+
+
 def renamed(values: Values) -> str | None:
     """An old name among nested values, and what it is called now: one line, or None."""
     for old, new in RENAMED.items():
@@ -60,6 +64,8 @@ def upgraded(values: Values, preset: str | None = None) -> Values:
         result["storage"] = factorization["storage"]
     if isinstance(result.get("search"), dict):
         result["search"] = _search(result["search"], base.get("search", {}).get("name"))
+    if name != "chop":
+        result["refinement"] = _REFINEMENT | _section(result, "refinement")
     return result
 
 

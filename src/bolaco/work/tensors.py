@@ -16,19 +16,16 @@ from torch import Tensor
 from bolaco.errors import ResumeError
 from bolaco.work.files import whole
 
-# In the metadata: what is kept beside the tensors, and its checksum.
-_RECORD, _RECORD_SUM = "#record", "#record-sum"
+# The one entry of the metadata, which several would be in a random order in: checksums, and what is kept beside.
+_ENTRY = "bolaco"
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], record: Any = None) -> None:
     """Writes tensors with a checksum of each, and a record of anything that JSON can hold."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums = {name: _checksum(tensor) for name, tensor in plain.items()}
-    if record is not None:
-        text = json.dumps(record)
-        sums |= {_RECORD: text, _RECORD_SUM: _sum(text.encode())}
+    text = json.dumps([{name: _checksum(tensor) for name, tensor in sorted(plain.items())}, record])
     with whole(file) as partial:
-        save_file(plain, partial, metadata=sums or None)
+        save_file(plain, partial, metadata={_ENTRY: f"{_sum(text)} {text}"})
 
 
 def load_tensors(file: Path, ending: str = "") -> dict[str, Tensor]:
@@ -37,7 +34,7 @@ def load_tensors(file: Path, ending: str = "") -> dict[str, Tensor]:
     Raises:
         ResumeError: missing or damaged; names the file.
     """
-    found, sums = _read(file, ending)
+    found, sums, _ = _read(file, ending)
     for name, tensor in found.items():
         if sums.get(name) != _checksum(tensor):
             raise damaged(file, f"the checksum of {name} is another one")
@@ -50,11 +47,7 @@ def load_record(file: Path) -> Any:
     Raises:
         ResumeError: missing or damaged; names the file.
     """
-    _, sums = _read(file, None)
-    text = sums.get(_RECORD, "")
-    if sums.get(_RECORD_SUM) != _sum(text.encode()):
-        raise damaged(file, "the checksum of its record is another one")
-    return json.loads(text)
+    return _read(file, None)[2]
 
 
 def damaged(file: Path, error: object) -> ResumeError:
@@ -63,14 +56,22 @@ def damaged(file: Path, error: object) -> ResumeError:
     return ResumeError(f"{file}: missing or damaged ({why}); delete this file and run again")
 
 
-def _read(file: Path, ending: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors whose names end so, none where that is None, and the metadata."""
+def _read(file: Path, ending: str | None) -> tuple[dict[str, Tensor], dict[str, str], Any]:
+    """The tensors whose names end so, none where that is None; the checksums of all; the record."""
     try:
         with safe_open(file, framework="pt") as opened:
-            names = [] if ending is None else [name for name in opened.keys() if name.endswith(ending)]  # noqa: SIM118 - not a dict
-            return {name: opened.get_tensor(name) for name in names}, opened.metadata() or {}
+            names = list(opened.keys())
+            found = {name: opened.get_tensor(name) for name in names if ending is not None and name.endswith(ending)}
+            entry = (opened.metadata() or {}).get(_ENTRY, "")
     except (OSError, SafetensorError) as error:
         raise damaged(file, error) from error
+    known, _, text = entry.partition(" ")
+    if known != _sum(text):
+        raise damaged(file, "its checksums are not as they were written")
+    sums, record = json.loads(text)
+    if sums.keys() != set(names):
+        raise damaged(file, "other tensors than were written")
+    return found, sums, record
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -79,5 +80,5 @@ def _checksum(tensor: Tensor) -> str:
     return f"{zlib.crc32(flat.numpy().data):08x} {tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _sum(content: bytes) -> str:
-    return f"{zlib.crc32(content):08x}"
+def _sum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
