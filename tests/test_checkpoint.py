@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 import bolaco  # noqa: F401 - teaches the auto classes
+from bolaco.checkpoint import write
 from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.info import read_info
 from bolaco.errors import CheckpointError, OutputExistsError, UnsupportedModelError
@@ -437,8 +437,7 @@ def test_card_holds_the_recipe(tmp_path: Path) -> None:
 
 def test_sharded_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compressed("llama")
-    limited = functools.partialmethod(PreTrainedModel.save_pretrained, max_shard_size="20KB")
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", limited)
+    monkeypatch.setattr(write, "FILE_BYTES", 20_000)
     run = compress_tiny(tiny_llama(), tmp_path / "out")
     shards = list(run.path.glob("model-*.safetensors"))
     assert len(shards) > 2

@@ -30,7 +30,8 @@ class Section(BaseModel):
     @classmethod
     def _number(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads ``yes`` and ``on`` as true, which would pass for the number 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        allowed = (bool, bool | None)
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation not in allowed:
             raise ValueError(f"expected a value, not {str(value).lower()}")
         return value
 

@@ -37,6 +37,11 @@ from bolaco.models.structure import Site, Structure, prefix_of
 from bolaco.models.weights import in_dtype
 from bolaco.quantize.grid import SCALES
 from bolaco.storage.storage import Storage
+from bolaco.work.blockstore import BlockStore
+from bolaco.work.pages import release
+
+# Bytes of one file of weights; as much of them is in memory while it is written.
+FILE_BYTES = 2 * 10**9
 
 
 @dataclass
@@ -57,17 +62,23 @@ class CompressedState:
 
 
 def compressed_state(
-    model: PreTrainedModel, structure: Structure, blocks: Iterable[nn.Module], storage: Storage
+    model: PreTrainedModel,
+    structure: Structure,
+    blocks: Iterable[nn.Module],
+    storage: Storage,
+    store: BlockStore | None = None,
 ) -> CompressedState:
     """Configuration entry and state dict of the model whose decoder blocks are ``blocks``, in order.
 
-    ``model`` is left as it is; tensors that do not change are shared with it. The blocks are packed in place.
+    ``model`` is left as it is; tensors that do not change are shared with it. The blocks are packed in place. With
+    ``store`` they are written there, one after the other, and the tensors are the pages of those files: never more
+    than one block is in memory.
 
     Raises:
         NonFiniteError: a tensor of a changed matrix with NaN or infinity.
     """
     result = CompressedState({}, dict(model.state_dict()))
-    prefix = prefix_of(model)
+    prefix, originals = prefix_of(model), structure.block_modules(model)
     for layer, block in enumerate(blocks):
         inside = f"{structure.blocks[layer]}."
         for key in [key for key in result.tensors if key.startswith(prefix + inside)]:
@@ -99,7 +110,14 @@ def compressed_state(
             if isinstance(stored, RoutedExperts | EachExpert | GroupedExperts):
                 result.matrices[inside + name] = stored.entry()
         result.exact |= {f"{prefix}{inside}{name}.scales" for name in _quantized(block)}
-        result.tensors.update({prefix + inside + key: value.contiguous() for key, value in block.state_dict().items()})
+        made = {key: value.contiguous() for key, value in block.state_dict().items()}
+        if store is not None:
+            store.write(layer, made)
+            found = store.read(layer)
+            made = {key: found[key] for key in made}  # in this order they are shared out over files
+            release(made.values())
+            release(originals[layer].parameters())
+        result.tensors.update({prefix + inside + key: _alone(value) for key, value in made.items()})
     return result
 
 
@@ -111,6 +129,14 @@ def _stored_forms(block: nn.Module, storage: Storage) -> dict[FactoredLinear, Fa
     layers = [module for module in block.modules() if isinstance(module, FactoredLinear) and _finite(module)]
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(layers, pool.map(storage.packed, layers), strict=True))
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own: transformers writes what has one storage, as a mapped file, into one."""
+    if tensor.device.type != "cpu":
+        return tensor
+    bytes_of = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return bytes_of.view(tensor.dtype).view(tensor.shape)
 
 
 def _quantized(block: nn.Module) -> list[str]:
@@ -169,15 +195,19 @@ def check_savable(model: PreTrainedModel, tokenizer: Any, compressed: bool = Tru
 def write_model(folder: Path, model: PreTrainedModel, state: CompressedState, dtype: torch.dtype) -> None:
     """Writes configuration, weights, generation settings and modelling code into an existing folder.
 
-    What is in the model's number format is written in ``dtype``.
+    What is in the model's number format is written in ``dtype``. The tensors of ``state`` are gone afterwards.
     """
     # Without memory: the skeleton only tells save_pretrained names, ties and shards.
     skeleton = compressed_skeleton(model, state.matrices)
     skeleton.to(dtype)
     plain = {name: tensor for name, tensor in state.tensors.items() if name not in state.exact}
     scales = {name: state.tensors[name].to(SCALES) for name in state.exact}
+    tensors = in_dtype(plain, model.dtype, dtype) | scales
+    # save_pretrained forgets each file's tensors once it is written; so is their memory, if nothing else knows them.
+    plain.clear()
+    state.tensors.clear()
     with quiet():
-        skeleton.save_pretrained(folder, state_dict=in_dtype(plain, model.dtype, dtype) | scales)
+        skeleton.save_pretrained(folder, state_dict=tensors, max_shard_size=FILE_BYTES)
 
 
 def lowrank_model(model: PreTrainedModel, matrices: dict[str, Entry]) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from bolaco.progress import Reporter
 from bolaco.statistics.forward import collect, input_walk
 from bolaco.statistics.statistic import SiteStatistics
 from bolaco.statistics.stored import StatisticStore, site_statistics
+from bolaco.work.pages import release
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def factorize(
                 for job in jobs:
                     if not job.store.has(layer):
                         job.store.save(layer, _of_block(layer, job, {}))
+                release(first.structure.block_modules(first.model)[layer].parameters())
                 tick(1)
         return
     walk = input_walk(first.model, first.structure, tokens, settings.batch, cache_file)

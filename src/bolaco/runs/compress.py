@@ -7,6 +7,7 @@ changes with what it depends on.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,9 @@ from bolaco.work.blockstore import BlockStore
 from bolaco.work.files import require_space
 from bolaco.work.folder import LOG_FILE, Artefact, WorkFolder, work_beside
 
+# Where in an unfinished result its blocks are before they are put together.
+_PARTS = "parts"
+
 
 def compress(
     recipe: LowRankRecipe,
@@ -90,7 +94,7 @@ def compress(
         source = with_own_text([recipe], source, session)
         with session.clock.timed("load"):
             texts = texts_for(recipe, source)
-            loaded = load(source, recipe.dtype, recipe.device, texts.calibration)
+            loaded = load(source, recipe.dtype, recipe.device, texts.calibration, recipe.stream, reporter)
         result = compress_loaded(recipe, out, loaded, texts, session)
         folder.close(keep_work)
     return result
@@ -108,6 +112,10 @@ def compress_loaded(
         check_tokens(loaded.model, tokens)
     check_savable(loaded.model, loaded.tokenizer)
     asked, recipe = recipe, settled(recipe, loaded.shapes)
+    if loaded.streamed:
+        # What the gradients' walk keeps of every block grows with the layers too.
+        on_disk = recipe.calibration.model_copy(update={"cache": "disk"})
+        recipe = recipe.model_copy(update={"calibration": on_disk})
     made = subject_artefact(recipe, loaded, texts, session)
     if recipe.quantization is not None:
         check_quantizable(loaded.structure)
@@ -147,8 +155,11 @@ def compress_loaded(
 
     def write(folder: Path) -> None:
         blocks = (block(layer) for layer in range(units.num_layers))
-        states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form))
+        parts = BlockStore(folder / _PARTS) if loaded.streamed else None
+        states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form, parts))
         write_model(folder, subject.model, states[-1], loaded.dtype)
+        if parts is not None:
+            shutil.rmtree(parts.folder)
         subject.save_extra(folder)
 
     def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
@@ -205,7 +216,9 @@ def _require_space(recipe: LowRankRecipe, plan: FactorPlan, loaded: Loaded, sess
     size = factor_bytes([plan], session)
     if recipe.refinement.active:
         size += sum(site.size for site in plan.subject.structure.sites) * loaded.itemsize
-    needs = [(session.folder.path, size), (out, loaded.parameters * loaded.dtype.itemsize)]
+    # Streamed blocks are written beside the files that they are put together in.
+    times = 2 if loaded.streamed else 1
+    needs = [(session.folder.path, size), (out, times * loaded.parameters * loaded.dtype.itemsize)]
     require_space(needs, "the factors and the checkpoint")
 
 

@@ -14,6 +14,7 @@ from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.models.load import load_model
 from bolaco.models.quiet import quiet
 from bolaco.models.size import parameters_in
+from bolaco.models.turns import take_turns
 from bolaco.models.weights import dtype_name
 from bolaco.report.card import model_card
 from bolaco.report.html import REPORT_FILE, result_page
@@ -40,6 +41,9 @@ def perplexities_of(
     Its weights are rounded as they were written; it computes in the number format in which the original did.
     """
     compressed = load_model(str(folder), dtype_name(loaded.model.dtype), str(loaded.model.device))
+    if loaded.streamed:
+        modules = dict(compressed.base_model.named_modules())
+        take_turns([modules[name] for name in loaded.structure.blocks if name in modules])  # a chopped one has fewer
     blocks = texts.evaluation
     with session.reporter.stage("evaluate the result", len(blocks)) as tick:
         after = perplexity(compressed, blocks, batch, tick)

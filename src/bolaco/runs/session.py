@@ -22,6 +22,7 @@ from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.match import check_rebuildable
 from bolaco.models.observe import observed
 from bolaco.models.structure import Structure
+from bolaco.models.turns import needs_streaming, take_turns, why_not_streamed
 from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import Recipe
@@ -62,6 +63,7 @@ class Loaded:
         parameters: of the whole model.
         dtype: number format of the result; GGUF files are worked on in float32 whatever it is.
         stored: the weights on disk; None for a model that the user has loaded.
+        streamed: weights are in memory for their block's turn only, and so is whatever else grows with the layers.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Loaded:
     parameters: int
     dtype: torch.dtype
     stored: StoredWeights | None = None
+    streamed: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -148,8 +151,18 @@ def texts_for(
     )
 
 
-def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) -> Loaded:
+def load(
+    source: Source,
+    dtype: str,
+    device: str,
+    tokens: Tensor | None = None,
+    stream: bool | None = None,
+    reporter: Reporter | None = None,
+) -> Loaded:
     """Reads the weights, unless the model is given, and looks at what they are by running a few tokens.
+
+    ``stream`` says whether they stay on disk but for the turn of their block; None: where they leave too little room.
+    ``reporter`` is told where that cannot be done.
 
     Raises:
         BolacoError: they cannot be read, are not finite, or the structure is not known.
@@ -161,10 +174,39 @@ def load(source: Source, dtype: str, device: str, tokens: Tensor | None = None) 
     if tokens is not None:
         check_tokens(model, tokens)
     working = unfused(model)
-    structure = observed(working, inspect_structure(working), tokens)
+    found = inspect_structure(working)
+    streamed = source.model is None and _streamed(model, working, found, stored, stream, reporter)
+    structure = observed(working, found, tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"
     parameters = sum(p.numel() for p in model.parameters())
     if stored is None and source.model is None:
         stored = stored_weights(source.name)  # a hub id's are in the cache now
     made = result_dtype(dtype, stored, model.dtype)
-    return Loaded(source.name, model, working, source.tokenizer, structure, identity, parameters, made, stored)
+    return Loaded(
+        source.name, model, working, source.tokenizer, structure, identity, parameters, made, stored, streamed
+    )
+
+
+def _streamed(
+    model: PreTrainedModel,
+    working: PreTrainedModel,
+    structure: Structure,
+    stored: StoredWeights | None,
+    stream: bool | None,
+    reporter: Reporter | None,
+) -> bool:
+    """Whether the weights of a model that was just loaded are streamed from here on."""
+    size = sum(p.nbytes for p in model.parameters())
+    if not needs_streaming(size, stream):
+        return False
+    why = why_not_streamed(model, stored is not None and stored.quantized)
+    if why:
+        if reporter is not None:
+            reporter.say(f"weights are not streamed and stay in memory as a whole: {why}")
+        return False
+    take_turns(structure.block_modules(working))
+    if model is not working:
+        take_turns(structure.block_modules(model))
+    if reporter is not None:
+        reporter.say("weights are streamed: read for each block's turn, whole forward passes (evaluation) are slower")
+    return True

@@ -33,6 +33,7 @@ from bolaco.models.walk import (
 )
 from bolaco.statistics.statistic import BLOCK, GradientAccumulator, GradientStatistic
 from bolaco.work.memory import free_memory
+from bolaco.work.pages import release
 
 _NO_LABEL = -100
 # Of the memory that is free, what the statistics of several blocks may take.
@@ -276,6 +277,7 @@ class BlockGradientWalk(GradientWalk):
                     if len(self._inputs) <= index:
                         self._inputs.append(self._allocate(index, state.shape, state.dtype))
                     self._inputs[index][rows] = state
+                    release([self._inputs[index]])
                 self.runner.record(rows, [rest for rest, _ in seen])
                 if tick:
                     tick(rows.stop - rows.start)
