@@ -15,14 +15,23 @@ from safetensors.torch import load_file
 from bolaco import api
 from bolaco.checkpoint.export import export_dense
 from bolaco.checkpoint.info import read_info
-from bolaco.errors import DataError
+from bolaco.errors import DataError, UnsupportedModelError
 from bolaco.evaluation.engines import RUNTIMES, TorchEngine
 from bolaco.evaluation.speed import linear_macs, measure, measure_apart, median_seconds
 from bolaco.models.load import load_model
 from bolaco.report.tables import speed_table
 from tests.command import bolaco, ok
-from tests.models import compressed, save_tiny, slow, text_file, tiny_llama
+from tests.models import FAMILIES, compressed, save_tiny, slow, text_file, tiny_llama
 from tests.processes import with_bolaco
+
+
+def test_a_configuration_that_its_weights_do_not_fit_in_a_pass(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", FAMILIES["phi3"]())
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["partial_rotary_factor"] = 100.0
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="model: cannot be run on token ids alone: The size of tensor"):
+        measure(str(folder), prompt=8, new=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])

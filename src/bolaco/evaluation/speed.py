@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bolaco.errors import BolacoError, DataError
+from bolaco.errors import BolacoError, DataError, UnsupportedModelError, no_memory
 from bolaco.evaluation.engines import Engine, runtime_named
 from bolaco.models.load import evaluation_mode, load_config, load_model, resolve
 from bolaco.models.size import bytes_in, coded_layers, parameters_in
@@ -118,6 +118,7 @@ def measure(
     Raises:
         DataError: prompt and new tokens are more than the model has positions.
         RecipeError: there is no such runtime.
+        UnsupportedModelError: the model cannot be run.
         BolacoError: the model cannot be loaded in it.
     """
     kind = runtime_named(runtime)
@@ -145,7 +146,7 @@ def measure(
         for batch in batches:
             tokens = torch.randint(0, config.vocab_size, (batch, prompt), generator=generator).to(where)
             start = time.perf_counter()
-            engine.start(tokens)
+            _begin(engine, tokens, model)
             first = first or time.perf_counter() - start
             seconds_of = step_seconds(engine, tokens, repeats, new)
             prefill[batch], decode[batch] = batch * prompt / seconds_of[0], batch / seconds_of[1]
@@ -162,6 +163,17 @@ def measure(
         resident_bytes=psutil.Process().memory_info().rss,
         first_token_seconds=first,
     )
+
+
+def _begin(engine: Engine, tokens: Tensor, name: str) -> None:
+    """The first prompts: a configuration can be one that no weights fit, and that shows only here."""
+    try:
+        engine.start(tokens)
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        if no_memory(error):
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(f"{name}: cannot be run on token ids alone: {why}") from error
 
 
 def facts_of(name: str, model: PreTrainedModel) -> dict[str, Any]:
