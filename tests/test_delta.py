@@ -20,6 +20,7 @@ import bolaco
 from bolaco.delta.folder import read_delta
 from bolaco.delta.method import DELTA_METHODS
 from bolaco.delta.pair import base_digest
+from bolaco.delta.record import read_record
 from bolaco.errors import CheckpointError, UnsupportedModelError
 from bolaco.models.load import load_model
 from bolaco.models.structure import weight_of
@@ -396,3 +397,27 @@ def test_json_and_nothing_else(here: Path) -> None:
     shown = json.loads(ok(*delta_words("out", "--json", method="lowrank", ratio="1/2")).out)
     assert shown["path"] == "out"
     assert shown["bits"]["matrices"] <= shown["bits"]["budget"]
+
+
+def _first(record: dict[str, Any]) -> Any:
+    return next(iter(record["matrices"].values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda record: record["matrices"].update(once=_first(record)), "'once' names no matrix"),
+        (lambda record: _first(record)["energy"].pop(), "points of their energy"),
+    ],
+)
+def test_a_record_that_cannot_be_shown_is_refused(
+    change: Callable[[dict[str, Any]], object], said: str, tmp_path: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pair)
+    out = tmp_path / "out"
+    ok(*delta_words(str(out), method="lowrank"))
+    record = json.loads((out / "bolaco.json").read_text())
+    change(record)
+    (out / "bolaco.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=said):
+        read_record(out)

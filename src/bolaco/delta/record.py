@@ -7,9 +7,20 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
-from bolaco.checkpoint.info import INFO_FILE, Count, Format, Perplexity, Record, Seconds, Size, Total, validated
+from bolaco.checkpoint.info import (
+    INFO_FILE,
+    Count,
+    Format,
+    Perplexity,
+    Record,
+    Seconds,
+    Size,
+    Total,
+    check_layers,
+    validated,
+)
 from bolaco.errors import CheckpointError
 from bolaco.settings import Values
 from bolaco.work.files import read_json
@@ -139,6 +150,16 @@ class DeltaInfo(Record):
     seconds: dict[str, Seconds]
     settings: Values
     versions: dict[str, str]
+
+    @field_validator("matrices")
+    @classmethod
+    def _can_be_shown(cls, value: dict[str, MatrixRecord]) -> dict[str, MatrixRecord]:
+        """Each is of a layer, and all spectra have as many points: they are drawn over each other."""
+        check_layers(value)
+        points = {len(record.energy) for record in value.values() if record.energy is not None}
+        if len(points) > 1:
+            raise ValueError(f"some have {min(points)} points of their energy, others have {max(points)}")
+        return value
 
 
 def write_record(folder: Path, info: DeltaInfo) -> None:
