@@ -25,10 +25,12 @@ from bolaco.factorize import (
     Moments,
     SiteStatistics,
     low_rank,
+    solver,
 )
 from bolaco.factorize.methods.fwsvd import LEAST, importance
 from bolaco.factorize.store import FactorStore
 from bolaco.statistics.statistic import InputStatistic
+from bolaco.statistics.symmetric import lower_root
 
 MODEST = settings(max_examples=40, deadline=None, derandomize=True)
 SHAPES = {"wide": (9, 14), "square": (12, 12), "tall": (17, 8)}
@@ -308,14 +310,38 @@ def test_the_bias_makes_up_for_the_rounding_of_the_stored_factors(dtype: torch.d
 
 def test_one_metric_serves_all_matrices_of_an_input(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = InputMetric(moments(inputs(8)).covariance)
-    calls = []
-    real = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.data_ptr()) or real(m))
+    roots: list[Tensor] = []
+    monkeypatch.setattr(solver, "lower_root", lambda m, floor: roots.append(m) or lower_root(m, floor))
     for seed in range(3):
         low_rank(noise(20, 8, seed=seed), metric, 4)
-    assert metric.matrix is not None
-    assert calls.count(metric.matrix.data_ptr()) == 1
-    assert len(calls) == 4
+    assert [root is metric.matrix for root in roots] == [True]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_the_lower_root_of_a_matrix_that_may_be_singular(rank: int, scale: float) -> None:
+    half = noise(8, rank, seed=rank) * scale
+    matrix = half @ half.T
+    floor = 1e-10 * float(matrix.diagonal().mean())
+    lower = lower_root(matrix, floor)
+    assert torch.equal(lower, lower.tril())
+    # A regular matrix is decomposed as it is, a singular one with the floor.
+    allowed = 1e-14 * float(matrix.abs().max()) if rank == 8 else 1.001 * floor
+    torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=allowed)
+    assert float(lower.diagonal().square().min()) > 0.5 * floor
+
+
+def test_the_lower_root_of_a_matrix_that_rounding_made_indefinite() -> None:
+    """As Cholesky fails on the lifted matrix too, its eigenvalues are lifted."""
+    basis = torch.linalg.qr(noise(6, 6)).Q
+    values = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.1, -1e-3], dtype=torch.float64)
+    matrix = (basis * values) @ basis.T
+    lower = lower_root(matrix, 1e-6)
+    assert torch.equal(lower, lower.tril())
+    assert (lower.diagonal() > 0).all()
+    found = torch.linalg.eigvalsh(lower @ lower.T).flip(0)
+    torch.testing.assert_close(found[:5], values[:5] + 1e-6)
+    torch.testing.assert_close(float(found[5]), 1e-6, rtol=1e-6, atol=0)
 
 
 @shapes

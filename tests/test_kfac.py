@@ -69,7 +69,7 @@ def test_bias_keeps_the_mean_output():
 
 def test_a_matrix_the_loss_never_reaches():
     output = OutputMetric(torch.zeros(4, 4), KfacOptions().shrinkage)
-    assert torch.allclose(output.roots[0] @ output.roots[1], torch.eye(4, dtype=torch.float64))
+    assert torch.allclose(output.over_root(output.times_root(torch.eye(4, dtype=torch.float64))), torch.eye(4).double())
 
 
 def _root(matrix):

@@ -3,8 +3,8 @@
 ``min ||(W - B A) C^(1/2)||_F`` over rank-r products. With ``U`` the eigenvectors of ``W C W^T`` by descending
 eigenvalue, the minimiser is ``B = U_r``, ``A = U_r^T W`` and the squared error the sum of the eigenvalues dropped
 (DRONE; AFM; SVD-LLM reaches the same product through a Cholesky factor of C). No inverse of C appears, so a singular
-C is harmless. ``W C W^T`` of a tall matrix is never formed: its eigenvectors come from the smaller ``C^(1/2) W^T W
-C^(1/2)``.
+C is harmless. ``W C W^T`` of a tall matrix is never formed: its eigenvectors come from the smaller ``R^T W^T W R``,
+where ``R R^T = C``. A metric G on the output is taken in by its Cholesky factor.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bolaco.statistics.symmetric import BlockDiagonal
+from bolaco.statistics.symmetric import BlockDiagonal, lower_root
 
-# Eigenvalues of C below this share of their mean are lifted to it in C^(1/2): directions the calibration text never
-# visits then still get an order, by their weight, so that full rank gives back W itself.
+# A singular C gets this share of its mean eigenvalue on its diagonal where it needs a root: directions that the
+# calibration text never visits then still get an order, by their weight, so that full rank gives back W itself.
 _FLOOR = 1e-10
 # Mean squared gradients below this are scaled before anything is computed with them.
 _TINY = 1e-40
@@ -41,11 +41,10 @@ class InputMetric:
         if self.matrix is None:
             return None
         diagonal = self.matrix.ndim == 1
-        values, vectors = (self.matrix, None) if diagonal else torch.linalg.eigh(self.matrix)
         # Inputs that are always zero have no mean to take a share of: all directions count alike then.
-        floor = _FLOOR * float(values.clamp(min=0).mean()) or 1.0
-        lifted = values.clamp(min=floor).sqrt()
-        return lifted if vectors is None else vectors * lifted
+        mean = float((self.matrix if diagonal else self.matrix.diagonal()).clamp(min=0).mean())
+        floor = _FLOOR * mean or 1.0
+        return self.matrix.clamp(min=floor).sqrt() if diagonal else lower_root(self.matrix, floor)
 
     def times(self, w: Tensor) -> Tensor:
         """``w @ C`` for float64 ``w`` ``[n, in]``."""
@@ -86,14 +85,31 @@ class OutputMetric:
         self.matrix = (1 - shrinkage) * matrix.double()
         self.matrix.diagonal().add_((shrinkage + _FLOOR) * self._mean)
 
+    def times(self, w: Tensor) -> Tensor:
+        """``G @ w`` for float64 ``w`` ``[out, n]``."""
+        return w if self.matrix is None else self.matrix @ w
+
     @cached_property
-    def roots(self) -> tuple[Tensor, Tensor]:
-        """G^(1/2) and its inverse, ``[out, out]``, symmetric."""
+    def lower(self) -> BlockDiagonal:
+        """L with L L^T = G, lower triangular; one block where G has one.
+
+        A product with L^T is as good a start as one with the symmetric root, for a tenth of the time
+        (benchmarks/eigen.py): the low-rank approximation depends on G alone.
+        """
         assert self.matrix is not None
-        whole = self.matrix.dense() if isinstance(self.matrix, BlockDiagonal) else self.matrix
-        values, vectors = torch.linalg.eigh(whole)
-        values = values.clamp(min=_FLOOR * self._mean).sqrt()
-        return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+        blocks = self.matrix.blocks if isinstance(self.matrix, BlockDiagonal) else (self.matrix,)
+        return BlockDiagonal(tuple(lower_root(block, _FLOOR * self._mean) for block in blocks))
+
+    def times_root(self, w: Tensor) -> Tensor:
+        """``L^T @ w`` for float64 ``w`` ``[out, n]``."""
+        return w if self.matrix is None else self.lower.transposed() @ w
+
+    def over_root(self, w: Tensor) -> Tensor:
+        """``L^-T @ w`` for float64 ``w`` ``[out, n]``."""
+        if self.matrix is None:
+            return w
+        parts = zip(self.lower.blocks, w.split([len(block) for block in self.lower.blocks]), strict=True)
+        return torch.cat([torch.linalg.solve_triangular(block.T, part, upper=True) for block, part in parts])
 
 
 @dataclass(frozen=True)
@@ -149,20 +165,11 @@ def low_rank(
     the output the problem is that of ``G^(1/2) W``, whose basis is then mapped back by ``G^(-1/2)``.
     """
     dtype, w = weight.dtype, weight.double()
-    curvature = None if output is None else output.matrix
-    if w.shape[0] > w.shape[1]:
-        values, basis = _tall(w, metric, curvature, max_rank)
-    else:
-        sided = w if output is None or curvature is None else output.roots[0] @ w
-        values, vectors = torch.linalg.eigh(_symmetric(metric.times(sided) @ sided.T))
-        basis = vectors.flip(1)[:, :max_rank]
-        if output is not None and curvature is not None:
-            basis = output.roots[1] @ basis
-    if output is not None and (not output.reached or output.scale != 1):
+    output = OutputMetric(None) if output is None else output
+    values, basis, exact = (_tall if w.shape[0] > w.shape[1] else _wide)(w, metric, output, max_rank)
+    if not output.reached or output.scale != 1:
         values = values * (output.scale if output.reached else 0.0)
-    # The basis is orthonormal in the output metric, so the coefficients are products with it.
-    exact = basis.T @ (w if curvature is None else curvature @ w)
-    if curvature is not None:
+    if output.matrix is not None:
         # G is as small as gradients are, its inverse root as large: unit columns keep both factors in a dtype's range.
         norms = basis.norm(dim=0)
         basis, exact = basis / norms, exact * norms[:, None]
@@ -180,25 +187,32 @@ def low_rank(
     )
 
 
-def _tall(
-    w: Tensor, metric: InputMetric, curvature: Tensor | BlockDiagonal | None, max_rank: int
-) -> tuple[Tensor, Tensor]:
-    """Ascending squared singular values, and the leading output basis, from the smaller side of a tall matrix.
+def _wide(w: Tensor, metric: InputMetric, output: OutputMetric, max_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ascending squared singular values ``[out]``, the basis B ``[out, r]`` and A ``[r, in]``, of a matrix not tall."""
+    sided = output.times_root(w)
+    values, vectors = torch.linalg.eigh(_symmetric(metric.times(sided) @ sided.T))
+    leading = vectors.flip(1)[:, :max_rank]
+    # B is orthonormal in G, so that A = B^T G W = U^T L^T W.
+    return values, output.over_root(leading), leading.T @ sided
+
+
+def _tall(w: Tensor, metric: InputMetric, output: OutputMetric, max_rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the smaller side of a tall matrix.
 
     No root of the output metric is taken: the basis is made orthonormal in it by a Cholesky factor, which keeps the
     span of every leading part.
     """
     tall = metric.times_root(w)
-    values, right = torch.linalg.eigh(_symmetric(tall.T @ (tall if curvature is None else curvature @ tall)))
+    values, right = torch.linalg.eigh(_symmetric(tall.T @ output.times(tall)))
     # QR rather than a division by singular values: orthonormal even where those vanish, and the leading subspaces stay.
     basis, triangle = torch.linalg.qr(tall @ right.flip(1)[:, :max_rank])
     basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
-    if curvature is not None:
-        whole = isinstance(curvature, Tensor)
-        inner = basis.T @ curvature @ basis if whole else basis.T @ (curvature @ basis)
-        lower = torch.linalg.cholesky(_symmetric(inner))
-        basis = torch.linalg.solve_triangular(lower, basis.T, upper=False).T
-    return values, basis
+    if output.matrix is None:
+        return values, basis, basis.T @ w
+    weighted = output.times(basis)
+    lower = torch.linalg.cholesky(_symmetric(basis.T @ weighted))
+    exact = torch.linalg.solve_triangular(lower, weighted.T @ w, upper=False)
+    return values, torch.linalg.solve_triangular(lower, basis.T, upper=False).T, exact
 
 
 def corrected(weight: Tensor, drift: Tensor, inputs: Tensor, damping: float = 0.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def unfold(folded: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockDiagonal:
-    """A symmetric matrix with these blocks on its diagonal and zeros elsewhere, of which only the blocks exist."""
+    """A matrix with these blocks on its diagonal and zeros elsewhere, of which only the blocks exist."""
 
     blocks: tuple[Tensor, ...]
 
@@ -64,6 +65,10 @@ class BlockDiagonal:
     def diagonal(self) -> Tensor:
         """``[n]``."""
         return torch.cat([block.diagonal() for block in self.blocks])
+
+    def transposed(self) -> BlockDiagonal:
+        """Its transpose: of blocks that are triangles, not symmetric."""
+        return BlockDiagonal(tuple(block.T for block in self.blocks))
 
     def scaled(self, factor: float, shift: float) -> BlockDiagonal:
         """``factor`` times it, plus ``shift`` times the identity."""
@@ -82,3 +87,26 @@ class BlockDiagonal:
         """The whole matrix."""
         whole: Tensor = torch.block_diag(*self.blocks)
         return whole
+
+
+def lower_root(matrix: Tensor, floor: float) -> Tensor:
+    """L with L L^T = ``matrix``, lower triangular: its Cholesky factor, where it has one.
+
+    A matrix that is singular, or nearly so (a pivot below ``floor``), is decomposed with ``floor`` times the identity
+    added; if rounding makes that indefinite too, its eigenvalues are lifted to ``floor``.
+
+    Args:
+        matrix: ``[n, n]``, positive semi-definite.
+        floor: above zero.
+    """
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed and bool((lower.diagonal().square() >= floor).all()):
+        return cast(Tensor, lower)
+    lifted = matrix.clone()
+    lifted.diagonal().add_(floor)
+    lower, failed = torch.linalg.cholesky_ex(lifted)
+    if not failed:
+        return cast(Tensor, lower)
+    values, vectors = torch.linalg.eigh(lifted)
+    triangle = torch.linalg.qr((vectors * values.clamp(min=floor).sqrt()).T, mode="r").R
+    return cast(Tensor, triangle.T * torch.where(triangle.diagonal() < 0, -1.0, 1.0))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, cached_property
+from typing import cast
 
 import torch
 from pydantic import Field
@@ -36,6 +37,7 @@ from bolaco.statistics.gradient import GRADIENT
 from bolaco.statistics.moments import MOMENTS
 from bolaco.statistics.statistic import SiteStatistics
 from bolaco.statistics.stored import StatisticStore, estimate_gradients
+from bolaco.statistics.symmetric import lower_root
 from bolaco.work.blockstore import BlockStore
 
 
@@ -69,13 +71,11 @@ class Metric:
             self.matrix.diagonal().add_(share * mean)
 
     @cached_property
-    def roots(self) -> tuple[Tensor, Tensor]:
-        """Its root and the inverse of that, ``[n, n]``, computed when they are first asked for."""
+    def lower(self) -> Tensor:
+        """L with L L^T the matrix, ``[n, n]``, lower triangular; computed when it is first asked for."""
         if self._plain is not None:
-            return self.matrix / self._plain**0.5, self.matrix / self._plain**1.5
-        values, vectors = torch.linalg.eigh(self.matrix)
-        values = values.clamp(min=1e-12 * float(values[-1])).sqrt()
-        return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+            return cast(Tensor, self.matrix / self._plain**0.5)
+        return lower_root(self.matrix, 1e-12 * float(self.matrix.diagonal().sum()))
 
     @cached_property
     def feedback(self) -> Feedback:
@@ -90,7 +90,7 @@ def directions(
 
     Both are vectors of D itself: ``left @ diag(values ** 0.5) @ right`` is D at full rank.
     """
-    sided = outputs.roots[0] @ weight @ inputs.roots[0]
+    sided = outputs.lower.T @ weight @ inputs.lower
     tall = sided.shape[0] > sided.shape[1]
     gram = sided.T @ sided if tall else sided @ sided.T
     values, vectors = torch.linalg.eigh(gram)
@@ -100,7 +100,11 @@ def directions(
         left, right = (sided @ vectors) / sizes, vectors.T
     else:
         left, right = vectors, (vectors.T @ sided) / sizes[:, None]
-    return outputs.roots[1] @ left, values, right @ inputs.roots[1]
+    return (
+        torch.linalg.solve_triangular(outputs.lower.T, left, upper=True),
+        values,
+        torch.linalg.solve_triangular(inputs.lower, right, upper=False, left=False),
+    )
 
 
 @cache
