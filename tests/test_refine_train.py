@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from bolaco.refine.loss import OutputLoss, curved_error, relative_error
 from bolaco.refine.run import Refiner, stored_block
 from bolaco.refine.scales import scaled
 from bolaco.refine.settings import Refinement
-from bolaco.refine.train import BlockTrainer, Stretch
+from bolaco.refine.train import BlockTrainer, Stretch, look_steps
 from bolaco.storage.block import compressed_block, trainable_copy
 from bolaco.work.blockstore import BlockStore
 from tests.models import FAMILIES, compress_tiny, compressed, tiny_deep, tiny_recipe, token_blocks
@@ -94,12 +95,20 @@ def state_of(stretch: Stretch) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in stretch.blocks[0].state_dict().items()}
 
 
+@pytest.mark.parametrize(("steps", "looks"), [(1, 1), (4, 1), (9, 1), (10, 2), (20, 4), (49, 9), (60, 10), (400, 10)])
+def test_looks_are_as_many_as_steps_allow_and_the_last_step_is_one(steps: int, looks: int) -> None:
+    found = sorted(look_steps(steps))
+    assert len(found) == looks
+    assert found[-1] == steps
+    assert min(b - a for a, b in pairwise([0, *found])) >= min(5, steps)
+
+
 def test_what_only_gets_worse_stays_as_it_was() -> None:
     runner, stretch = parts()
     before = state_of(stretch)
     options = Refinement(held_out=4, learning_rate=10.0, autocast=False, patience=2)
     found = BlockTrainer(runner, options, seed=0).train(stretch, OutputLoss(), 40)
-    assert len(found.losses) == 8  # two looks of ten
+    assert len(found.losses) == 10  # two looks of eight
     assert min(found.held_out) == found.held_out[0]
     after = state_of(stretch)
     assert all(torch.equal(runner_value, after[name]) for name, runner_value in _balanced(stretch, before).items())

@@ -35,7 +35,9 @@ class Refinement(Section):
         "them",
     )
     steps: int = Field(20, ge=0, description="AdamW steps of each block towards the original block's output, at most")
-    patience: int = Field(3, gt=0, description="of ten looks at what is held out, how many in a row may find no better")
+    patience: int = Field(
+        3, gt=0, description="of at most ten looks at what is held out, how many in a row may find no better"
+    )
     learning_rate: float = Field(3e-4, gt=0)
     autocast: bool = Field(
         True, description="bfloat16 products in these steps where the machine has them; parameters stay as they are"

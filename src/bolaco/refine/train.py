@@ -22,8 +22,9 @@ from bolaco.refine.settings import Refinement
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.memory import free_memory
 
-# Looks at the held-out sequences while a block is trained.
-LOOKS = 10
+# Looks at the held-out sequences while a block is trained, at most, and the least steps between two: a look at 16
+# sequences is as long as more than one step on four.
+_LOOKS, _STEPS_A_LOOK = 10, 5
 # Seconds after which a training that is not finished is written down.
 _WRITTEN_EVERY = 60.0
 # Of the memory that is free, what the activations of all blocks may take; else they are computed twice.
@@ -126,7 +127,7 @@ class BlockTrainer:
         runner, total = self.runner, len(stretch.inputs)
         held = min(self.settings.held_out, total // 3)
         known = total - held
-        looks = {round((i + 1) * steps / LOOKS) for i in range(LOOKS)} if held else set()
+        looks = look_steps(steps) if held else frozenset()
         if self.partial is not None and self.partial.has(stretch.layer):
             state.restore(self.partial.read(stretch.layer))
             if tick:
@@ -286,6 +287,12 @@ class _State:
                     name: value.clone() if name == "step" else value.to(parameter.device, copy=True)
                     for name, value in moments.items()
                 }
+
+
+def look_steps(steps: int) -> frozenset[int]:
+    """After which of so many steps the held-out sequences are looked at; the last one is among them."""
+    count = max(1, min(_LOOKS, steps // _STEPS_A_LOOK))
+    return frozenset(round((i + 1) * steps / count) for i in range(count))
 
 
 @contextmanager
