@@ -156,13 +156,14 @@ def test_labels_follow_the_model():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("cache", ["memory", "disk"])
+@pytest.mark.parametrize("cache", ["memory", "disk", "auto"])
 @pytest.mark.parametrize(
     "statistics",
     [(GRADIENT,), (FISHER,), (GRADIENT, FISHER), (OUTPUT_IMPORTANCE, INPUT_IMPORTANCE)],
     ids=lambda kinds: "+".join(kind.name for kind in kinds),
 )
 def test_disk_space_is_foreseen(family, cache, statistics, monkeypatch, tmp_path):
+    monkeypatch.setattr("bolaco.models.walk._CACHED", 0.0)
     model = FAMILIES[family]()
     structure = inspect_structure(model)
     tokens = torch.randint(5, model.config.vocab_size - 1, (6, 64), generator=torch.Generator().manual_seed(1))

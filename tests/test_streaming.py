@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bolaco.checkpoint import write
+from bolaco.models import walk
 from bolaco.models.load import load_model
 from bolaco.models.turns import needs_streaming, why_not_streamed
 from bolaco.work import pages
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.pages import mapped, release
 from tests.command import digest, furnish, info, ok
-from tests.models import FAMILIES, TINY, mostly_slow, save_tiny
+from tests.models import FAMILIES, TINY, compress_tiny, mostly_slow, save_tiny
 
 linux = pytest.mark.skipif(not pages._PAGEMAP.exists(), reason="only Linux says what pages are")
 
@@ -127,3 +128,21 @@ def test_what_cannot_be_streamed_says_why(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(furnish(tmp_path))
     _, said = run("out", "--set", "stream=true", "--dtype", "bfloat16")
     assert "weights are not streamed and stay in memory as a whole: they are not in memory as they are" in said
+
+
+def test_hidden_states_go_to_files_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result does not tell; ``memory`` is obeyed."""
+    files: list[Path] = []
+    real = walk.preallocate
+    monkeypatch.setattr(walk, "preallocate", lambda file, *rest: files.append(file) or real(file, *rest))
+    values = {"method": "kfac", "storage": "pivoted"}
+    options = {"refinement.steps": 2, "refinement.held_out": 1}
+    found, weights = {}, "model.safetensors"
+    for name, share, cache in (("room", 0.25, "auto"), ("short", 0.0, "auto"), ("asked", 0.0, "memory")):
+        monkeypatch.setattr(walk, "_CACHED", share)
+        files.clear()
+        given = options | {"calibration.cache": cache}
+        out = compress_tiny(FAMILIES["llama"](), tmp_path / name, options=given, **values).path
+        found[name] = {file.name.split("-")[0] for file in files}, digest(out / weights)
+    assert found["room"] == found["asked"] == (set(), found["short"][1])
+    assert found["short"][0] == {"inputs", "hidden.cache", "original.cache", "compressed.cache"}

@@ -23,7 +23,11 @@ class Calibration(Section):
     gradient_sequences: int = Field(
         32, gt=0, description="of these, how many the loss gradients are estimated on, for methods that use them"
     )
-    cache: Literal["memory", "disk"] = Field("memory", description="where the hidden states between blocks live")
+    cache: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="where the hidden states between blocks are; auto: in memory, unless they would take a quarter of "
+        "what is free",
+    )
 
 
 class Validation(Section):

@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
-from bolaco.models.structure import Place, Site, Structure, Walk, trunk
+from bolaco.models.structure import Place, Site, Structure, Walk, hidden_size, trunk
 from bolaco.work.files import preallocate
+from bolaco.work.memory import free_memory
+
+# Of the memory that is free, what hidden states may take before they go to files.
+_CACHED = 0.25
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -161,6 +165,21 @@ class Recorder:
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._calls[-1] = dataclasses.replace(self._calls[-1], output=state_in(output))
+
+
+def in_files(cache: str, model: PreTrainedModel, tokens: Tensor, copies: int) -> bool:
+    """Whether hidden states go to files.
+
+    Args:
+        cache: ``disk``, ``memory``, or ``auto``: to files if they would take too much of the free memory.
+        model: whose hidden states they are.
+        tokens: ``[sequences, length]``.
+        copies: hidden states of all tokens that are there at a time.
+    """
+    if cache != "auto":
+        return cache == "disk"
+    size = copies * tokens.numel() * hidden_size(model) * model.dtype.itemsize
+    return size > _CACHED * free_memory(torch.device("cpu"))
 
 
 def cache_tensor(shape: tuple[int, ...], dtype: torch.dtype, file: Path | None) -> Tensor:

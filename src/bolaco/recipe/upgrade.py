@@ -64,6 +64,9 @@ def upgraded(values: Values, preset: str | None = None) -> Values:
         result["storage"] = factorization["storage"]
     if isinstance(result.get("search"), dict):
         result["search"] = _search(result["search"], base.get("search", {}).get("name"))
+    calibration = _section(values, "calibration")
+    if calibration.get("cache") == "memory":  # the default then, which whole recipes spell out; results do not tell
+        result["calibration"] = calibration | {"cache": "auto"}
     if name != "chop":
         result["refinement"] = _REFINEMENT | _section(result, "refinement")
     return result

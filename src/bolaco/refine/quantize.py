@@ -22,7 +22,7 @@ from bolaco.layers import FactoredLinear, QuantizedLinear, put_module
 from bolaco.layers.quantized import quantized
 from bolaco.models.structure import Structure
 from bolaco.models.subject import Subject
-from bolaco.models.walk import cache_tensor
+from bolaco.models.walk import cache_tensor, in_files
 from bolaco.progress import Reporter
 from bolaco.quantize.grid import SCALES
 from bolaco.quantize.settings import WHOLE, Quantization
@@ -85,7 +85,7 @@ class Quantizer:
         layers = layers or self.subject.structure.num_layers
         if store.complete(layers):
             return
-        on_disk = self.calibration.cache == "disk"
+        on_disk = in_files(self.calibration.cache, self.subject.model, self.tokens, 3)
         files = [store.folder / f"{name}.cache" if on_disk else None for name in ("original", "quantized")]
         walk = input_walk(self.subject.model, self.subject.structure, self.tokens, self.calibration.batch, files[0])
         trains = self.settings.steps > 0 and isinstance(walk, BlockWalk)

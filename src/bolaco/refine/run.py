@@ -14,7 +14,7 @@ from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
-from bolaco.models.walk import BlockRunner, cache_tensor
+from bolaco.models.walk import BlockRunner, cache_tensor, in_files
 from bolaco.progress import Reporter
 from bolaco.refine.ending import Ending
 from bolaco.refine.fit import BlockFit
@@ -82,7 +82,7 @@ class Refiner:
         waiting = [name for name, wanted in ends.items() if wanted and not self._done(store, name)]
         if store.complete(self.layers) and not waiting:
             return
-        on_disk = self.calibration.cache == "disk"
+        on_disk = in_files(self.calibration.cache, self.subject.model, self.runner.tokens, 3)
         files = [store.folder / f"{name}.cache" if on_disk else None for name in ("original", "compressed")]
         original = self.runner.embed(files[0])
         compressed = cache_tensor(tuple(original.shape), original.dtype, files[1]).copy_(original)

@@ -24,6 +24,7 @@ from bolaco.factorize.run import FactorJob, factorize
 from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Site, hidden_size
 from bolaco.models.subject import Subject
+from bolaco.models.walk import in_files
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.runs.session import Loaded, Session
 from bolaco.statistics.statistic import GradientStatistic, StoredStatistic
@@ -202,7 +203,8 @@ def carry_out(plans: Sequence[FactorPlan], session: Session) -> list[FactorStore
     if waiting:
         jobs = [FactorJob(plan.method, plan.subject, store, plan.top, plan.stores) for plan, store in waiting]
         plan = waiting[0][0]
-        cache = session.folder.path / "hidden.cache" if plan.settings.cache == "disk" else None
+        on_disk = in_files(plan.settings.cache, plan.subject.model, plan.tokens, 1)
+        cache = session.folder.path / "hidden.cache" if on_disk else None
         factorize(plan.tokens, jobs, plan.settings, session.reporter, cache)
     return stores
 
@@ -239,7 +241,8 @@ def factor_bytes(plans: Sequence[FactorPlan], session: Session) -> int:
             if place.key + kind.name not in counted:
                 counted.add(place.key + kind.name)
                 size += stored_bytes([kind], model, structure, plan.tokens, plan.settings)
-        if plan.settings.cache == "disk" and plan.pass_key not in counted:
+        on_disk = in_files(plan.settings.cache, model, plan.tokens, 1)
+        if on_disk and plan.pass_key not in counted:
             counted.add(plan.pass_key)
             size += plan.tokens.numel() * hidden_size(model) * itemsize
     return size

@@ -10,6 +10,7 @@ from bolaco.checkpoint.info import EndCurve
 from bolaco.data.sources import fingerprint
 from bolaco.factorize.noise import Noise, NoiseStore, NoiseTask
 from bolaco.factorize.store import FactorStore
+from bolaco.models.walk import in_files
 from bolaco.quantize.settings import Quantization
 from bolaco.refine.quantize import Quantizer, quantized_block
 from bolaco.refine.rounding import Bits
@@ -62,7 +63,8 @@ def make_noise(
             settings.group,
             settings.damping,
         )
-        cache = session.folder.path / "noise.cache" if plan.settings.cache == "disk" else None
+        on_disk = in_files(plan.settings.cache, plan.subject.model, tokens, 1)
+        cache = session.folder.path / "noise.cache" if on_disk else None
         walk = input_walk(plan.subject.model, plan.subject.structure, tokens, plan.settings.batch, cache)
         try:
             with session.reporter.stage("read errors off the quantizer", layers * len(tokens)) as tick:

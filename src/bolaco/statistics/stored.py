@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from bolaco.data.settings import Calibration
 from bolaco.models.structure import Site, Structure, hidden_size
+from bolaco.models.walk import in_files
 from bolaco.progress import Reporter
 from bolaco.statistics.backward import gradient_walk
 from bolaco.statistics.statistic import GradientStatistic, SiteStatistics, Statistic, StoredStatistic
@@ -92,7 +93,8 @@ def estimate_gradients(
     place = BlockStore(store.folder / "walk")  # the gradient at the input of the last block that is finished
     finished = [layer for layer in range(layers) if place.has(layer)]
     earlier = (finished[0], place.read(finished[0])["gradient"]) if finished else None
-    folder = store.folder / "inputs" if settings.cache == "disk" else None
+    on_disk = in_files(settings.cache, model, tokens, layers + 1)
+    folder = store.folder / "inputs" if on_disk else None
     walk = gradient_walk(model, structure, tokens, settings.batch, statistic, seed, folder)
     with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
         for layer, found in walk.run(tick, earlier):
@@ -114,7 +116,8 @@ def stored_bytes(
     wanted = tuple(statistics)
     size = 4 * sum(statistic.numbers(member) for statistic in wanted for member in members)
     if any(isinstance(statistic, GradientStatistic) for statistic in wanted):
-        states = tokens[: settings.gradient_sequences].numel() * hidden_size(model) * model.dtype.itemsize
+        seen, layers = tokens[: settings.gradient_sequences], structure.num_layers + 1
+        states = seen.numel() * hidden_size(model) * model.dtype.itemsize
         # Where the walk is, the place before while that is written, and perhaps the inputs of every block.
-        size += states * (2 + (structure.num_layers + 1 if settings.cache == "disk" else 0))
+        size += states * (2 + (layers if in_files(settings.cache, model, seen, layers) else 0))
     return size
