@@ -8,18 +8,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bolaco.checkpoint import write
-from bolaco.models import walk
+from bolaco.errors import BolacoError, CheckpointError
+from bolaco.models import spool, walk
 from bolaco.models.load import load_model
 from bolaco.models.turns import needs_streaming, why_not_streamed
 from bolaco.work import pages
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.pages import mapped, release
 from tests.command import digest, furnish, info, ok
-from tests.models import FAMILIES, TINY, compress_tiny, mostly_slow, save_tiny
+from tests.models import FAMILIES, TINY, compress_tiny, mostly_slow, save_tiny, slow
+from tests.types import of_type, tokens_for
 
 linux = pytest.mark.skipif(not pages._PAGEMAP.exists(), reason="only Linux says what pages are")
 
@@ -72,10 +75,67 @@ def test_what_is_asked_for_comes_before_what_fits() -> None:
 
 
 @linux
-def test_converted_weights_are_not_streamed(tmp_path: Path) -> None:
+def test_converted_weights_are_not_streamed_as_they_are(tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path / "model"))
     assert why_not_streamed(load_model(folder, device="cpu")) == ""
-    assert "number format" in why_not_streamed(load_model(folder, "bfloat16", "cpu"))
+    assert "not pages of files" in why_not_streamed(load_model(folder, "bfloat16", "cpu"))
+
+
+def with_all(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, those that are not saved too."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+@linux
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(
+    "family",
+    [*mostly_slow(FAMILIES, "llama", "qwen2", "gpt2"), "mixtral", "nemotron_h", slow("gpt_oss"), slow("longcat_flash")],
+)
+def test_a_model_is_the_same_with_all_its_weights_in_files(tmp_path: Path, family: str, dtype: str) -> None:
+    model = FAMILIES[family]() if family in FAMILIES else of_type(family)
+    folder, spool = str(save_tiny(tmp_path / "model", model)), tmp_path / "work" / "weights"
+    plain, other = load_model(folder, dtype, "cpu"), load_model(folder, dtype, "cpu", spool=spool)
+    assert not spool.exists()
+    assert why_not_streamed(other) == ""
+    ours, theirs = with_all(other), with_all(plain)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+        assert ours[name].dtype == tensor.dtype
+    assert len({p.data_ptr() for p in other.parameters()}) == len({p.data_ptr() for p in plain.parameters()})
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        assert torch.equal(other(tokens).logits, plain(tokens).logits)
+    other.save_pretrained(tmp_path / "again")  # nothing says any more that it was offloaded
+    assert with_all(load_model(str(tmp_path / "again"), device="cpu")).keys() == theirs.keys()
+
+
+@linux
+def test_what_is_wrong_with_weights_is_said_as_ever(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+        load_model(str(folder), device="cpu", spool=tmp_path / "spool")
+    save_file(weights | {"model.layers.1.mlp.up_proj.weight": lost[:-1]}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="missing or have another shape"):
+        load_model(str(folder), device="cpu", spool=tmp_path / "spool")
+    assert not (tmp_path / "spool").exists()
+
+
+@linux
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(spool, "save_file", full)
+    folder = str(save_tiny(tmp_path / "model"))
+    with pytest.raises(BolacoError, match="spool: no space left for weights") as error:
+        load_model(folder, "bfloat16", "cpu", spool=tmp_path / "spool")
+    assert not isinstance(error.value, CheckpointError)
+    assert not (tmp_path / "spool").exists()
 
 
 def run(out: str, *more: str) -> tuple[dict[str, Any], str]:
@@ -124,10 +184,24 @@ def test_a_streamed_run_that_was_killed_goes_on_to_the_same_bytes(
 
 
 @linux
+@pytest.mark.parametrize("family", ["mixtral", slow("nemotron_h")])
+def test_fused_experts_and_another_number_format_are_streamed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.chdir(furnish(tmp_path, save_tiny(tmp_path / "made", of_type(family))))
+    whole, _ = run("whole", "--set", "stream=false", "--dtype", "bfloat16")
+    streamed, said = run("streamed", "--set", "stream=true", "--dtype", "bfloat16")
+    assert "weights are streamed" in said
+    assert "not streamed" not in said
+    assert streamed == whole
+
+
+@linux
 def test_what_cannot_be_streamed_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(furnish(tmp_path))
-    _, said = run("out", "--set", "stream=true", "--dtype", "bfloat16")
-    assert "weights are not streamed and stay in memory as a whole: they are not in memory as they are" in said
+    monkeypatch.setattr("bolaco.models.turns.mapped", lambda tensors: (0, 1))
+    _, said = run("out", "--set", "stream=true")
+    assert "weights are not streamed and stay in memory as a whole: they are not pages of files here" in said
 
 
 def test_hidden_states_go_to_files_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def compare(
         source = with_own_text(comparison.recipes.values(), source, session, comparison.others)
         with session.clock.timed("load"):
             texts = _texts(comparison, source)
-            loaded = load(source, first.dtype, first.device, None, first.stream, reporter)
+            loaded = load(source, first.dtype, first.device, None, first.stream, session)
             check_savable(loaded.model, loaded.tokenizer)
         common = Common(comparison, loaded, texts, tasks, session)
         dense = measured_dense(common)

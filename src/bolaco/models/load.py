@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError
+from bolaco.errors import BolacoError, CheckpointError, NonFiniteError, RecipeError, UnsupportedModelError, no_space
 from bolaco.models.adapters import DELTA_TENSORS, base_file, base_of, kept_adapters
 from bolaco.models.find import meta_model
 from bolaco.models.folder import check_config, check_index, check_parameters
 from bolaco.models.gguf import plain_reader
 from bolaco.models.lowrank import register_folder
 from bolaco.models.quiet import quiet
+from bolaco.models.spool import bring_back, offloading
 from bolaco.work.hub import check_hub
 from bolaco.work.pages import release
 
@@ -211,7 +212,11 @@ def load_tokenizer(model: str) -> Any:
 
 
 def load_model(
-    model: str, dtype: str = "auto", device: str = "auto", adapters: Literal["attach", "refuse", "leave"] = "attach"
+    model: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapters: Literal["attach", "refuse", "leave"] = "attach",
+    spool: Path | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model in evaluation mode, as plain tensors that can be saved again.
 
@@ -221,8 +226,11 @@ def load_model(
 
     ``dtype="auto"`` keeps the checkpoint's own type (float32 for GGUF files, which are dequantized).
     ``device="auto"`` takes a GPU when there is one.
+    With ``spool``, a folder to be made, weights are pages of files; those that no file has as they are in memory are
+    put into one there. On the CPU only, and not for GGUF files.
 
     Raises:
+        BolacoError: no space for them on the disk.
         UnsupportedModelError: nothing there that can be loaded, or weights stored quantized.
         CheckpointError: damaged weights, an index that leads elsewhere, or tensors missing (transformers would fill
             them with random numbers).
@@ -250,7 +258,9 @@ def load_model(
     stored: Any = torch.float32 if source.gguf else "auto"
     # A delta is for the weights as they are stored; its sum with them is rounded once.
     wanted = stored if DELTA_TENSORS in kept else _DTYPES.get(dtype, stored)
-    with quiet(), source.reading():
+    through = None if source.gguf or resolve_device(device).type != "cpu" else spool
+    spooled: AbstractContextManager[dict[str, Any]] = nullcontext({}) if through is None else offloading(through)
+    with quiet(), source.reading(), spooled as more:
         try:
             loaded, found = loading.from_pretrained(
                 source.path,
@@ -259,10 +269,19 @@ def load_model(
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
                 **source.kwargs,
+                **more,
             )
+            lacking = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+            if through is not None and not lacking:
+                lacking.update(bring_back(loaded, through))
         except CheckpointError as error:
             raise CheckpointError(f"{model}: {error}") from error
         except SafetensorError as error:
+            if no_space(error):
+                raise BolacoError(
+                    f"{spool}: no space left for weights that are not on the disk as they are in memory; free some, or "
+                    "choose another --work on a larger disk"
+                ) from error
             raise CheckpointError(f"{model}: damaged weights: {_first_line(error)}") from error
         except Exception as error:  # files of weights can hold anything
             pickled = Path(source.path) / "pytorch_model.bin"
@@ -275,11 +294,10 @@ def load_model(
     elif getattr(loaded, "is_quantized", False):
         method = getattr(loaded, "quantization_method", "an unknown method")
         raise UnsupportedModelError(f"{model}: its weights are quantized ({method}); take the full-precision model")
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking:
         raise CheckpointError(
             f"{model}: {len(lacking)} tensors are missing or have another shape than config.json says, "
-            f"the first is {lacking[0]}"
+            f"the first is {min(lacking)}"
         )
     surplus = sorted(key for key in found["unexpected_keys"] if not key.endswith(_HARMLESS))
     if surplus:

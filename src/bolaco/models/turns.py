@@ -53,4 +53,4 @@ def why_not_streamed(model: nn.Module, source_quantized: bool = False) -> str:
         return ""
     if source_quantized:
         return "they are stored quantized and are float32 in memory"
-    return "they are not in memory as they are in their files (another number format, fused experts, or no safetensors)"
+    return "they are not pages of files here, which needs Linux, and a model in a folder"

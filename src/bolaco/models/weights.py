@@ -39,6 +39,13 @@ class StoredWeights:
         """Whether most weights are in a format that tensors in memory do not have."""
         return bool(self.format) and self.format not in _FORMATS.values()
 
+    def bytes_in(self, dtype: str) -> int:
+        """What the weights take in memory in a number format; ``auto`` is the one they have."""
+        wanted = self.format if dtype == "auto" else dtype
+        if {wanted, self.format} - set(_FORMATS.values()):
+            return self.bytes
+        return self.bytes * named_dtype(wanted).itemsize // named_dtype(self.format).itemsize
+
 
 def stored_weights(model: str) -> StoredWeights | None:
     """The weights of a model on disk, a hub id's where they are in the cache; None where there are none."""

@@ -60,7 +60,7 @@ def chop(
             reporter.say(recipe_line(recipe))
             source = open_source(recipe.model, model, tokenizer, given)
             texts = texts_for(recipe, source)
-            loaded = load(source, recipe.dtype, recipe.device, None, recipe.stream, reporter)
+            loaded = load(source, recipe.dtype, recipe.device, None, recipe.stream, session)
         result = chop_loaded(recipe, out, loaded, texts, session)
         folder.close(keep_work)
     return result

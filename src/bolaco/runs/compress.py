@@ -94,7 +94,7 @@ def compress(
         source = with_own_text([recipe], source, session)
         with session.clock.timed("load"):
             texts = texts_for(recipe, source)
-            loaded = load(source, recipe.dtype, recipe.device, texts.calibration, recipe.stream, reporter)
+            loaded = load(source, recipe.dtype, recipe.device, texts.calibration, recipe.stream, session)
         result = compress_loaded(recipe, out, loaded, texts, session)
         folder.close(keep_work)
     return result

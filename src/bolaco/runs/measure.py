@@ -40,7 +40,8 @@ def perplexities_of(
 
     Its weights are rounded as they were written; it computes in the number format in which the original did.
     """
-    compressed = load_model(str(folder), dtype_name(loaded.model.dtype), str(loaded.model.device))
+    spool = session.spool if loaded.streamed else None
+    compressed = load_model(str(folder), dtype_name(loaded.model.dtype), str(loaded.model.device), spool=spool)
     if loaded.streamed:
         modules = dict(compressed.base_model.named_modules())
         take_turns([modules[name] for name in loaded.structure.blocks if name in modules])  # a chopped one has fewer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ class Session:
     clock: Clock
     reporter: Reporter
 
+    @property
+    def spool(self) -> Path:
+        """Where weights go that are streamed and are on no disk as they are in memory."""
+        return self.folder.path / "weights"
+
 
 def begin(folder: WorkFolder, run: BaseModel, reporter: Reporter) -> Session:
     """The session of a run in its work folder; the log begins with what it depends on."""
@@ -157,24 +163,30 @@ def load(
     device: str,
     tokens: Tensor | None = None,
     stream: bool | None = None,
-    reporter: Reporter | None = None,
+    session: Session | None = None,
 ) -> Loaded:
     """Reads the weights, unless the model is given, and looks at what they are by running a few tokens.
 
     ``stream`` says whether they stay on disk but for the turn of their block; None: where they leave too little room.
-    ``reporter`` is told where that cannot be done.
+    Those that are on no disk as they are in memory go to the folder of the ``session``, which says where they cannot.
 
     Raises:
         BolacoError: they cannot be read, are not finite, or the structure is not known.
     """
     stored = None if source.model is not None else stored_weights(source.name)
     in_memory = "auto" if stored is not None and stored.gguf else dtype
-    model = source.model if source.model is not None else load_model(source.name, in_memory, device, "refuse")
+    # What is still on the hub is of no known size.
+    expected = 0 if stored is None else stored.bytes_in(in_memory)
+    spool = session.spool if session is not None and needs_streaming(expected, stream) else None
+    model = source.model
+    if model is None:
+        model = load_model(source.name, in_memory, device, "refuse", spool)
     check_finite(model)
     if tokens is not None:
         check_tokens(model, tokens)
     working = unfused(model)
     found = inspect_structure(working)
+    reporter = None if session is None else session.reporter
     streamed = source.model is None and _streamed(model, working, found, stored, stream, reporter)
     structure = observed(working, found, tokens)
     identity = f"{weights_fingerprint(model)} {model.device.type}"

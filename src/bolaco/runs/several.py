@@ -100,7 +100,7 @@ def compress_several(
         source = with_own_text([first], source, session)
         with session.clock.timed("load"):
             texts = texts_for(first, source)
-            loaded = load(source, first.dtype, first.device, texts.calibration, first.stream, reporter)
+            loaded = load(source, first.dtype, first.device, texts.calibration, first.stream, session)
         for recipe in recipes.values():
             check_budget(recipe, loaded.structure, loaded.dtype)
         places = {name: _result(name, recipe, loaded, texts, session) for name, recipe in recipes.items()}
