@@ -151,6 +151,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("values", [{}, {"held_out": 4, "curvature": 0.5}])
 def test_goes_on_inside_a_block_to_the_same_bytes(values, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "_WRITTEN_EVERY", -1.0)
+    monkeypatch.setattr(train, "_WRITTEN_SHARE", -1.0)
     options = Refinement(learning_rate=3e-3, autocast=False, **values)
     curvature = torch.eye(parts()[1].inputs.shape[-1])
 
@@ -274,6 +275,7 @@ def compressed_deep(model):
 )
 def test_goes_on_anywhere_to_the_same_bytes(values, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(train, "_WRITTEN_EVERY", -1.0)
+    monkeypatch.setattr(train, "_WRITTEN_SHARE", -1.0)
     whole = BlockStore(tmp_path / "whole")
     refiner(values)[0].run(whole, Reporter(quiet=True))
     writes = 0

@@ -259,6 +259,7 @@ class Refiner:
                 made.write(i, block.state_dict())
             # This says that all are there, and the next one that they are in the store.
             made.write(self.layers, {"losses": torch.tensor(found.losses)})
+            _remove(trainer.partial.path(first) if trainer.partial else None)
         for i in range(first, self.layers):
             store.write(i, made.read(i))
         made.write(self.layers + 1, {"done": torch.ones(1)})

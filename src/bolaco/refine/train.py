@@ -25,8 +25,8 @@ from bolaco.work.memory import free_memory
 # Looks at the held-out sequences while a block is trained, at most, and the least steps between two: a look at 16
 # sequences is as long as more than one step on four.
 _LOOKS, _STEPS_A_LOOK = 10, 5
-# Seconds after which a training that is not finished is written down.
-_WRITTEN_EVERY = 60.0
+# Seconds after which a training that is not finished is written down, and by how much longer that took.
+_WRITTEN_EVERY, _WRITTEN_SHARE = 60.0, 20.0
 # Of the memory that is free, what the activations of all blocks may take; else they are computed twice.
 _ACTIVATIONS = 0.25
 
@@ -136,7 +136,7 @@ class BlockTrainer:
             self._begin(stretch, loss, state)
         if held and not state.found.held_out:
             state.look(self._held_out(stretch, loss, known))
-        size, written = runner.slices[0].stop, time.monotonic()
+        size, due = runner.slices[0].stop, time.monotonic() + _WRITTEN_EVERY
         while state.step < steps and state.worse < self.settings.patience:
             rows = state.rows(size, known)
             target = stretch.targets[rows].to(runner.model.device)
@@ -146,9 +146,9 @@ class BlockTrainer:
                 state.look(self._held_out(stretch, loss, known))
             if tick:
                 tick(1)
-            if self.partial is not None and time.monotonic() - written > _WRITTEN_EVERY:
+            if self.partial is not None and (now := time.monotonic()) > due:
                 self.partial.write(stretch.layer, state.saved())
-                written = time.monotonic()
+                due = (done := time.monotonic()) + max(_WRITTEN_EVERY, _WRITTEN_SHARE * (done - now))
         if tick and state.step < steps:
             tick(steps - state.step)
         state.finish()

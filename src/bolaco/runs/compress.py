@@ -36,6 +36,7 @@ from bolaco.refine.train import Training
 from bolaco.report.curves import matrix_curves, thinned
 from bolaco.runs.dry_run import check_quantizable, preview_task
 from bolaco.runs.factors import FactorPlan, carry_out, factor_bytes, make_subject, plan_factors, subject_artefact
+from bolaco.runs.forecast import Machine, amounts_of, forecast, takes_long
 from bolaco.runs.measure import common_values, dense_perplexity, finish, perplexities_of
 from bolaco.runs.quantized import (
     BlockMaker,
@@ -123,7 +124,12 @@ def compress_loaded(
     budget = preview.budget
     # Called for what it raises: a budget that cannot be met shows before anything that takes long.
     with refused_as_asked(asked, loaded.shapes):
-        recipe.allocator.preview(preview, recipe.allocator_options)
+        first = recipe.allocator.preview(preview, recipe.allocator_options)
+    amounts = amounts_of(recipe, texts)
+    if takes_long(loaded.shapes, amounts):
+        speed = Machine(loaded.model.device)
+        found = forecast(recipe, loaded.shapes, preview, first, amounts, speed, loaded.streamed)
+        session.reporter.say(f"{found.line}, what is there already not counted")
     warm = warm_ranks(recipe, budget)
     subject = make_subject(recipe, loaded, texts, session, made)
     plan = plan_factors(recipe, loaded, texts, session, subject, made)

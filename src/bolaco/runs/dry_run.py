@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from bolaco.evaluation.objective import check_tokens
 from bolaco.models.find import inspect_structure
 from bolaco.models.load import resolve_device, skeleton_of
 from bolaco.models.structure import Structure
+from bolaco.models.turns import needs_streaming
 from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
 from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe, Recipe, TransformRecipe
 from bolaco.report.tables import blocks_line, kept_lines, larger_note, mib, plan_table
 from bolaco.runs.chop import kept_blocks
+from bolaco.runs.forecast import Amounts, Forecast, Machine, amounts_of, forecast
 from bolaco.runs.session import open_source, texts_for
 from bolaco.runs.size import Shapes, new_biases, refused_as_asked, settled
 from bolaco.runs.tuning import tuning_settings
@@ -58,6 +60,7 @@ class Preview:
         coded: bytes of quantized linears; None where they are not quantized.
         kept: decoder blocks that stay, of a transform.
         task, ranks: what an allocator gets to know, and its first allocation; None for a transform.
+        amounts: tokens that are read; None for a transform.
     """
 
     recipe: Recipe
@@ -69,6 +72,7 @@ class Preview:
     ranks: Ranks | None = None
     biases: int = 0
     coded: int | None = None
+    amounts: Amounts | None = None
 
     @property
     def parameters(self) -> int:
@@ -108,6 +112,8 @@ def preview(recipe: Recipe, out: Path | None = None, work: Path | None = None) -
     check_savable(model, source.tokenizer, compressed=isinstance(recipe, LowRankRecipe))
     with refused_as_asked(asked, shapes):
         found = _planned(recipe, shapes, stored)
+    if isinstance(recipe, LowRankRecipe):
+        found = replace(found, amounts=amounts_of(recipe, texts))
     if out is not None:
         require_space([(out, shapes.bytes_at(shapes.linears))], "the checkpoint")
     return found
@@ -140,6 +146,16 @@ def _planned(recipe: Recipe, shapes: Shapes, stored: StoredWeights | None) -> Pr
     return Preview(recipe, shapes, stored, linears, blocks, task, ranks, biases, coded)
 
 
+def forecast_of(found: Preview) -> Forecast | None:
+    """What the run will take on this machine, which is measured for it; None for a transform."""
+    recipe, shapes, amounts = found.recipe, found.shapes, found.amounts
+    if not isinstance(recipe, LowRankRecipe) or found.task is None or found.ranks is None or amounts is None:
+        return None
+    device = resolve_device(recipe.device)
+    streamed = device.type == "cpu" and needs_streaming(shapes.bytes_in_memory, recipe.stream)
+    return forecast(recipe, shapes, found.task, found.ranks, amounts, Machine(device), streamed)
+
+
 def check_quantizable(structure: Structure) -> None:
     """Raises UnsupportedModelError for a model whose matrices cannot be quantized."""
     experts = next((site for unit in structure.sites for site in unit.members if site.expert is not None), None)
@@ -161,12 +177,16 @@ def described(recipe: Recipe, out: Path | None = None, work: Path | None = None)
     else:
         yield from _factoring(found.recipe, found.task, found.ranks)
     yield from _sizes(found)
+    expected = forecast_of(found)
+    if expected is not None:
+        yield expected.line
 
 
 def values(recipe: Recipe, out: Path | None = None, work: Path | None = None) -> dict[str, Any]:
     """The same for programs; the fields are in docs/json.md."""
     found = preview(recipe, out, work)
     shapes, stored = found.shapes, found.stored
+    expected = forecast_of(found)
     return {
         "dry_run": True,
         "model": recipe.model,
@@ -184,6 +204,7 @@ def values(recipe: Recipe, out: Path | None = None, work: Path | None = None) ->
         "layers_dense": shapes.structure.num_layers,
         "ranks": found.ranks or {},
         "kept": [{"name": k.name, "parameters": k.size, "reason": k.reason} for k in shapes.structure.kept],
+        "forecast": None if expected is None else asdict(expected),
         "recipe": recipe.model_dump(mode="json"),
     }
 

@@ -56,6 +56,11 @@ class Shapes:
         """Of the whole model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def bytes_in_memory(self) -> int:
+        """Of its parameters as they are loaded."""
+        return sum(parameter.numel() * parameter.dtype.itemsize for parameter in self.model.parameters())
+
     def bytes_at(self, linears: int) -> int:
         """Bytes of the model's weights with so many parameters in its decoder linears, without a header."""
         tensors = dict.fromkeys((*self.model.parameters(), *self._buffers()))
