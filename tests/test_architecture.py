@@ -24,6 +24,7 @@ ROOMS = (
     "settings",
     "plugins",
     "progress",
+    "parallel",
     "quantize",
     "work",
     "layers",
@@ -51,6 +52,7 @@ ROOMS = (
     "parser",
     "commands",
     "cli",
+    "__main__",
 )
 
 

@@ -17,7 +17,8 @@ from bolaco.commands.export import export_command
 from bolaco.commands.measure import bench_command, eval_command
 from bolaco.commands.show import completion_command, inspect_command, methods_command
 from bolaco.commands.tune import tune_command
-from bolaco.errors import BolacoError, no_memory, no_space
+from bolaco.errors import BolacoError, RankError, no_memory, no_space
+from bolaco.parallel.launch import launched, launched_as
 from bolaco.parser import command_parser
 from bolaco.progress import plain_console
 
@@ -46,6 +47,8 @@ def _asked_to_end() -> Iterator[None]:
 
 # What is kept in a work folder, so that the same command goes on.
 _RESUMED = ("compress", "compare", "run", "tune", "generate-text", "distill", "delta")
+# What several processes of torchrun do together.
+_SHARED = ("compress", "run", "compare", "tune")
 _COMMANDS = {
     "compress": compress_command,
     "compare": compare_command,
@@ -63,21 +66,33 @@ _COMMANDS = {
 }
 
 
+def _known_to_all(error: BolacoError) -> bool:
+    """Whether the first process says this too."""
+    from bolaco.parallel.team import failed_on_all
+
+    return failed_on_all(error) or not isinstance(error, RankError)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 or 143 when interrupted."""
     # Libraries draw their own bars on import; a run shows one set only.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    console = plain_console(soft_wrap=True)
+    # Of several processes, the first one speaks; another only of what went wrong with it alone.
+    console = plain_console(soft_wrap=True, quiet=launched_as() > 0)
     errors = plain_console(soft_wrap=True, stderr=True)
     goes_on = ""
     try:
         with _asked_to_end():
             args = command_parser().parse_args(argv)
+            if launched() > 1 and args.command not in _SHARED:
+                raise RankError(f"{args.command} is done by one process; start it without torchrun")
             if args.command in _RESUMED:
                 goes_on = "; the same command continues where this one was"
             _COMMANDS[args.command](args, console)
     except BolacoError as error:
+        if launched_as() and _known_to_all(error):
+            return 1
         errors.print(f"bolaco: error: {' '.join(str(error).splitlines())}")
         return 1
     except KeyboardInterrupt as stop:

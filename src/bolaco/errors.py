@@ -46,6 +46,10 @@ class ResumeError(BolacoError, RuntimeError):
     """A work folder is damaged, in use, or belongs to another run."""
 
 
+class RankError(BolacoError, RuntimeError):
+    """The processes of one run cannot work together, or one of them has ended."""
+
+
 class OutputExistsError(BolacoError, FileExistsError):
     """The output folder exists already; nothing is overwritten."""
 

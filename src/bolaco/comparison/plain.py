@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from bolaco.comparison.rows import Common, DenseResults, finite
 from bolaco.errors import RecipeError
 from bolaco.evaluation.perplexity import perplexity
+from bolaco.parallel import team
 from bolaco.quantize.grid import GridSpec, Levels
 from bolaco.quantize.matrix import round_to_nearest
 from bolaco.report.record import QuantizedRecord
@@ -39,7 +40,8 @@ def quantized_rows(common: Common, dense: DenseResults) -> list[QuantizedRecord]
 
     Embeddings, norms and biases stay, and count in the number format of the results.
     """
-    return [_row(common, dense, name) for name in common.comparison.quantized]
+    found = team.first(lambda: [_row(common, dense, name).model_dump() for name in common.comparison.quantized])
+    return [QuantizedRecord.model_validate(row) for row in found]
 
 
 def _row(common: Common, dense: DenseResults, name: str) -> QuantizedRecord:

@@ -22,6 +22,7 @@ from bolaco.evaluation.perplexity import PerplexityResult, perplexity
 from bolaco.evaluation.tasks import TaskSet, evaluate_tasks
 from bolaco.models.load import load_model
 from bolaco.models.weights import dtype_name
+from bolaco.parallel import team
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
 from bolaco.report.record import FailedRow, Row, RowResult
 from bolaco.runs.chop import chop_loaded
@@ -186,18 +187,22 @@ def _result(common: Common, name: str, recipe: Recipe, dense: DenseResults) -> d
     out, texts = row_artefact(common, name).path, common.texts[name]
     memory = PeakMemory()
     # A run that was killed between the checkpoint and its record has left it; its memory is not known any more.
-    found = out.exists()
+    found = team.agreed(out.exists())
     info = read_info(out) if found else _run(common, recipe, out, texts)
-    results, seconds = [info.perplexity.compressed], dict(info.seconds)
-    tasks: dict[str, dict[str, Any]] = {}
     with_tasks = _with_tasks(common.comparison, recipe)
-    if texts.others or with_tasks:
+
+    def more() -> tuple[list[float], dict[str, float], dict[str, dict[str, Any]]]:
+        """Perplexities on other texts, the seconds of that, accuracies."""
+        if not texts.others and not with_tasks:
+            return [], {}, {}
         # In the arithmetic of the original, as for the first text.
         compressed = load_model(str(out), dtype_name(common.loaded.model.dtype), str(common.loaded.model.device))
         others = _measured(common, compressed, texts.others, recipe.validation.batch, "on other texts")
-        results += [result.perplexity for result in others]
-        seconds |= {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
-        tasks = _accuracies(common, compressed) if with_tasks else {}
+        took = {"other texts": round(sum(result.seconds for result in others), 3)} if others else {}
+        return [result.perplexity for result in others], took, _accuracies(common, compressed) if with_tasks else {}
+
+    perplexities, took, tasks = team.first(more)
+    results, seconds = [info.perplexity.compressed, *perplexities], dict(info.seconds) | took
     before = [text.perplexity for _, text in dense.texts]
     values = json.loads(info.model_dump_json())
     kept = (
@@ -230,4 +235,5 @@ def _run(common: Common, recipe: Recipe, out: Path, texts: Texts) -> CompressedI
     )
     if isinstance(recipe, LowRankRecipe):
         return compress_loaded(recipe, out, common.loaded, texts, own).info
-    return chop_loaded(recipe, out, common.loaded, texts, own).info
+    team.first(lambda: chop_loaded(recipe, out, common.loaded, texts, own).path.name)
+    return read_info(out)

@@ -37,9 +37,9 @@ from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
 from bolaco.errors import DataError
 from bolaco.evaluation.tasks import read_tasks
-from bolaco.models.load import resolve_device
 from bolaco.models.subject import Subject
 from bolaco.models.weights import dtype_name
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import LowRankRecipe, Recipe
 from bolaco.report.comparison import asked_words
@@ -54,10 +54,10 @@ from bolaco.report.record import (
     read_record,
 )
 from bolaco.runs.factors import FactorPlan, carry_out, estimate_statistics, factor_bytes, plan_factors
-from bolaco.runs.session import Source, begin, load, open_source, texts_for
+from bolaco.runs.session import Source, begin, load, open_source, texts_for, work_folder
 from bolaco.runs.written import with_own_text
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, WorkFolder, digest, work_beside
+from bolaco.work.folder import digest
 from bolaco.work.memory import PeakMemory
 
 
@@ -92,34 +92,36 @@ def compare(
     Raises:
         BolacoError: anything the user can mend, in one line. What fails at one row only is recorded there instead.
     """
-    # Which model it was that an earlier call was given is not known.
-    work = work_beside(out, work, comparison if model is None else None)
     first = next(iter(comparison.recipes.values()))
-    resolve_device(first.device)
     check_forms(comparison.quantized)
     tasks = read_tasks(comparison.tasks) if comparison.tasks else None
-    with WorkFolder(work, comparison, out) as folder, reporter.logged(folder.path / LOG_FILE):
+    # Which model it was that an earlier call was given is not known.
+    with work_folder(comparison, out, work, model is None, first.device, reporter) as (folder, reporter):
         if folder.taken_up(reporter, keep_work):
             return ComparisonResult(out, read_record(out / "results.json"))
         session = begin(folder, comparison, reporter)
         with session.clock.timed("load"):
             reporter.say(f"loading {comparison.model}")
-            source = open_source(comparison.model, model, tokenizer, given)
+            source = team.each(lambda: open_source(comparison.model, model, tokenizer, given))
         source = with_own_text(comparison.recipes.values(), source, session, comparison.others)
         with session.clock.timed("load"):
-            texts = _texts(comparison, source)
-            loaded = load(source, first.dtype, first.device, None, first.stream, session)
+            texts = team.each(lambda: _texts(comparison, source))
+            loaded = team.each(lambda: load(source, first.dtype, first.device, None, first.stream, session))
             check_savable(loaded.model, loaded.tokenizer)
         common = Common(comparison, loaded, texts, tasks, session)
-        dense = measured_dense(common)
+        dense = DenseResults.model_validate(team.first(lambda: measured_dense(common).model_dump()))
         plain = quantized_rows(common, dense)
         failed = _prepare(common)
         rows = _rows(common, dense, plain, failed)
         record = _record(common, dense, plain, rows)
-        with folder.output(out) as partial:
-            write_results(partial, record, common.places() if comparison.keep_models else {})
+
+        def write() -> None:
+            with folder.output(out) as partial:
+                write_results(partial, record, common.places() if comparison.keep_models else {})
+
+        team.first(write)
         folder.close(keep_work)
-    return ComparisonResult(out, record)
+    return ComparisonResult(out, record if team.is_first() else read_record(out / "results.json"))
 
 
 def _texts(comparison: Comparison, source: Source) -> dict[str, Texts]:
@@ -171,7 +173,7 @@ def _prepare(common: Common) -> dict[str, str]:
         rows.setdefault(key, []).append(name)
     # One checkpoint at a time.
     size = factor_bytes(list(plans.values()), common.session) + common.loaded.parameters * common.loaded.dtype.itemsize
-    require_space([(common.session.folder.path, size)], "the factors and a checkpoint")
+    team.first(lambda: require_space([(common.session.folder.path, size)], "the factors and a checkpoint"))
     failed: dict[str, str] = {}
     passes: dict[str, list[FactorPlan]] = {}
     for plan in plans.values():
@@ -219,7 +221,8 @@ def _rows(
     comparison, session = common.comparison, common.session
     points = [(method, keep) for keep in comparison.keep for method in comparison.methods]
     done: list[Row] = []
-    write_so_far(session.folder.path, _record(common, dense, plain, done))
+    if team.is_first():
+        write_so_far(session.folder.path, _record(common, dense, plain, done))
     factors = session.folder.kept("factors")
     for number, (method, keep) in enumerate(points, start=1):
         name = row_name(method, keep)
@@ -236,8 +239,9 @@ def _rows(
         session.folder.discard("subject", "search", "refined", "quantized")
         session.folder.discard("factors", but=factors)
         done.append(row)
-        write_so_far(session.folder.path, _record(common, dense, plain, done))
-        if not comparison.keep_models:
+        if team.is_first():
+            write_so_far(session.folder.path, _record(common, dense, plain, done))
+        if team.is_first() and not comparison.keep_models:
             shutil.rmtree(artefact.path, ignore_errors=True)
     return done
 

@@ -12,8 +12,11 @@ from torch import Tensor
 from bolaco.data.settings import Calibration
 from bolaco.factorize.method import ChosenMethod
 from bolaco.factorize.solver import Factors, InputMetric
-from bolaco.factorize.store import FactorStore
+from bolaco.factorize.store import FactorStore, gathered
+from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
+from bolaco.parallel import team
+from bolaco.parallel.spread import Piece, spread
 from bolaco.progress import Reporter
 from bolaco.statistics.forward import collect, input_walk
 from bolaco.statistics.statistic import SiteStatistics
@@ -59,7 +62,7 @@ def factorize(
     Raises:
         NonFiniteError: naming the block and the input, or the matrix.
     """
-    jobs = [job for job in jobs if not job.store.complete(job.subject.structure.num_layers)]
+    jobs = [job for job in jobs if not team.agreed(job.store.complete(job.subject.structure.num_layers))]
     if not jobs:
         return
     first = jobs[0].subject
@@ -69,22 +72,22 @@ def factorize(
         with reporter.stage("factorize", len(layers)) as tick:
             for layer in layers:
                 for job in jobs:
-                    if not job.store.has(layer):
+                    if not team.agreed(job.store.has(layer)):
                         job.store.save(layer, _of_block(layer, job, {}))
                 release(first.structure.block_modules(first.model)[layer].parameters())
                 tick(1)
         return
     walk = input_walk(first.model, first.structure, tokens, settings.batch, cache_file)
     try:
-        with reporter.stage("calibrate and factorize", len(layers) * len(tokens)) as tick:
+        with reporter.stage("calibrate and factorize", len(layers) * walk.sequences) as tick:
             while walk.layer < len(layers):
                 first_layer = walk.layer
-                if all(job.store.has(first_layer) for job in jobs):
+                if team.agreed(all(job.store.has(first_layer) for job in jobs)):
                     walk.advance(1, tick=tick)
                     continue
                 for layer, inputs in enumerate(collect(walk, wanted, settings.groups, tick), first_layer):
                     for job in jobs:
-                        if not job.store.has(layer):
+                        if not team.agreed(job.store.has(layer)):
                             job.store.save(layer, _of_block(layer, job, inputs), _tokens(layer, job, inputs))
     finally:
         walk.close()
@@ -101,10 +104,32 @@ def _tokens(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) ->
 
 
 def _of_block(layer: int, job: FactorJob, inputs: Mapping[str, SiteStatistics]) -> dict[str, Factors]:
-    """Factors of the matrices of one block; ``inputs`` has the statistics of each input group."""
+    """Factors of the matrices of one block; ``inputs`` has the statistics of each input group.
+
+    Ranks share the matrices; the first one gets all factors, the others their own.
+    """
+    sites = [site for site in job.subject.structure.units if site.layer == layer and job.top.get(site.name, 0) > 0]
+    if team.count() == 1:
+        return _of_sites(layer, sites, job, inputs)
+    given = spread([_piece(site) for site in sites], team.count())
+    own = [site for site, rank in zip(sites, given, strict=True) if rank == team.rank()]
+    return gathered(team.each(lambda: _of_sites(layer, own, job, inputs)))
+
+
+def _piece(site: Site) -> Piece:
+    """What a matrix costs: an eigenproblem of its smaller side, and products; a tall one shares a root of its input."""
+    out, inside = site.out_features, site.in_features
+    small = min(out, inside)
+    root = inside**3 if out > inside else 0
+    return Piece(10 * small**3 + 4 * out * inside * max(out, inside), site.input_group if root else None, root)
+
+
+def _of_sites(
+    layer: int, sites: Sequence[Site], job: FactorJob, inputs: Mapping[str, SiteStatistics]
+) -> dict[str, Factors]:
+    """Factors of some matrices of a block."""
     subject = job.subject
     device: torch.device = subject.model.device
-    sites = [site for site in subject.structure.units if site.layer == layer and job.top.get(site.name, 0) > 0]
     stored = site_statistics(layer, sites, job.statistics, device)
     metrics: dict[str, InputMetric] = {}
     factors: dict[str, Factors] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bolaco.factorize.solver import Factors
+from bolaco.parallel import team
 from bolaco.work.blockstore import BlockStore
 
 _TOKENS = "/tokens"
@@ -20,9 +21,8 @@ class FactorStore(BlockStore):
 
     def save(self, layer: int, factors: dict[str, Factors], tokens: Mapping[str, int] | None = None) -> None:
         """Writes one block's factors, by site name, and the calibration tokens that experts were sent, by site name."""
-        values = {f"{name}/{field}": getattr(item, field) for name, item in factors.items() for field in _FIELDS}
-        values |= {f"{name}{_TOKENS}": torch.tensor(count) for name, count in (tokens or {}).items()}
-        self.write(layer, {name: value for name, value in values.items() if value is not None})
+        counts = {f"{name}{_TOKENS}": torch.tensor(count) for name, count in (tokens or {}).items()}
+        self.write(layer, _as_tensors(factors) | counts)
 
     def load(self, layer: int) -> dict[str, Factors]:
         """Reads one block's factors.
@@ -30,14 +30,8 @@ class FactorStore(BlockStore):
         Raises:
             ResumeError: missing or damaged; names the file.
         """
-        found: dict[str, dict[str, Tensor]] = {}
-        for key, value in self.read(layer).items():
-            if key.endswith(_TOKENS):
-                continue
-            name, _, field = key.rpartition("/")
-            found.setdefault(name, {})[field] = value
         try:
-            return {name: Factors(**values) for name, values in found.items()}
+            return _as_factors(self.read(layer))
         except TypeError as error:
             raise self.damaged(layer, error) from error
 
@@ -57,3 +51,24 @@ class FactorStore(BlockStore):
             for layer in range(layers)
             for name, spectrum in self.read(layer, ending).items()
         }
+
+
+def gathered(own: dict[str, Factors]) -> dict[str, Factors]:
+    """On the first rank, the factors that all ranks have made, by site name; on the others their own."""
+    return _as_factors(team.collected(_as_tensors(own)))
+
+
+def _as_tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    values = {f"{name}/{field}": getattr(item, field) for name, item in factors.items() for field in _FIELDS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _as_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """What :func:`_as_tensors` gave; TypeError if it is not that."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.endswith(_TOKENS):
+            continue
+        name, _, field = key.rpartition("/")
+        found.setdefault(name, {})[field] = value
+    return {name: Factors(**values) for name, values in found.items()}

@@ -22,6 +22,7 @@ from bolaco.models.gguf import plain_reader
 from bolaco.models.lowrank import register_folder
 from bolaco.models.quiet import quiet
 from bolaco.models.spool import bring_back, offloading
+from bolaco.parallel.launch import local_device
 from bolaco.work.hub import check_hub
 from bolaco.work.pages import release
 
@@ -315,13 +316,14 @@ def load_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the GPU when there is one, else the CPU.
+    """``auto`` is the GPU when there is one, else the CPU; of several processes, each has a GPU of its own.
 
     Raises:
         RecipeError: there is no such device here.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = local_device(device)
     try:
         torch.ones(1, device=device).item()  # not every device that has a name works
         return torch.device(device)

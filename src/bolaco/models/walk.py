@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Place, Site, Structure, Walk, hidden_size, trunk
+from bolaco.parallel import team
 from bolaco.work.files import preallocate
 from bolaco.work.memory import free_memory
 
@@ -219,6 +220,7 @@ class BlockRunner:
         structure: its structure; its blocks can be run on their own.
         tokens: ``[sequences, length]``.
         batch: sequences per call.
+        shared: all ranks have these sequences, and share what there is to do.
 
     Attributes:
         blocks: the model's decoder blocks.
@@ -226,8 +228,10 @@ class BlockRunner:
         arguments: what each block is called with besides hidden states, by batch size.
     """
 
-    def __init__(self, model: PreTrainedModel, structure: Structure, tokens: Tensor, batch: int) -> None:
-        self.model, self.structure, self.tokens = model, structure, tokens
+    def __init__(
+        self, model: PreTrainedModel, structure: Structure, tokens: Tensor, batch: int, shared: bool = False
+    ) -> None:
+        self.model, self.structure, self.tokens, self.shared = model, structure, tokens, shared
         self.blocks = structure.block_modules(model)
         self.slices = [slice(a, min(a + batch, len(tokens))) for a in range(0, len(tokens), batch)]
         self.arguments: dict[int, list[Arguments]] = {}
@@ -256,6 +260,13 @@ class BlockRunner:
                 hidden[rows] = state.to("cpu")
         assert hidden is not None  # there is at least one batch
         return hidden
+
+    def know(self, size: int) -> None:
+        """Records what blocks are called with on batches of another size than those of :attr:`slices`."""
+        if size and size not in self.arguments:
+            with Recorder(self.blocks) as recorder:
+                calls = recorder.run(self.model, self.tokens[:size])
+            self.record(slice(0, size), [call.arguments for call in calls])
 
     def record(self, rows: slice, arguments: list[Arguments]) -> None:
         """Takes what the blocks were called with on one batch."""
@@ -317,7 +328,8 @@ class BlockRunner:
         Raises:
             NonFiniteError: an output with NaN or infinity.
         """
-        for rows in self.slices:
+        batches = self.slices[team.share(len(self.slices))] if self.shared else self.slices
+        for rows in batches:
             if before:
                 before(rows)
             with torch.no_grad():
@@ -331,6 +343,11 @@ class BlockRunner:
             hidden[rows] = output.to("cpu")
             if tick:
                 tick(rows.stop - rows.start)
+        if self.shared and team.count() > 1:
+            parts = [self.slices[part] for part in team.shares(len(self.slices))]
+            team.complete(hidden, [slice(part[0].start, part[-1].stop) if part else slice(0) for part in parts])
+            if tick:
+                tick(len(hidden) - sum(rows.stop - rows.start for rows in batches))
 
     def input_of(
         self, site: Site, state: Tensor, block: nn.Module | None = None, rows: slice | None = None

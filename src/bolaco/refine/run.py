@@ -15,6 +15,7 @@ from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Site
 from bolaco.models.subject import Subject
 from bolaco.models.walk import BlockRunner, cache_tensor, in_files
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.refine.ending import Ending
 from bolaco.refine.fit import BlockFit
@@ -62,7 +63,9 @@ class Refiner:
         self.settings, self.calibration, self.statistics, self.seed = settings, calibration, statistics, seed
         structure = subject.structure
         self.layers = structure.num_layers
-        self.runner = BlockRunner(subject.model, structure, tokens[: settings.sequences], calibration.batch)
+        self.runner = BlockRunner(
+            subject.model, structure, tokens[: settings.sequences], calibration.batch, shared=True
+        )
         self.fit = BlockFit(self.runner, subject, method, ranks, calibration.groups, settings.drift, settings.damping)
 
     def run(
@@ -79,11 +82,12 @@ class Refiner:
         """
         settings = self.settings
         ends = {"logits": self.first_on_logits < self.layers, "scales": settings.scale_steps}
-        waiting = [name for name, wanted in ends.items() if wanted and not self._done(store, name)]
-        if store.complete(self.layers) and not waiting:
+        waiting = team.agreed([name for name, wanted in ends.items() if wanted and not self._done(store, name)])
+        if team.agreed(store.complete(self.layers) and not waiting):
             return
         on_disk = in_files(self.calibration.cache, self.subject.model, self.runner.tokens, 3)
-        files = [store.folder / f"{name}.cache" if on_disk else None for name in ("original", "compressed")]
+        places = [team.own_file(store.folder / f"{name}.cache") for name in ("original", "compressed")]
+        files = [place if on_disk else None for place in places]
         original = self.runner.embed(files[0])
         compressed = cache_tensor(tuple(original.shape), original.dtype, files[1]).copy_(original)
         try:
@@ -133,7 +137,7 @@ class Refiner:
         trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(store.folder / "partial"))
         opened: dict[int, nn.Module] = {}
         entering, first = compressed, self.first_on_logits
-        unfinished = [layer for layer in range(self.layers) if not store.has(layer)]
+        unfinished = team.agreed([layer for layer in range(self.layers) if not store.has(layer)])
         past = unfinished[-1] if unfinished else -1
         used = max(past, first if "logits" in waiting else 0)  # the last block whose inputs are
         front = 0  # blocks that the original's states are past
@@ -143,7 +147,7 @@ class Refiner:
                 last = min(layer + settings.window, self.layers)
                 if layer == first and past >= first:
                     entering = compressed.clone()
-                finished = store.has(layer)
+                finished = layer not in unfinished
                 if not finished and layer and settings.window > 1 and not opened:
                     opened = self._read_ahead(ahead, layer, last)
                 while front < last:
@@ -162,8 +166,9 @@ class Refiner:
                         on_block(str(layer), found)
                     self._write_ahead(ahead, layer, opened)
                     store.write(layer, block.state_dict())
-                    _remove(ahead.path(layer - 1))
-                    _remove(trainer.partial.path(layer) if trainer.partial else None)
+                    if team.is_first():
+                        _remove(ahead.path(layer - 1))
+                        _remove(trainer.partial.path(layer) if trainer.partial else None)
                 if layer < used:
                     after = stored_block(store, self.subject, layer) if finished else block
                     self.runner.advance(layer, compressed, after, tick=tick)
@@ -235,7 +240,8 @@ class Refiner:
             "logits": (settings.end_steps, settings.logit_rate),
             "scales": (settings.scale_steps, settings.scale_rate),
         }[name]
-        if not made.has(self.layers):
+        team.barrier()  # all blocks are written
+        if not team.agreed(made.has(self.layers)):
             blocks = [stored_block(store, self.subject, i) for i in range(first, self.layers)]
             trainer = BlockTrainer(self.runner, settings, self.seed, BlockStore(made.folder / "partial"))
             stretch = Stretch(first, blocks, inputs, outputs)
@@ -259,10 +265,13 @@ class Refiner:
                 made.write(i, block.state_dict())
             # This says that all are there, and the next one that they are in the store.
             made.write(self.layers, {"losses": torch.tensor(found.losses)})
-            _remove(trainer.partial.path(first) if trainer.partial else None)
-        for i in range(first, self.layers):
-            store.write(i, made.read(i))
-        made.write(self.layers + 1, {"done": torch.ones(1)})
+            if team.is_first():
+                _remove(trainer.partial.path(first) if trainer.partial else None)
+        if team.is_first():
+            for i in range(first, self.layers):
+                store.write(i, made.read(i))
+            made.write(self.layers + 1, {"done": torch.ones(1)})
+        team.barrier()
 
 
 def _size(site: Site, rank: int | None) -> int:

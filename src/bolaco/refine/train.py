@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bolaco.layers import FollowerLinear, LowRankLinear
 from bolaco.models.walk import BlockRunner
+from bolaco.parallel import team
 from bolaco.refine.loss import Loss, OutputLoss
 from bolaco.refine.settings import Refinement
 from bolaco.work.blockstore import BlockStore
@@ -128,7 +129,7 @@ class BlockTrainer:
         held = min(self.settings.held_out, total // 3)
         known = total - held
         looks = look_steps(steps) if held else frozenset()
-        if self.partial is not None and self.partial.has(stretch.layer):
+        if self.partial is not None and team.agreed(self.partial.has(stretch.layer)):
             state.restore(self.partial.read(stretch.layer))
             if tick:
                 tick(state.step)
@@ -138,10 +139,7 @@ class BlockTrainer:
             state.look(self._held_out(stretch, loss, known))
         size, due = runner.slices[0].stop, time.monotonic() + _WRITTEN_EVERY
         while state.step < steps and state.worse < self.settings.patience:
-            rows = state.rows(size, known)
-            target = stretch.targets[rows].to(runner.model.device)
-            with torch.enable_grad():
-                state.descend(loss(self._output(stretch, rows), target, rows))
+            state.descend(*self._mean_loss(stretch, loss, state.rows(size, known)))
             if state.step in looks:
                 state.look(self._held_out(stretch, loss, known))
             if tick:
@@ -154,6 +152,22 @@ class BlockTrainer:
         state.finish()
         blocks.to(dtype)
         return state.found
+
+    def _mean_loss(self, stretch: Stretch, loss: Loss, rows: Tensor) -> tuple[Tensor | None, float]:
+        """This rank's part of the loss of a batch, which adds up to the batch's over the ranks, and the latter.
+
+        None where the batch has no sequence for this rank.
+        """
+        own = rows[team.share(len(rows))]
+        part = None
+        if len(own):
+            self.runner.know(len(own))
+            target = stretch.targets[own].to(self.runner.model.device)
+            with torch.enable_grad():
+                part = loss(self._output(stretch, own), target, own) * (len(own) / len(rows))
+        whole = torch.zeros(1, dtype=torch.float64) if part is None else part.detach().double().cpu().view(1)
+        team.all_reduce({"loss": whole})
+        return part, float(whole)
 
     def _output(self, stretch: Stretch, rows: Tensor) -> Tensor:
         try:
@@ -170,14 +184,17 @@ class BlockTrainer:
     def _held_out(self, stretch: Stretch, loss: Loss, known: int) -> float:
         """Mean loss of the sequences that are not trained on."""
         size, total = self.runner.slices[0].stop, 0.0
-        for start in range(known, len(stretch.inputs), size):
+        starts = range(known, len(stretch.inputs), size)
+        for start in starts[team.share(len(starts))]:
             stop = min(start + size, len(stretch.inputs))
             # A batch is of the size that blocks were seen to be called with; what is not held out does not count.
             rows, new = torch.arange(stop - size, stop), slice(size - (stop - start), size)
             target = stretch.targets[rows].to(self.runner.model.device)
             output = self._output(stretch, rows)
             total += float(loss(output[new], target[new], rows[new])) * (stop - start)
-        return total / (len(stretch.inputs) - known)
+        whole = torch.tensor([total], dtype=torch.float64)
+        team.all_reduce({"held out": whole})
+        return float(whole) / (len(stretch.inputs) - known)
 
     @torch.no_grad()
     def _begin(self, stretch: Stretch, loss: OutputLoss, state: _State) -> None:
@@ -185,7 +202,8 @@ class BlockTrainer:
         if state.begun is None:
             rows = torch.arange(self.runner.slices[0].stop)
             output = stretch.run(self.runner, rows)
-            state.begun = loss.begin(output, stretch.targets[rows].to(output.device))
+            begun = loss.begin(output, stretch.targets[rows].to(output.device))
+            state.begun = loss.scale = cast(tuple[float, float], tuple(team.agreed(list(begun))))
         else:
             loss.scale = state.begun
 
@@ -218,18 +236,33 @@ class _State:
         chosen, self.order = self.order[:size], self.order[size:]
         return chosen
 
-    def descend(self, loss: Tensor) -> None:
-        """One step."""
+    def descend(self, part: Tensor | None, loss: float) -> None:
+        """One step; ``part`` of the loss is this rank's, if it has one."""
         done, left = self.step, max(1, self.steps - self.warm)
         factor = min(1.0, (done + 1) / self.warm) * 0.5 * (1 + math.cos(math.pi * max(0, done - self.warm) / left))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if part is not None:
+            part.backward()
+        self._add_up()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        self.found.losses.append(float(loss.detach()))
+        self.found.losses.append(loss)
         self.step += 1
+
+    def _add_up(self) -> None:
+        """Gradients of all ranks, on each of them."""
+        if team.count() == 1:
+            return
+        # What no loss depends on has no gradient anywhere, and is not moved.
+        used = torch.tensor([0 if p.grad is None else 1 for p in self.parameters])
+        team.all_reduce({"used": used})
+        moved = [p for p, known in zip(self.parameters, used.tolist(), strict=True) if known]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in moved])
+        team.all_reduce({"gradients": flat})
+        for parameter, part in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def look(self, held_out: float) -> None:
         """Takes a loss on what is held out."""

@@ -16,11 +16,13 @@ from bolaco.checkpoint.result import Result
 from bolaco.checkpoint.write import check_savable
 from bolaco.data.memory import InMemory
 from bolaco.data.texts import Texts
+from bolaco.errors import RankError
 from bolaco.evaluation.objective import check_tokens
 from bolaco.models.find import meta_model
 from bolaco.models.load import resolve_device
 from bolaco.models.quiet import quiet
 from bolaco.models.structure import Structure, parameter_limit
+from bolaco.parallel.launch import launched
 from bolaco.progress import Reporter
 from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import TransformRecipe
@@ -47,6 +49,8 @@ def chop(
     Raises:
         BolacoError: anything the user can mend, in one line.
     """
+    if launched() > 1:
+        raise RankError(f"method {recipe.method.name} is done by one process; start it without torchrun")
     # Which model it was that an earlier call was given is not known.
     work = work_beside(out, work, recipe if model is None else None)
     resolve_device(recipe.device)

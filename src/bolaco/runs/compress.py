@@ -8,11 +8,12 @@ changes with what it depends on.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from bolaco.evaluation.objective import check_tokens
 from bolaco.factorize.method import METHODS
 from bolaco.factorize.noise import Noise
 from bolaco.factorize.store import FactorStore
-from bolaco.models.load import resolve_device
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.recipe.line import recipe_line
 from bolaco.recipe.recipe import LowRankRecipe
@@ -46,7 +47,7 @@ from bolaco.runs.quantized import (
     quantization_artefact,
     quantize,
 )
-from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
+from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for, work_folder
 from bolaco.runs.size import refused_as_asked, settled
 from bolaco.runs.warm import warm_ranks
 from bolaco.runs.written import with_own_text
@@ -55,7 +56,7 @@ from bolaco.storage.budget import Budget, Ranks
 from bolaco.storage.storage import STORAGES
 from bolaco.work.blockstore import BlockStore
 from bolaco.work.files import require_space
-from bolaco.work.folder import LOG_FILE, Artefact, WorkFolder, work_beside
+from bolaco.work.folder import Artefact
 
 # Where in an unfinished result its blocks are before they are put together.
 _PARTS = "parts"
@@ -80,9 +81,7 @@ def compress(
         BolacoError: anything the user can mend, in one line.
     """
     # Which model it was that an earlier call was given is not known.
-    work = work_beside(out, work, recipe if model is None else None)
-    resolve_device(recipe.device)
-    with WorkFolder(work, recipe, out) as folder, reporter.logged(folder.path / LOG_FILE):
+    with work_folder(recipe, out, work, model is None, recipe.device, reporter) as (folder, reporter):
         if folder.taken_up(reporter, keep_work):
             return Result(out, read_info(out))
         session = begin(folder, recipe, reporter)
@@ -91,11 +90,13 @@ def compress(
                 reporter.say(f"loading {recipe.model}")
             reporter.say(recipe_line(recipe))
             # In order of cost: what is wrong with the options or the text shows before any weight is read.
-            source = open_source(recipe.model, model, tokenizer, given)
+            source = team.each(lambda: open_source(recipe.model, model, tokenizer, given))
         source = with_own_text([recipe], source, session)
         with session.clock.timed("load"):
-            texts = texts_for(recipe, source)
-            loaded = load(source, recipe.dtype, recipe.device, texts.calibration, recipe.stream, session)
+            texts = team.each(lambda: texts_for(recipe, source))
+            loaded = team.each(
+                lambda: load(source, recipe.dtype, recipe.device, texts.calibration, recipe.stream, session)
+            )
         result = compress_loaded(recipe, out, loaded, texts, session)
         folder.close(keep_work)
     return result
@@ -126,19 +127,23 @@ def compress_loaded(
     with refused_as_asked(asked, loaded.shapes):
         first = recipe.allocator.preview(preview, recipe.allocator_options)
     amounts = amounts_of(recipe, texts)
-    if takes_long(loaded.shapes, amounts):
+    if team.is_first() and takes_long(loaded.shapes, amounts):
         speed = Machine(loaded.model.device)
         found = forecast(recipe, loaded.shapes, preview, first, amounts, speed, loaded.streamed)
         session.reporter.say(f"{found.line}, what is there already not counted")
     warm = warm_ranks(recipe, budget)
+    if made is not None and team.count() > 1:
+        team.first(lambda: make_subject(recipe, loaded, texts, session, made) is None)  # read from its place by all
     subject = make_subject(recipe, loaded, texts, session, made)
     plan = plan_factors(recipe, loaded, texts, session, subject, made)
-    _require_space(recipe, plan, loaded, session, out)
+    team.first(lambda: _require_space(recipe, plan, loaded, session, out))
     with session.clock.timed("factorize"):
         (factors,) = carry_out([plan], session)
     with session.clock.timed("dense evaluation"):
         dense = dense_perplexity(loaded, texts, recipe.validation.batch, session)
-    allocation = _allocate(recipe, plan, factors, budget, warm, texts, session)
+    # Ranks share the validation text of a search; all else is done in a moment.
+    once = _together if recipe.searches else _of_first
+    allocation = once(lambda: _allocate(recipe, plan, factors, budget, warm, texts, session))
     plan = plan.taking(allocation.ranks)
     subject, units = plan.subject, plan.subject.structure
     budget = Budget(units.sites, recipe.share, recipe.form)
@@ -148,25 +153,18 @@ def compress_loaded(
     if refined is not None:
         with session.clock.timed("refine"):
             _refine(recipe, plan, factors, allocation.ranks, refined, session)
-    coded: Artefact | None = None
-    block = _blocks(plan, factors, allocation.ranks, refined)
-    settings, bits = recipe.quantization, {}
-    if settings is not None:
-        bits = bits_of(settings, allocation.bits, allocation.ranks)
+    settings = recipe.quantization
+    bits = {} if settings is None else bits_of(settings, allocation.bits, allocation.ranks)
+
+    def made_block() -> BlockMaker:
+        if settings is None:
+            return _blocks(plan, factors, allocation.ranks, refined)
         make = block_maker(plan, factors, allocation.ranks, refined)
         coded = quantization_artefact(settings, plan, allocation.ranks, bits, refined, recipe.seed, session)
         with session.clock.timed("quantize"):
-            block = quantize(settings, plan, make, bits, coded, recipe.seed, session)
-    states: list[CompressedState] = []
+            return quantize(settings, plan, make, bits, coded, recipe.seed, session)
 
-    def write(folder: Path) -> None:
-        blocks = (block(layer) for layer in range(units.num_layers))
-        parts = BlockStore(folder / _PARTS) if loaded.streamed else None
-        states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form, parts))
-        write_model(folder, subject.model, states[-1], loaded.dtype)
-        if parts is not None:
-            shutil.rmtree(parts.folder)
-        subject.save_extra(folder)
+    states: list[CompressedState] = []
 
     def measure(folder: Path) -> tuple[CompressedInfo, Curves]:
         found, parameters = perplexities_of(folder, dense, loaded, texts, recipe.validation.batch, session)
@@ -214,7 +212,22 @@ def compress_loaded(
         )
         return info, _curves(plan, factors, ranks, refined)
 
-    return finish(out, loaded, session, write, measure)
+    def rest() -> str:
+        block = made_block()
+
+        def write(folder: Path) -> None:
+            blocks = (block(layer) for layer in range(units.num_layers))
+            parts = BlockStore(folder / _PARTS) if loaded.streamed else None
+            states.append(compressed_state(subject.model, subject.structure, blocks, recipe.form, parts))
+            write_model(folder, subject.model, states[-1], loaded.dtype)
+            if parts is not None:
+                shutil.rmtree(parts.folder)
+            subject.save_extra(folder)
+
+        return finish(out, loaded, session, write, measure).path.name
+
+    team.first(rest)  # one process writes
+    return Result(out, read_info(out))
 
 
 def _require_space(recipe: LowRankRecipe, plan: FactorPlan, loaded: Loaded, session: Session, out: Path) -> None:
@@ -226,6 +239,19 @@ def _require_space(recipe: LowRankRecipe, plan: FactorPlan, loaded: Loaded, sess
     times = 2 if loaded.streamed else 1
     needs = [(session.folder.path, size), (out, times * loaded.parameters * loaded.dtype.itemsize)]
     require_space(needs, "the factors and the checkpoint")
+
+
+def _together(allocate: Callable[[], Allocation]) -> Allocation:
+    return allocate()
+
+
+def _of_first(allocate: Callable[[], Allocation]) -> Allocation:
+    """The allocation that the first process makes, on all."""
+    if team.count() == 1:
+        return allocate()
+    kind = TypeAdapter(Allocation)
+    found: Allocation = kind.validate_python(team.first(lambda: kind.dump_python(allocate(), mode="json")))
+    return found
 
 
 def _allocate(

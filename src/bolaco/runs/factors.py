@@ -25,6 +25,7 @@ from bolaco.factorize.store import FactorStore
 from bolaco.models.structure import Site, hidden_size
 from bolaco.models.subject import Subject
 from bolaco.models.walk import in_files
+from bolaco.parallel import team
 from bolaco.recipe.recipe import LowRankRecipe
 from bolaco.runs.session import Loaded, Session
 from bolaco.statistics.statistic import GradientStatistic, StoredStatistic
@@ -165,7 +166,7 @@ def factor_store(plan: FactorPlan, session: Session) -> FactorStore:
         known = _known_top(artefact)
         if known is None or all(rank <= known.get(name, 0) for name, rank in plan.top.items()):
             store = FactorStore(artefact.path)
-            if known is None:
+            if known is None and team.is_first():
                 write_text(artefact.path / TOP_FILE, json.dumps(dict(plan.top)))
             return store
     raise AssertionError("the second place is for these very ranks")

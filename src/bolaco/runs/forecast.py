@@ -26,6 +26,7 @@ from bolaco.refine.train import fast_bfloat16, look_steps
 from bolaco.runs.factors import top_ranks
 from bolaco.runs.size import Shapes
 from bolaco.storage.budget import Ranks
+from bolaco.storage.storage import TWO_FACTORS
 
 # Rows of a product and numbers of a pass that are timed, at most; an eigenproblem's size.
 _ROWS, _WORK, _NUMBERS, _EIGEN = 512, 4e9, 2**22, 640
@@ -380,11 +381,11 @@ class Forecaster:
         return trains + length * (steps * self._batch * trained * (1 + _TO_ALL) + looks * held * looked)
 
     def _packing(self) -> float:
-        """A pivoted QR decomposition of each factored matrix."""
+        """A decomposition of each factored matrix that is stored in another form than it is trained in."""
         total = 0.0
         for site in self.structure.sites:
             rank = self.ranks.get(site.name)
-            if rank and self.recipe.storage == "pivoted":
+            if rank and self.recipe.storage != TWO_FACTORS:
                 total += self.speed.product(2 * rank, rank, max(site.out_features, site.in_features), torch.float64)
         return total
 

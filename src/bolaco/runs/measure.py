@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bolaco.checkpoint.info import CompressedInfo, Curves, Perplexities, weight_bytes, write_curves, write_info
 from bolaco.checkpoint.result import Result
@@ -16,6 +17,7 @@ from bolaco.models.quiet import quiet
 from bolaco.models.size import parameters_in
 from bolaco.models.turns import take_turns
 from bolaco.models.weights import dtype_name
+from bolaco.parallel import team
 from bolaco.report.card import model_card
 from bolaco.report.html import REPORT_FILE, result_page
 from bolaco.runs.session import Loaded, Session
@@ -24,13 +26,17 @@ from bolaco.runs.session import Loaded, Session
 def dense_perplexity(loaded: Loaded, texts: Texts, batch: int, session: Session) -> PerplexityResult:
     """Perplexity of the original on the evaluation text."""
     artefact = session.folder.artefact("dense", model=loaded.identity, text=fingerprint(texts.evaluation), batch=batch)
-    known = artefact.read(PerplexityResult)
-    if known is None:
-        blocks = texts.evaluation
-        with session.reporter.stage("evaluate the original", len(blocks)) as tick:
-            known = perplexity(loaded.model, blocks, batch, tick)
-        artefact.write(asdict(known))
-    return known
+
+    def measured() -> dict[str, Any]:
+        known = artefact.read(PerplexityResult)
+        if known is None:
+            blocks = texts.evaluation
+            with session.reporter.stage("evaluate the original", len(blocks)) as tick:
+                known = perplexity(loaded.model, blocks, batch, tick)
+            artefact.write(asdict(known))
+        return asdict(known)
+
+    return PerplexityResult(**team.first(measured))
 
 
 def perplexities_of(

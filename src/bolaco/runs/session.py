@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,25 @@ from bolaco.data.texts import Texts, prepare_texts
 from bolaco.evaluation.objective import check_tokens
 from bolaco.models.experts import unfused
 from bolaco.models.find import inspect_structure
-from bolaco.models.load import check_finite, load_config, load_model, load_tokenizer, weights_fingerprint
+from bolaco.models.load import (
+    check_finite,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    weights_fingerprint,
+)
 from bolaco.models.lowrank import refuse_compressed
 from bolaco.models.match import check_rebuildable
 from bolaco.models.observe import observed
 from bolaco.models.structure import Structure
 from bolaco.models.turns import needs_streaming, take_turns, why_not_streamed
 from bolaco.models.weights import StoredWeights, dtype_name, result_dtype, stored_weights
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import Recipe
 from bolaco.runs.size import Shapes
-from bolaco.work.folder import Clock, WorkFolder
+from bolaco.work.folder import LOG_FILE, Clock, WorkFolder, work_beside
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class Session:
     @property
     def spool(self) -> Path:
         """Where weights go that are streamed and are on no disk as they are in memory."""
-        return self.folder.path / "weights"
+        return team.own_file(self.folder.path / "weights")
 
 
 def begin(folder: WorkFolder, run: BaseModel, reporter: Reporter) -> Session:
@@ -222,3 +231,33 @@ def _streamed(
     if reporter is not None:
         reporter.say("weights are streamed: read for each block's turn, whole forward passes (evaluation) are slower")
     return True
+
+
+@contextmanager
+def work_folder(
+    run: BaseModel, out: Path, work: Path | None, named: bool, device: str, reporter: Reporter
+) -> Iterator[tuple[WorkFolder, Reporter]]:
+    """The locked work folder of a run, and where its progress goes, which is to its log too.
+
+    Under torchrun its processes are ranks of one run while this lasts. The first one locks, writes and speaks.
+
+    Args:
+        run: everything the run depends on.
+        out: what it writes.
+        work: the folder, if it is not the one beside ``out``.
+        named: which model it is is known, so that the folder may be of a run that is finished.
+        device: that the ranks compute on.
+        reporter: shows progress.
+
+    Raises:
+        BolacoError: the folder is in use or of something else, ``out`` exists, or there is no such device.
+    """
+    with team.together(resolve_device(device)):
+        place = Path(team.first(lambda: str(work_beside(out, work, run if named else None))))
+        with WorkFolder(place, run, out) as folder:
+            if team.is_first():
+                with reporter.logged(folder.path / LOG_FILE):
+                    yield folder, reporter
+            else:
+                yield folder, Reporter(quiet=True)
+            team.barrier()

@@ -22,17 +22,17 @@ from bolaco.data.memory import InMemory
 from bolaco.data.sources import fingerprint
 from bolaco.data.texts import Texts
 from bolaco.errors import RecipeError
-from bolaco.models.load import resolve_device
 from bolaco.models.structure import Structure
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.recipe.recipe import BaseRecipe, LowRankRecipe, Recipe
 from bolaco.report.tables import sizes_markdown
 from bolaco.runs.chop import chop_loaded, kept_blocks
 from bolaco.runs.compress import compress_loaded
 from bolaco.runs.dry_run import preview_task
-from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for
+from bolaco.runs.session import Loaded, Session, begin, load, open_source, texts_for, work_folder
 from bolaco.runs.written import with_own_text
-from bolaco.work.folder import LOG_FILE, Clock, WorkFolder, work_beside
+from bolaco.work.folder import Clock
 from bolaco.work.output import link_or_copy
 
 R = TypeVar("R", bound=BaseRecipe)
@@ -87,28 +87,32 @@ def compress_several(
     """
     run, first = Several(recipes=dict(recipes)), next(iter(recipes.values()))
     # Which model it was that an earlier call was given is not known.
-    work = work_beside(out, work, run if model is None else None)
-    resolve_device(first.device)
-    with WorkFolder(work, run, out) as folder, reporter.logged(folder.path / LOG_FILE):
+    with work_folder(run, out, work, model is None, first.device, reporter) as (folder, reporter):
         if folder.taken_up(reporter, keep_work):
             return SeveralResults(out, {name: Result(out / name, read_info(out / name)) for name in recipes})
         session = begin(folder, run, reporter)
         with session.clock.timed("load"):
             if model is None:
                 reporter.say(f"loading {first.model}")
-            source = open_source(first.model, model, tokenizer, given)
+            source = team.each(lambda: open_source(first.model, model, tokenizer, given))
         source = with_own_text([first], source, session)
         with session.clock.timed("load"):
-            texts = texts_for(first, source)
-            loaded = load(source, first.dtype, first.device, texts.calibration, first.stream, session)
+            texts = team.each(lambda: texts_for(first, source))
+            loaded = team.each(
+                lambda: load(source, first.dtype, first.device, texts.calibration, first.stream, session)
+            )
         for recipe in recipes.values():
             check_budget(recipe, loaded.structure, loaded.dtype)
         places = {name: _result(name, recipe, loaded, texts, session) for name, recipe in recipes.items()}
         infos = {name: read_info(place) for name, place in places.items()}
-        with folder.output(out) as partial:
-            (partial / "table.md").write_text(sizes_markdown(infos), encoding="utf-8")
-            for name, place in places.items():
-                shutil.copytree(place, partial / name, copy_function=link_or_copy)
+
+        def put_together() -> None:
+            with folder.output(out) as partial:
+                (partial / "table.md").write_text(sizes_markdown(infos), encoding="utf-8")
+                for name, place in places.items():
+                    shutil.copytree(place, partial / name, copy_function=link_or_copy)
+
+        team.first(put_together)
         folder.close(keep_work)
     return SeveralResults(out, {name: Result(out / name, info) for name, info in infos.items()})
 
@@ -135,7 +139,7 @@ def _result(name: str, recipe: Recipe, loaded: Loaded, texts: Texts, session: Se
         text=[fingerprint(texts.calibration), texts.measured, candidates],
     )
     place = artefact.path / name
-    if place.exists():
+    if team.agreed(place.exists()):
         session.reporter.say(f"{name}: is there already")
         return place
     session.reporter.say(f"{name}:")

@@ -14,6 +14,7 @@ from bolaco.models.load import (
     weights_fingerprint,
 )
 from bolaco.models.weights import stored_weights
+from bolaco.parallel import team
 from bolaco.recipe.recipe import Recipe
 from bolaco.runs.session import Session, Source, texts_for
 
@@ -40,6 +41,14 @@ def with_own_text(recipes: Iterable[Recipe], source: Source, session: Session, m
     for recipe in readers:
         # Called for what it raises: writing takes long.
         texts_for(recipe, source, more=more, local=True)
+    if team.count() > 1:
+        team.first(lambda: _written(readers, source, session) is None)
+    # What is written already is read.
+    return _written(readers, source, session)
+
+
+def _written(readers: Sequence[Recipe], source: Source, session: Session) -> Source:
+    """The source with the text, which is written as far as it is not there."""
     first = readers[0]
     length = max(recipe.calibration.seq_len for recipe in readers)
     needed = max(map(_tokens, readers))

@@ -31,6 +31,7 @@ from bolaco.models.walk import (
     split_arguments,
     state_in,
 )
+from bolaco.parallel import team
 from bolaco.statistics.statistic import BLOCK, GradientAccumulator, GradientStatistic
 from bolaco.work.memory import free_memory
 from bolaco.work.pages import release
@@ -101,6 +102,17 @@ class _Gathered:
 
         return hook
 
+    def reduce(self) -> None:
+        """Adds up what all ranks have seen, on each of them."""
+        if team.count() == 1:
+            return
+        names = sorted(self._items)
+        numbers = torch.tensor([[self._counts[name], self._updates[name]] for name in names])
+        team.all_reduce({"numbers": numbers})
+        for name, (count, updates) in zip(names, numbers.tolist(), strict=True):
+            self._counts[name], self._updates[name] = count, updates
+            self._items[name].reduce()
+
     def results(self, layer: int, text: Tensor) -> dict[str, Tensor]:
         """The statistic of each matrix of a block, by site name, on all of ``text`` ``[sequences, length]``."""
         done: dict[str, Tensor] = {}
@@ -135,7 +147,7 @@ class GradientWalk(ABC):
     Args:
         model: the model, in evaluation mode; its parameters are frozen while it is used.
         structure: its structure.
-        tokens: ``[sequences, length]``.
+        tokens: ``[sequences, length]``, of all ranks; each walks through its share.
         batch: sequences per pass.
         statistic: what is estimated.
         seed: of sampled labels.
@@ -143,7 +155,8 @@ class GradientWalk(ABC):
 
     Attributes:
         gradient: what a walk that is interrupted goes on from: ``[sequences, ...]`` of the loss at the input of the
-            block that was yielded last.
+            block that was yielded last, of this rank's sequences.
+        text: ``tokens``; :attr:`tokens` are this rank's of them.
     """
 
     def __init__(
@@ -156,13 +169,16 @@ class GradientWalk(ABC):
         seed: int = 0,
         folder: Path | None = None,
     ) -> None:
-        self.model, self.structure, self.tokens = model, structure, tokens
         self.statistic = statistic
         if statistic.per_sequence and any(site.expert is not None for site in structure.sites):
             batch = 1  # an expert is given its tokens without their sequences
         self.batch = batch
+        own = team.share_of_batches(len(tokens), batch, "text for loss gradients")
+        self.model, self.structure, self.text, self.tokens = model, structure, tokens, tokens[own]
+        self._before = own.start
         self.head = Head(model)
-        self._seed, self._folder = seed, folder
+        self._seed = seed
+        self._folder = None if folder is None else team.own_file(folder)
         self.gradient = torch.empty(0)
 
     @abstractmethod
@@ -181,8 +197,24 @@ class GradientWalk(ABC):
     def close(self) -> None:  # noqa: B027 - there may be nothing to free
         """Frees what was recorded."""
 
+    def whole_gradient(self) -> Tensor:
+        """:attr:`gradient` of the sequences of all ranks."""
+        if team.count() == 1 or self.gradient.ndim < 2:
+            return self.gradient
+        whole = self.gradient.new_empty((len(self.text), *self.gradient.shape[1:]))
+        whole[self._before : self._before + len(self.tokens)] = self.gradient
+        team.complete(whole, team.batches(len(self.text), self.batch))
+        return whole
+
+    def own_gradient(self, whole: Tensor) -> Tensor:
+        """Of what :meth:`whole_gradient` gave, this rank's."""
+        return whole.clone() if len(whole) < len(self.text) else whole[self._before :][: len(self.tokens)].clone()
+
     def _generator(self) -> torch.Generator:
-        return torch.Generator(self.model.device).manual_seed(self._seed)
+        """Of labels; those of the sequences of ranks before this one are drawn already."""
+        generator = torch.Generator(self.model.device).manual_seed(self._seed)
+        torch.rand(self._before * self.text.shape[1], generator=generator, device=self.model.device)
+        return generator
 
     def _upstream(self, final: Tensor, generator: torch.Generator, tokens: Tensor) -> Tensor:
         known = tokens if self.statistic.labels == "text" else None
@@ -221,7 +253,7 @@ class BlockGradientWalk(GradientWalk):
         """Yields the statistics of one block after the other."""
         top = self.structure.num_layers
         if earlier is not None:
-            top, self.gradient = earlier[0], earlier[1].clone()
+            top, self.gradient = earlier[0], self.own_gradient(earlier[1])
             if tick:
                 tick((self.structure.num_layers - top) * len(self.tokens))
         with no_gradients(self.model):
@@ -304,8 +336,13 @@ class BlockGradientWalk(GradientWalk):
                 if tick:
                     tick(rows.stop - rows.start)
         self._inputs[layer] = torch.empty(0)
-        found = gathered.results(layer, self.tokens)
-        return found if whole is None else found | {BLOCK: whole.result()}
+        gathered.reduce()
+        found = gathered.results(layer, self.text)
+        if whole is None:
+            return found
+        if team.count() > 1:
+            whole.reduce()
+        return found | {BLOCK: whole.result()}
 
 
 class WholeGradientWalk(GradientWalk):
@@ -321,11 +358,13 @@ class WholeGradientWalk(GradientWalk):
         # There is nothing to go on from but the number of the block.
         self.gradient = torch.zeros(1)
         while top:
-            layers = range(top - self._at_once(top), top)
+            # Free memory is another one for each rank.
+            layers = range(top - team.agreed(self._at_once(top)), top)
             gathered = _Gathered(self.structure, layers, self.statistic, self.model.device)
             self._pass(gathered, len(layers), tick)
+            gathered.reduce()
             for layer in reversed(layers):
-                yield layer, gathered.results(layer, self.tokens)
+                yield layer, gathered.results(layer, self.text)
             top = layers.start
 
     def _at_once(self, top: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bolaco.errors import NonFiniteError
 from bolaco.models.structure import Site
+from bolaco.parallel import team
 from bolaco.statistics.statistic import GradientStatistic
 
 
@@ -34,6 +35,11 @@ class _WeightFisher:
                 raise NonFiniteError("NaN or infinity")
             self._sums += columns
             self._sequences += 1
+
+    def reduce(self) -> None:
+        count = torch.tensor([self._sequences])
+        team.all_reduce({"sums": self._sums, "count": count})
+        self._sequences = int(count)
 
     def result(self) -> Tensor:
         return self._sums / max(self._sequences, 1)

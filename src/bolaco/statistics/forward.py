@@ -25,6 +25,7 @@ from bolaco.errors import NonFiniteError
 from bolaco.evaluation.objective import final_hidden
 from bolaco.models.structure import Site, Structure, all_experts
 from bolaco.models.walk import BlockRunner, by_sequence
+from bolaco.parallel import team
 from bolaco.statistics.moments import group_runs
 from bolaco.statistics.statistic import InputAccumulator, InputStatistic, SiteStatistics
 from bolaco.work.memory import free_memory
@@ -41,9 +42,14 @@ class InputWalk(ABC):
     Args:
         model: the model, in evaluation mode.
         structure: its structure.
-        tokens: ``[sequences, length]``.
+        tokens: ``[sequences, length]``, of all ranks; each walks through its share.
         batch: sequences per forward pass.
         cache_file: memory-map hidden states here instead of holding them in memory.
+
+    Attributes:
+        sequences: that this rank walks through.
+        total: sequences of all ranks.
+        first: this rank's first among them.
     """
 
     def __init__(
@@ -54,10 +60,11 @@ class InputWalk(ABC):
         batch: int,
         cache_file: Path | None = None,
     ) -> None:
-        self.model, self.structure, self.tokens, self.batch = model, structure, tokens, batch
-        self.sequences = len(tokens)
+        own = team.share_of_batches(len(tokens), batch, "calibration text")
+        self.model, self.structure, self.tokens, self.batch = model, structure, tokens[own], batch
+        self.sequences, self.total, self.first = own.stop - own.start, len(tokens), own.start
         self.layer = 0
-        self._cache_file = cache_file
+        self._cache_file = None if cache_file is None else team.own_file(cache_file)
 
     @abstractmethod
     def layers_at_once(self, numbers: Callable[[int], int]) -> int:
@@ -191,14 +198,15 @@ def collect(
         NonFiniteError: naming the block and the input.
     """
     first, wanted = walk.layer, tuple(statistics)
-    groups = min(groups, walk.sequences)
+    groups = min(groups, walk.total)
     dims = {layer: _by_group(walk.structure, layer) for layer in range(first, walk.structure.num_layers)}
 
     def numbers(layer: int) -> int:
         sizes = [site.in_features for site in dims[layer].values()]
         return sum(kind.numbers(size) for size in sizes for kind in wanted)
 
-    layers = range(first, first + walk.layers_at_once(numbers))
+    # Free memory, which this may depend on, is another one everywhere.
+    layers = range(first, first + team.agreed(walk.layers_at_once(numbers)))
     found: dict[tuple[int, str], dict[InputStatistic[Any], InputAccumulator[Any]]] = {}
     counts: dict[tuple[int, str], int] = {}
 
@@ -208,8 +216,9 @@ def collect(
             found[place] = {kind: kind.accumulator(x.shape[-1], groups, x.device) for kind in wanted}
         counts[place] = counts.get(place, 0) + x[..., 0].numel()
         routed = dims[layer][name].expert is not None
+        start += walk.first
         stop = start + (1 if routed else len(x))
-        for group, run in group_runs(slice(start, stop), groups, walk.sequences):
+        for group, run in group_runs(slice(start, stop), groups, walk.total):
             for accumulator in found[place].values():
                 try:
                     accumulator.update(x[run], group)
@@ -217,7 +226,31 @@ def collect(
                     raise NonFiniteError(f"block {layer}, input of {name}: {error}") from None
 
     walk.advance(len(layers), observe, tick)
+    if team.count() > 1:
+        _reduce(
+            found,
+            counts,
+            lambda place: {
+                k: k.accumulator(dims[place[0]][place[1]].in_features, groups, walk.model.device) for k in wanted
+            },
+        )
     return [_finished(dims[layer], layer, wanted, found, counts) for layer in layers]
+
+
+def _reduce(
+    found: dict[tuple[int, str], dict[InputStatistic[Any], InputAccumulator[Any]]],
+    counts: dict[tuple[int, str], int],
+    empty: Callable[[tuple[int, str]], dict[InputStatistic[Any], InputAccumulator[Any]]],
+) -> None:
+    """Adds up what all ranks have seen; an expert may have been sent tokens on some of them only."""
+    seen = team.gather([[layer, name, count] for (layer, name), count in counts.items()])
+    places = sorted({(int(layer), str(name)) for rank in seen for layer, name, _ in rank})
+    for place in places:
+        counts[place] = sum(count for rank in seen for layer, name, count in rank if (layer, name) == place)
+        if place not in found:
+            found[place] = empty(place)
+        for accumulator in found[place].values():
+            accumulator.reduce()
 
 
 def _by_group(structure: Structure, layer: int) -> dict[str, Site]:

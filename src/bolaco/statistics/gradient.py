@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bolaco.models.structure import Site
+from bolaco.parallel import team
 from bolaco.statistics.moments import PooledMoments
 from bolaco.statistics.statistic import GradientStatistic
 from bolaco.statistics.symmetric import BlockDiagonal, fold, folded_size, unfold
@@ -47,6 +48,15 @@ class _OutputMoment:
             else gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         )
         self._pooled.update(exact * self._scale if self._scale != 1 else gradient)
+
+    def reduce(self) -> None:
+        scales = team.gather([self._scale, self._seen])
+        self._seen = sum(seen for _, seen in scales)
+        known = [scale for scale, seen in scales if seen]
+        if known and known[0] != self._scale:
+            self._pooled.rescale(known[0] / self._scale)
+            self._scale = known[0]
+        self._pooled.reduce()
 
     def result(self) -> Tensor:
         if self._seen == 0:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bolaco.errors import NonFiniteError
+from bolaco.parallel import team
 from bolaco.statistics.statistic import InputStatistic
 
 
@@ -37,6 +38,12 @@ class Magnitudes:
             raise NonFiniteError(f"NaN or infinity in input {first} of {len(total)}")
         self.sums += total
         self.count += len(x)
+
+    def reduce(self) -> None:
+        """Adds up what all ranks have seen, on each of them."""
+        count = torch.tensor([self.count])
+        team.all_reduce({"sums": self.sums, "count": count})
+        self.count = int(count)
 
     def merge(self, other: Magnitudes) -> None:
         """Adds the state of another shard; ``other`` is left as it is."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bolaco.errors import NonFiniteError
+from bolaco.parallel import team
 from bolaco.statistics.statistic import InputStatistic
 
 # Columns per panel of the symmetric product: only panels on and above the diagonal are computed.
@@ -142,6 +143,35 @@ class PooledMoments:
         self._scatter += other._scatter + cross + cross.T + int(other.counts.sum()) * torch.outer(delta, delta)
         self.sums += other.sums + other.counts.to(delta)[:, None] * delta
         self.counts += other.counts
+
+    def reduce(self) -> None:
+        """Adds up what all ranks have seen, on each of them."""
+        if team.count() == 1:
+            return
+        self._flush()
+        # The mean of the ranks' shifts, each by its vectors, is a shift for all.
+        seen = self.counts.sum().to(self.sums)
+        own = torch.zeros_like(self.sums[0]) if self.shift is None else self.shift
+        total = torch.cat([own * seen, seen[None]])
+        team.all_reduce({"shift": total})
+        if total[-1] == 0:
+            return
+        common = total[:-1] / total[-1]
+        if self.shift is not None:
+            delta = self.shift - common
+            cross = torch.outer(self.sums.sum(dim=0), delta)
+            self._scatter += cross + cross.T + seen * torch.outer(delta, delta)
+            self.sums += self.counts.to(delta)[:, None] * delta
+        self.shift = common
+        team.all_reduce({"scatter": self._scatter, "sums": self.sums, "counts": self.counts})
+
+    def rescale(self, factor: float) -> None:
+        """Makes the vectors seen so far so many times as large; exact for powers of two."""
+        self._flush()
+        self._scatter *= factor**2
+        self.sums *= factor
+        if self.shift is not None:
+            self.shift = self.shift * factor
 
     def finalize(self) -> Moments:
         """The statistics so far; the accumulator can go on afterwards.

@@ -40,6 +40,9 @@ class InputAccumulator(Protocol[V_co]):
     def update(self, x: Tensor, group: int = 0) -> None:
         """Adds vectors ``[..., d]`` of one group; NonFiniteError for a NaN or infinity among them."""
 
+    def reduce(self) -> None:
+        """Adds up what all ranks have seen, on each of them."""
+
     def finalize(self) -> V_co:
         """The statistic so far."""
 
@@ -106,6 +109,9 @@ class GradientAccumulator(Protocol):
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
         """Adds inputs ``[sequences, length, in]`` and gradients ``[sequences, length, out]`` of a token's loss."""
+
+    def reduce(self) -> None:
+        """Adds up what all ranks have seen, on each of them."""
 
     def result(self) -> Tensor:
         """The statistic so far, float64."""

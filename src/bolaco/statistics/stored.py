@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from bolaco.data.settings import Calibration
 from bolaco.models.structure import Site, Structure, hidden_size
 from bolaco.models.walk import in_files
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.statistics.backward import gradient_walk
 from bolaco.statistics.statistic import GradientStatistic, SiteStatistics, Statistic, StoredStatistic
@@ -87,21 +88,24 @@ def estimate_gradients(
         NonFiniteError: a gradient with NaN or infinity; names the matrix.
     """
     layers = structure.num_layers
-    if store.complete(layers):
+    if team.agreed(store.complete(layers)):
         shutil.rmtree(store.folder / "walk", ignore_errors=True)
         return
     place = BlockStore(store.folder / "walk")  # the gradient at the input of the last block that is finished
-    finished = [layer for layer in range(layers) if place.has(layer)]
+    finished = team.agreed([layer for layer in range(layers) if place.has(layer)])
     earlier = (finished[0], place.read(finished[0])["gradient"]) if finished else None
     on_disk = in_files(settings.cache, model, tokens, layers + 1)
     folder = store.folder / "inputs" if on_disk else None
     walk = gradient_walk(model, structure, tokens, settings.batch, statistic, seed, folder)
-    with reporter.stage("loss gradients", (layers + 1) * len(tokens)) as tick:
+    with reporter.stage("loss gradients", (layers + 1) * len(walk.tokens)) as tick:
         for layer, found in walk.run(tick, earlier):
+            gradient = walk.whole_gradient()
             store.put(layer, found)
-            place.write(layer, {"gradient": walk.gradient})
-            place.path(layer + 1).unlink(missing_ok=True)
-    shutil.rmtree(place.folder)
+            place.write(layer, {"gradient": gradient})
+            if team.is_first():
+                place.path(layer + 1).unlink(missing_ok=True)
+    team.barrier()
+    shutil.rmtree(place.folder, ignore_errors=True)
 
 
 def stored_bytes(

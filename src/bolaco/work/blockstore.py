@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bolaco.errors import ResumeError
+from bolaco.parallel import team
 from bolaco.work.tensors import damaged, load_tensors, save_tensors
 
 
@@ -30,8 +31,9 @@ class BlockStore:
         return all(self.has(layer) for layer in range(layers))
 
     def write(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        """Writes one block, whole or not at all."""
-        save_tensors(self.path(layer), tensors)
+        """Writes one block, whole or not at all; of several ranks, the first one does."""
+        if team.is_first():
+            save_tensors(self.path(layer), tensors)
 
     def read(self, layer: int, ending: str = "") -> dict[str, Tensor]:
         """Reads one block, or of it the tensors whose names end so.

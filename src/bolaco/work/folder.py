@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from bolaco.errors import ResumeError
+from bolaco.parallel import team
 from bolaco.progress import Reporter
 from bolaco.settings import json_text
 from bolaco.work.files import PARTIAL, write_text
@@ -152,8 +153,9 @@ class Artefact:
             raise self.damaged(str(error)) from error
 
     def write(self, value: Any) -> None:
-        """Writes its JSON value, whole or not at all."""
-        write_text(self.file, json_text(_plain(value)))
+        """Writes its JSON value, whole or not at all; of several ranks, the first one does."""
+        if team.is_first():
+            write_text(self.file, json_text(_plain(value)))
 
     def damaged(self, why: str) -> ResumeError:
         """The error to raise for a JSON value that is not what was written."""
@@ -161,7 +163,7 @@ class Artefact:
 
 
 class WorkFolder:
-    """A locked folder of artefacts; use as a context manager.
+    """A locked folder of artefacts; use as a context manager. Of several ranks, the first one locks and clears it.
 
     Args:
         path: the folder; made if it does not exist.
@@ -184,6 +186,11 @@ class WorkFolder:
         self._made = False
 
     def __enter__(self) -> WorkFolder:
+        self.finished = team.first(self._enter)
+        return self
+
+    def _enter(self) -> bool:
+        """Locks the folder; whether its output is finished."""
         if self.path.exists() and not self.path.is_dir():
             raise ResumeError(f"{self.path}: exists and is not a folder; choose another --work")
         try:
@@ -202,7 +209,7 @@ class WorkFolder:
                 self._clear()
             self._unlock()
             raise
-        return self
+        return self.finished
 
     def _claim(self) -> None:
         self._made = not self.path.exists()
@@ -249,6 +256,8 @@ class WorkFolder:
         return found
 
     def __exit__(self, *_: object) -> None:
+        if not team.is_first():
+            return
         if self.path.exists() and not self._started():
             self._clear()
         self._unlock()
@@ -294,6 +303,8 @@ class WorkFolder:
 
     def discard(self, *names: str, but: Collection[Path] = ()) -> None:
         """Removes what there is of these stages, but for some of it."""
+        if not team.is_first():
+            return
         for path in [path for name in names for path in self.kept(name) if path not in but]:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -345,6 +356,8 @@ class WorkFolder:
         What tells that it is a work folder, and that its output is there, goes last: a run that is ended meanwhile is
         finished by the next call.
         """
+        if not team.is_first():
+            return
         if keep:
             self._write_mark()
             return
@@ -382,6 +395,7 @@ class Clock:
         finally:
             took = time.perf_counter() - start
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + took, 3)
-            write_text(self._file, json.dumps(self.seconds))
+            if team.is_first():
+                write_text(self._file, json.dumps(self.seconds))
             if self._tell is not None:
                 self._tell(f"{stage}: {took:.1f} s, {largest_resident() / 2**20:,.0f} MiB resident at most so far")

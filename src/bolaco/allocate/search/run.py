@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -18,11 +19,12 @@ from bolaco.allocate.search.selection import select_sequences
 from bolaco.allocate.space import SearchSpace, space_of
 from bolaco.errors import ResumeError
 from bolaco.evaluation.objective import Head, Scores, hidden_states, score
+from bolaco.parallel import team
 from bolaco.work.files import write_text
 
 
 class Evaluator:
-    """Losses of allocations on the validation sequences.
+    """Losses of allocations on the validation sequences, which ranks share.
 
     Args:
         elastic: the model, whose ranks can be changed.
@@ -37,7 +39,10 @@ class Evaluator:
     ) -> None:
         self.elastic, self.space, self.trials, self.proposer = elastic, space, trials, proposer
         self.head = Head(elastic.model)
-        self.blocks = trials.candidates[torch.tensor(self._selection())]
+        chosen = team.first(self._selection)
+        team.enough(len(chosen), "validation sequences")
+        own = team.share(len(chosen))
+        self.blocks = trials.candidates[torch.tensor(chosen)][own]
         self.elastic.set_ranks({})
         self.reference: Tensor | None = None
         if options.objective == "ppl+kl":
@@ -74,9 +79,18 @@ class Evaluator:
         return [int(i) for i in chosen]
 
     def scores(self, levels: Sequence[int]) -> Scores:
-        """Losses of the allocation at these levels."""
-        self.elastic.set_ranks(self.space.ranks(levels))
-        return score(self.elastic.model, self.head, self.blocks, self.trials.settings.batch, self.reference)
+        """Losses of the allocation at these levels, on the sequences of all ranks, which meet here."""
+
+        def own() -> Scores:
+            self.elastic.set_ranks(self.space.ranks(levels))
+            return score(self.elastic.model, self.head, self.blocks, self.trials.settings.batch, self.reference)
+
+        scores = team.each(own)
+        if team.count() == 1:
+            return scores
+        parts = team.gather([scores.nll.tolist(), scores.kl.tolist()])
+        nll, kl = (torch.tensor([x for part in parts for x in part[i]], dtype=torch.float64) for i in (0, 1))
+        return Scores(nll, kl, scores.predicted)
 
 
 def allocate_in(task: AllocationTask, options: BolacoOptions, parts: int) -> Allocation:
@@ -96,6 +110,21 @@ def allocate_in(task: AllocationTask, options: BolacoOptions, parts: int) -> All
 
 
 def _search(evaluator: Evaluator, task: AllocationTask, options: BolacoOptions) -> list[LedgerTrial]:
+    """All trials; the first rank proposes, and all of them evaluate."""
+    kind = TypeAdapter(list[LedgerTrial])
+
+    def work(evaluate: Callable[[Sequence[int]], Scores]) -> Any:
+        return kind.dump_python(_searched(evaluator, task, options, evaluate), mode="json")
+
+    return kind.validate_python(team.lead(work, evaluator.scores))
+
+
+def _searched(
+    evaluator: Evaluator,
+    task: AllocationTask,
+    options: BolacoOptions,
+    evaluate: Callable[[Sequence[int]], Scores],
+) -> list[LedgerTrial]:
     trials, space, proposer = evaluator.trials, evaluator.space, evaluator.proposer
     study = open_ledger(trials.folder / "trials.journal")
     first = [hand_keeps(space), *(proposer.random(options.initial, stream=1) if options.initial else [])]
@@ -110,7 +139,7 @@ def _search(evaluator: Evaluator, task: AllocationTask, options: BolacoOptions) 
             tick(1, f"objective {trial.objective:.2f}, best {leader.objective:.2f} (trial {leader.number})")
 
         weight = options.kl_weight if options.objective == "ppl+kl" else 0.0
-        found = search(study, proposer, first, options.trials, evaluator.scores, weight, on_trial)
+        found = search(study, proposer, first, options.trials, evaluate, weight, on_trial)
     return found[: options.trials]
 
 
