@@ -158,9 +158,8 @@ class PooledMoments:
             return
         common = total[:-1] / total[-1]
         if self.shift is not None:
-            delta = self.shift - common
-            cross = torch.outer(self.sums.sum(dim=0), delta)
-            self._scatter += cross + cross.T + seen * torch.outer(delta, delta)
+            delta, sums = self.shift - common, self.sums.sum(dim=0)
+            self._scatter.addr_(sums, delta).addr_(delta, sums + seen * delta)
             self.sums += self.counts.to(delta)[:, None] * delta
         self.shift = common
         team.all_reduce({"scatter": self._scatter, "sums": self.sums, "counts": self.counts})
